@@ -1,0 +1,1 @@
+"""prefloop: the loop from human preferences to a better language model."""
