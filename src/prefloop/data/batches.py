@@ -1,0 +1,149 @@
+"""TokenBatch: examples packed into one flat stream of tokens with a segment tree, and no padding.
+
+A prompt is a segment and each of its answers is a segment that continues it, so the prompt stands
+in the stream once however many answers it has:
+
+    rows       [prompt 0 | answer 0a | answer 0b | prompt 1 | answer 1a | ...]
+    positions   0 1 2 3    4 5 6       4 5         0 1 2      3 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefloop.data.tokenize import Example
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens in the stream; it sees itself causally and all of its ancestors."""
+
+    start: int
+    length: int
+    parent: int  # index of the segment it continues, or -1
+    position: int  # position id of its first token
+
+    @property
+    def rows(self) -> range:
+        """Its rows in the stream."""
+        return range(self.start, self.start + self.length)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """T tokens holding A answers with N loss tokens."""
+
+    input_ids: Tensor  # [T]
+    position_ids: Tensor  # [T]
+    segments: tuple[Segment, ...]
+    target_ids: Tensor  # [N] the answer tokens in the loss
+    source_index: Tensor  # [N] row whose hidden state predicts the target
+    target_answer: Tensor  # [N] the answer (0..A-1) a target belongs to
+    last_index: Tensor  # [A] row of each answer's last token
+    answer_example: Tensor  # [A] the example each answer belongs to
+    answer_segment: tuple[int, ...]  # [A] segment of each answer
+    examples: tuple[Example, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the stream."""
+        return int(self.input_ids.numel())
+
+    @property
+    def answers(self) -> int:
+        """Answers in the stream."""
+        return int(self.last_index.numel())
+
+    def paths(self) -> list[list[int]]:
+        """Each answer's whole sequence as rows of the stream: its ancestors' and its own."""
+        return [rows_of_path(self.segments, s) for s in self.answer_segment]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return TokenBatch(**{**vars(self), **moved})
+
+
+def rows_of_path(segments: Sequence[Segment], index: int) -> list[int]:
+    """Rows of a segment's ancestors, outermost first, and its own."""
+    rows: list[int] = []
+    while index >= 0:
+        rows = [*segments[index].rows, *rows]
+        index = segments[index].parent
+    return rows
+
+
+def pack(examples: Sequence[Example]) -> TokenBatch:
+    """Packs examples; answers keep the order of the examples and of the answers within each."""
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    targets: list[int] = []
+    sources: list[int] = []
+    target_answer: list[int] = []
+    last: list[int] = []
+    answer_example: list[int] = []
+    answer_segment: list[int] = []
+
+    def add(tokens: Sequence[int], parent: int, position: int) -> int:
+        segments.append(Segment(len(ids), len(tokens), parent, position))
+        ids.extend(tokens)
+        positions.extend(range(position, position + len(tokens)))
+        return len(segments) - 1
+
+    for number, example in enumerate(examples):
+        prompt = add(example.prompt, -1, 0) if example.prompt else -1
+        before = segments[prompt].rows[-1] if example.prompt else -1
+        for answer, mask in zip(example.answers, example.answer_masks, strict=True):
+            segment = segments[add(answer, prompt, len(example.prompt))]
+            rows = list(segment.rows)
+            for token, keep, source in zip(answer, mask, [before, *rows[:-1]], strict=True):
+                if keep and source >= 0:  # a stream's very first token has nothing to predict it
+                    targets.append(token)
+                    sources.append(source)
+                    target_answer.append(len(last))
+            last.append(rows[-1])
+            answer_example.append(number)
+            answer_segment.append(len(segments) - 1)
+    return TokenBatch(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        segments=tuple(segments),
+        target_ids=torch.tensor(targets, dtype=torch.long),
+        source_index=torch.tensor(sources, dtype=torch.long),
+        target_answer=torch.tensor(target_answer, dtype=torch.long),
+        last_index=torch.tensor(last),
+        answer_example=torch.tensor(answer_example),
+        answer_segment=tuple(answer_segment),
+        examples=tuple(examples),
+    )
+
+
+def packed_length(example: Example) -> int:
+    """Tokens an example takes in a stream."""
+    return len(example.prompt) + sum(len(answer) for answer in example.answers)
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Splits one step's examples, in order, into groups of at most `max_tokens` packed tokens.
+
+    An example longer than the budget gets a group of its own.
+    """
+    groups: list[list[Example]] = []
+    used = 0
+    for example in examples:
+        length = packed_length(example)
+        if not groups or used + length > max_tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(example)
+        used += length
+    return groups

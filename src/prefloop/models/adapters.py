@@ -1,0 +1,60 @@
+"""LoRA through PEFT: adding adapters, switching them off for the reference, merging them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.config import PeftConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
+    """Fresh adapters on all linear layers; a scorer's head is trained whole."""
+    scorer = hasattr(module, "score")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=["score"] if scorer else None,
+        task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if scorer else None,
+    )
+    wrapped = get_peft_model(module, config)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def unwrap(module: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside, adapters still in place."""
+    inner = module.get_base_model() if isinstance(module, PeftModel) else module
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def without_adapters(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within it, a model with adapters computes what it did before they were added."""
+    return module.disable_adapter() if isinstance(module, PeftModel) else nullcontext()
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether the model is trained through adapters."""
+    return isinstance(module, PeftModel)
+
+
+def is_adapter_folder(path: str) -> bool:
+    """Whether the folder holds a PEFT adapter and not whole weights."""
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def load_merged(kind: Any, path: str, **options: Any) -> PreTrainedModel:
+    """The base model named by an adapter folder, with the adapter merged in."""
+    config = PeftConfig.from_pretrained(path)
+    base = kind.from_pretrained(config.base_model_name_or_path, **options)
+    merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged
