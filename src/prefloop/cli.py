@@ -1,0 +1,110 @@
+"""`prefloop COMMAND`: find the command, resolve its settings, run it, turn errors into exit codes.
+
+Exit 0: done; 2: the user's mistake, told in one line; 1: ours, with a traceback; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from prefloop.commands import COMMANDS
+from prefloop.config import UserError
+from prefloop.settings import nearest, resolve
+
+# Two busy thread pools on shared cores can collapse: idle threads must not spin. Read by torch's
+# OpenMP when it is loaded, which is after this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print("prefloop: " + " ".join(str(error).split()), file=sys.stderr)
+        return YOURS
+    except KeyboardInterrupt:
+        print("prefloop: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return DONE
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print("prefloop", version("prefloop"))
+        return DONE
+    name = words[0]
+    if name == "evaluate":
+        name = " ".join(words[:2])
+        if words[1:] in ([], ["-h"], ["--help"]):
+            print(overview("evaluate "))
+            return DONE
+    if name not in COMMANDS:
+        known = nearest(name, COMMANDS) or "; see prefloop --help"
+        raise UserError(f"no command `{name}`{known}")
+    command, flags = COMMANDS[name], words[len(name.split()) :]
+    yaml_path, flags = _take_config(flags)
+    try:
+        config: object = resolve(command.config, yaml_path, flags, prog=f"prefloop {name}")
+    except SystemExit:  # help was asked for and printed
+        return DONE
+    command.function(config)
+    return DONE
+
+
+def overview(prefix: str = "") -> str:
+    """The help of `prefloop --help`: every command with one line."""
+    lines = [
+        f"  {name:<18}{(command.function.__doc__ or '').splitlines()[0]}"
+        for name, command in COMMANDS.items()
+        if name.startswith(prefix)
+    ]
+    return "\n".join(
+        [
+            "usage: prefloop COMMAND [--config FILE.yaml] [--flag value ...]",
+            "",
+            "From human preferences to a better language model: SFT, reward model, PPO, DPO.",
+            "",
+            *lines,
+            "",
+            "`prefloop COMMAND --help` lists its flags; they override --config, that the defaults.",
+        ]
+    )
+
+
+def _take_config(flags: list[str]) -> tuple[Path | None, list[str]]:
+    """Split `--config FILE` off the flags."""
+    rest, path = [], None
+    words = iter(flags)
+    for word in words:
+        if word == "--config":
+            path = next(words, "")
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if path == "":
+        raise UserError("--config needs the path of a YAML file")
+    return (None if path is None else Path(path)), rest
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does; the trainers' loop saves first."""
+    raise KeyboardInterrupt

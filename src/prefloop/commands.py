@@ -1,0 +1,150 @@
+"""What prefloop does, one function a command. The heavy imports are inside: this file is light.
+
+Each takes its settings, checks them and hands them to the part of the package that does the work.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefloop import config as c
+from prefloop.settings import validate
+
+
+def sft(config: c.SFTConfig) -> Any:
+    """Fine-tune a model on demonstrations."""
+    validate(config)
+    from prefloop.training.sft import run
+
+    return run(config)
+
+
+def reward(config: c.RewardConfig) -> Any:
+    """Train a reward model on rankings or pairs."""
+    validate(config)
+    from prefloop.training.reward import run
+
+    return run(config)
+
+
+def dpo(config: c.DPOConfig) -> Any:
+    """Train a policy directly on preferences (DPO, IPO, KTO, SimPO, ORPO ...)."""
+    validate(config)
+    from prefloop.training.preference import run
+
+    return run(config)
+
+
+def ppo(config: c.PPOConfig) -> Any:
+    """Train a policy against a reward model or a function."""
+    validate(config)
+    from prefloop.training.ppo import run
+
+    return run(config)
+
+
+def sample(config: c.SampleConfig) -> Any:
+    """Sample several answers to each prompt, ready to be ranked."""
+    validate(config)
+    from prefloop.generation.commands import sample as run
+
+    return run(config)
+
+
+def generate(config: c.GenerateConfig) -> Any:
+    """Answer prompts."""
+    validate(config)
+    from prefloop.generation.commands import generate as run
+
+    return run(config)
+
+
+def chat(config: c.ChatConfig) -> Any:
+    """Talk with a model on the terminal."""
+    validate(config)
+    from prefloop.generation.commands import chat as run
+
+    return run(config)
+
+
+def compare(config: c.CompareConfig) -> Any:
+    """Compare models with the SFT model: one HTML page and a table."""
+    validate(config)
+    from prefloop.evaluation.compare import compare as run
+
+    return run(config)
+
+
+def winrate(config: c.WinrateConfig) -> Any:
+    """Win rate of one file of answers against another."""
+    validate(config)
+    from prefloop.evaluation.winrate import run
+
+    return run(config)
+
+
+def demo(config: c.DemoConfig) -> Any:
+    """The whole loop on a real model, with a report at the end."""
+    validate(config)
+    from prefloop.recipes.sentiment import demo as run
+
+    return run(config)
+
+
+def run(config: c.RunConfig) -> Any:
+    """Run a pipeline of commands; skip what has not changed."""
+    validate(config)
+    from prefloop.recipes.pipeline import run as run_pipeline
+
+    return run_pipeline(config, COMMANDS)
+
+
+def check(config: c.CheckConfig) -> Any:
+    """Audit rows and a chat template without training."""
+    validate(config)
+    from prefloop.data.check import check as run
+
+    return run(config)
+
+
+def fetch_model(config: c.FetchModelConfig) -> Path:
+    """Fetch a small model and unpack it as a Hugging Face folder."""
+    validate(config)
+    from prefloop.recipes.fetch import fetch_model as fetch
+
+    folder = fetch(config.name)
+    if config.output is None:
+        return folder
+    if config.output.exists():
+        raise c.UserError(f"--output {config.output} exists; choose another")
+    shutil.copytree(folder, config.output)
+    return config.output
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its settings and the function that carries it out, whose docstring is its help."""
+
+    config: type
+    function: Callable[[Any], Any]
+
+
+COMMANDS = {
+    "demo": Command(c.DemoConfig, demo),
+    "sft": Command(c.SFTConfig, sft),
+    "sample": Command(c.SampleConfig, sample),
+    "reward": Command(c.RewardConfig, reward),
+    "ppo": Command(c.PPOConfig, ppo),
+    "dpo": Command(c.DPOConfig, dpo),
+    "generate": Command(c.GenerateConfig, generate),
+    "chat": Command(c.ChatConfig, chat),
+    "compare": Command(c.CompareConfig, compare),
+    "evaluate winrate": Command(c.WinrateConfig, winrate),
+    "run": Command(c.RunConfig, run),
+    "check": Command(c.CheckConfig, check),
+    "fetch-model": Command(c.FetchModelConfig, fetch_model),
+}
