@@ -1,0 +1,1 @@
+"""From data sets to token batches: `formats` -> `tokenize` -> `stream` -> `batches`."""
