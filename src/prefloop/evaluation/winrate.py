@@ -1,0 +1,118 @@
+"""Win rates and means with bootstrap intervals that resample prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefloop.config import UserError, WinrateConfig
+from prefloop.data.formats import load
+from prefloop.records import RowCounts, Text, text_to_json, write_atomic
+
+Grouped = Sequence[Sequence[float]]
+"""One number an answer, in one list a prompt."""
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % percentile-bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    def above(self, other: Interval) -> bool:
+        """Whether this interval lies wholly above the other."""
+        return self.low > other.high
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Mean of one value a prompt; the interval comes from resampling prompts."""
+    if not values:
+        raise ValueError("bootstrap: no values; at least one prompt is needed")
+    array = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=resamples)
+    low, high = np.quantile(draws @ array / len(array), [0.025, 0.975])
+    return Interval(float(array.mean()), float(low), float(high))
+
+
+def mean_score(scores: Grouped, seed: int = 0) -> Interval:
+    """Mean over prompts of a prompt's mean score; answers to one prompt are resampled together."""
+    return bootstrap([sum(row) / len(row) for row in scores], seed)
+
+
+def prompt_win_rate(scores: Sequence[float], baseline: Sequence[float]) -> float:
+    """Share of (answer, baseline answer) pairs of one prompt that the answer wins, ties half.
+
+    >>> prompt_win_rate([1.0, 3.0], [1.0, 2.0])
+    0.625
+    """
+    a, b = np.asarray(scores)[:, None], np.asarray(baseline)[None, :]
+    return float(((a > b) + 0.5 * (a == b)).mean())
+
+
+def win_rate(scores: Grouped, baseline: Grouped, seed: int = 0) -> Interval:
+    """Win rate against a baseline on the same prompts: every answer against every baseline's."""
+    if len(scores) != len(baseline):
+        raise ValueError(f"win_rate: {len(scores)} prompts against {len(baseline)}; use the same")
+    return bootstrap([prompt_win_rate(a, b) for a, b in zip(scores, baseline, strict=True)], seed)
+
+
+def run(config: WinrateConfig) -> dict[str, Any]:
+    """`prefloop evaluate winrate`: judge two files of answers to the same prompts."""
+    from prefloop.evaluation.judges import load_judge
+
+    # 1. The answers of both sides, by prompt, in the order of the first file.
+    answers, baseline = _read_answers(config.answers), _read_answers(config.baseline)
+    if missing := [key for key in answers if key not in baseline]:
+        raise UserError(
+            f"{config.baseline}: no answer to the prompt {missing[0][:80]} of {config.answers}; "
+            "both files must answer the same prompts"
+        )
+    judge = load_judge(
+        config.judge,
+        device=config.device,
+        dtype=config.dtype,
+        max_length=config.max_length,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+    # 2. Scores.
+    sides = []
+    for side in (answers, {key: baseline[key] for key in answers}):
+        flat = [(prompt, text) for prompt, texts in side.values() for text in texts]
+        scores = iter(judge([prompt for prompt, _ in flat], [text for _, text in flat]))
+        sides.append([[next(scores) for _ in texts] for _, texts in side.values()])
+    # 3. Win rate and means.
+    result = {
+        "prompts": len(answers),
+        "win_rate": asdict(win_rate(sides[0], sides[1], config.seed)),
+        "score": asdict(mean_score(sides[0], config.seed)),
+        "baseline_score": asdict(mean_score(sides[1], config.seed)),
+    }
+    if config.output is not None:
+        write_atomic(config.output, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _read_answers(path: Path) -> dict[str, tuple[Text, list[str]]]:
+    """Prompt and answers of each prompt of rows {prompt, completion} or {prompt, completions}."""
+    found: dict[str, tuple[Text, list[str]]] = {}
+    for row in load(str(path), "prompt", RowCounts()):
+        texts = row.extra.get("completions", [row.extra.get("completion")])
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise UserError(
+                f"{row.where}: columns prompt, {', '.join(row.extra)}; needed are `prompt` and "
+                "`completion` (a text) or `completions` (a list of texts)"
+            )
+        found.setdefault(json.dumps(text_to_json(row.prompt)), (row.prompt, []))[1].extend(texts)
+    return found
