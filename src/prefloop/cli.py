@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 
-from prefloop.commands import COMMANDS
+from prefloop.commands import COMMANDS, Command
 from prefloop.config import UserError
 from prefloop.settings import nearest, resolve
 
@@ -24,12 +24,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 130
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, commands: Mapping[str, Command] = MappingProxyType(COMMANDS)
+) -> int:
     """Run one command line and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _dispatch(words)
+        return _dispatch(words, commands)
     except UserError as error:
         print("prefloop: " + " ".join(str(error).split()), file=sys.stderr)
         return YOURS
@@ -39,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(overview(commands))
         return DONE
     if words[0] == "--version":
         from importlib.metadata import version
@@ -54,12 +58,12 @@ def _dispatch(words: list[str]) -> int:
     if name == "evaluate":
         name = " ".join(words[:2])
         if words[1:] in ([], ["-h"], ["--help"]):
-            print(overview("evaluate "))
+            print(overview(commands, "evaluate "))
             return DONE
-    if name not in COMMANDS:
-        known = nearest(name, COMMANDS) or "; see prefloop --help"
+    if name not in commands:
+        known = nearest(name, commands) or "; see prefloop --help"
         raise UserError(f"no command `{name}`{known}")
-    command, flags = COMMANDS[name], words[len(name.split()) :]
+    command, flags = commands[name], words[len(name.split()) :]
     yaml_path, flags = _take_config(flags)
     try:
         config: object = resolve(command.config, yaml_path, flags, prog=f"prefloop {name}")
@@ -69,11 +73,11 @@ def _dispatch(words: list[str]) -> int:
     return DONE
 
 
-def overview(prefix: str = "") -> str:
+def overview(commands: Mapping[str, Command], prefix: str = "") -> str:
     """The help of `prefloop --help`: every command with one line."""
     lines = [
         f"  {name:<18}{(command.function.__doc__ or '').splitlines()[0]}"
-        for name, command in COMMANDS.items()
+        for name, command in commands.items()
         if name.startswith(prefix)
     ]
     return "\n".join(

@@ -106,7 +106,7 @@ def run(config: c.RunConfig) -> Any:
 def check(config: c.CheckConfig) -> Any:
     """Audit rows and a chat template without training."""
     validate(config)
-    from prefloop.data.check import check as run
+    from prefloop.training.check import check as run
 
     return run(config)
 

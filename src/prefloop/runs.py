@@ -82,15 +82,19 @@ class Run:
             if not checkpoint.is_dir():
                 raise UserError(f"--resume {checkpoint}: no such checkpoint folder")
         finished = previous is not None and previous["status"] == "finished"
+        finished &= config.resume == "auto"  # a checkpoint named outright is gone on from
         # 2. The trackers' packages must be there before anything is written.
         tracker = None
         if writes and not finished:
             tracker = open_tracker(config.track, directory, settings)
         # 3. Write.
         run = cls(directory, previous or _new_record(config, command), writes=writes)
+        run.record["status"] = "finished" if finished else "running"
         run.resume_from, run._tracker = checkpoint, tracker
-        if writes and not finished:
-            run.record |= {"status": "running", "versions": _versions(), "revision": _revision()}
+        if finished:
+            print(f"{directory}: finished already, nothing to do", flush=True)
+        elif writes:
+            run.record |= {"versions": _versions(), "revision": _revision()}
             if previous is not None:
                 run.record["resumed"] += 1
                 run.truncate_after(checkpoint_step(checkpoint) if checkpoint else -1)

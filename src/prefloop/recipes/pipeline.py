@@ -1,0 +1,202 @@
+"""`prefloop run PIPELINE.yaml`: stages in order; what has not changed is skipped.
+
+    stages:
+      - name: sft
+        command: sft
+        settings: {model: HuggingFaceTB/SmolLM2-135M-Instruct, data: demonstrations.jsonl}
+      - name: dpo
+        command: dpo
+        settings: {model: "${sft}", data: preferences.jsonl, beta: 0.1}
+
+A stage's output is its setting `output`, or a folder of its name under the pipeline's output;
+`${name}` in a later stage's settings stands for it. A stage is skipped when it has finished with
+the same settings and the same contents of the files they name; it resumes when it was interrupted;
+when settings or contents changed, its old output is moved aside and it starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefloop.config import RunConfig, UserError
+from prefloop.records import write_atomic
+from prefloop.settings import as_dict, build, nearest, read_yaml, validate
+
+RECORD = "pipeline.json"
+NOT_INPUTS = ("output", "resume")
+
+
+class Command(Protocol):
+    """A command's settings class and its function."""
+
+    @property
+    def config(self) -> type:
+        """The class of its settings."""
+
+    @property
+    def function(self) -> Callable[[Any], Any]:
+        """What carries it out."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a pipeline with its settings, checked."""
+
+    name: str
+    command: str
+    config: Any
+
+
+def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
+    """Run the stages of a pipeline in order."""
+    root = config.output or Path("runs") / config.pipeline.stem
+    stages = read_stages(config.pipeline, root, commands)
+    record = _Record(root / RECORD)
+    for number, stage in enumerate(stages, start=1):
+        told = f"[{number}/{len(stages)}] {stage.name} ({stage.command})"
+        output = getattr(stage.config, "output", None)
+        print_of = fingerprint(stage)
+        known = record.stages.get(stage.name)
+        there = output is None or output.exists()
+        if known == {"fingerprint": print_of, "status": "finished"} and there:
+            print(f"{told}: nothing changed, skipped", flush=True)
+            continue
+        if known and known["fingerprint"] != print_of and output is not None and output.exists():
+            print(f"{told}: changed; the old output is now {_move_aside(output)}", flush=True)
+        print(f"{told}: running", flush=True)
+        record.set(stage.name, print_of, "started")
+        commands[stage.command].function(stage.config)
+        record.set(stage.name, print_of, "finished")
+
+
+def read_stages(path: Path, root: Path, commands: Mapping[str, Command]) -> list[Stage]:
+    """The stages of a pipeline file, each checked before any of them runs."""
+    content = read_yaml(path)
+    if extra := next((key for key in content if key != "stages"), None):
+        raise UserError(f"{path}: unknown key `{extra}`; the file holds `stages`")
+    listed = content.get("stages")
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{path}: `stages` must be a list of {{name, command, settings}}")
+    stages: list[Stage] = []
+    outputs: dict[str, str] = {}
+    for number, item in enumerate(listed, start=1):
+        stage = _read_stage(item, f"{path}: stage {number}", root, outputs, commands)
+        stages.append(stage)
+        if (output := getattr(stage.config, "output", None)) is not None:
+            outputs[stage.name] = str(output)
+    return stages
+
+
+def _read_stage(
+    item: object,
+    where: str,
+    root: Path,
+    outputs: Mapping[str, str],
+    commands: Mapping[str, Command],
+) -> Stage:
+    if not isinstance(item, dict) or not isinstance(item.get("settings", {}), dict):
+        raise UserError(f"{where}: give {{name, command, settings}}")
+    for key in item:
+        if key not in ("name", "command", "settings"):
+            raise UserError(f"{where}: unknown key `{key}`; give name, command and settings")
+    name, command = str(item.get("name", "")), str(item.get("command", ""))
+    where = f"{where} ({name})"
+    if not re.fullmatch(r"[\w.-]+", name) or name in outputs:
+        raise UserError(f"{where}: `name` must be a word of its own, used by no other stage")
+    if command not in commands or command == "run":
+        remedy = nearest(command, commands) or f"; choose from {', '.join(commands)}"
+        raise UserError(f"{where}: no command `{command}`{remedy}")
+    config_class = commands[command].config
+    settings = {key: _fill(value, outputs, where) for key, value in item["settings"].items()}
+    if "output" in {field.name for field in fields(config_class)}:
+        settings.setdefault("output", str(root / name))
+    config: Any = build(config_class, settings, where)
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return Stage(name, command, config)
+
+
+def _fill(value: object, outputs: Mapping[str, str], where: str) -> object:
+    """`value` with each `${stage}` replaced by that stage's output."""
+    if isinstance(value, list):
+        return [_fill(item, outputs, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def output(match: re.Match[str]) -> str:
+        if match[1] not in outputs:
+            known = f"; stages before this one: {', '.join(outputs) or 'none'}"
+            raise UserError(f"{where}: `{match[0]}` names no earlier stage{known}")
+        return outputs[match[1]]
+
+    return re.sub(r"\$\{([^}]*)\}", output, value)
+
+
+def fingerprint(stage: Stage) -> str:
+    """sha256 of a stage's command, settings and the contents of every file the settings name."""
+    settings = {k: v for k, v in as_dict(stage.config).items() if k not in NOT_INPUTS}
+    digest = hashlib.sha256(json.dumps([stage.command, settings], sort_keys=True).encode())
+    for value in settings.values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                for file in _input_files(text):
+                    digest.update(f"\0{file.name}\0".encode())
+                    with file.open("rb") as content:
+                        digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _input_files(text: str) -> Iterator[Path]:
+    """The files behind a setting: a path, `name=path`, a run directory's model, or a function's."""
+    if re.fullmatch(r"[\w.]+:\w+", text):
+        try:
+            found = importlib.util.find_spec(text.partition(":")[0])
+        except (ImportError, ValueError):
+            found = None
+        if found and found.origin and Path(found.origin).is_file():
+            yield Path(found.origin)
+        return
+    for path in (Path(text), Path(text.partition("=")[2] or text)):
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            folder = path / "model" if (path / "run.json").exists() else path
+            yield from sorted(file for file in folder.rglob("*") if file.is_file())
+        else:
+            continue
+        return
+
+
+def _move_aside(output: Path) -> Path:
+    """Rename an outdated output to the first free `NAME.old-N`."""
+    number = 1
+    while (target := output.with_name(f"{output.name}.old-{number}")).exists():
+        number += 1
+    return output.rename(target)
+
+
+class _Record:
+    """What each stage was last run with: `pipeline.json` in the pipeline's output."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stages: dict[str, dict[str, str]] = {}
+        if path.exists():
+            try:
+                self.stages = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path}: not a pipeline's record; remove it") from error
+
+    def set(self, name: str, fingerprint: str, status: str) -> None:
+        self.stages[name] = {"fingerprint": fingerprint, "status": status}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, json.dumps(self.stages, indent=2) + "\n")
