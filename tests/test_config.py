@@ -1,0 +1,185 @@
+"""Settings: defaults < YAML < flags; what is wrong is told in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prefloop import CompareConfig, DPOConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from prefloop.config import UserError
+from prefloop.settings import as_dict, build, resolve, validate
+
+SFT = ["--model", "m", "--data", "d.jsonl", "--output", "out"]
+BASE = {"model": "m", "data": "d.jsonl", "output": Path("out")}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_go_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = write(tmp_path, "model: from-yaml\ndata: d\noutput: o\nlr: 2e-4\nbatch_size: 8\n")
+    config = resolve(SFTConfig, path, ["--batch-size", "16", "--gradient-checkpointing"])
+    assert (config.model, config.lr, config.batch_size) == ("from-yaml", 2e-4, 16)
+    assert config.gradient_checkpointing
+    assert config.epochs == 1.0
+    assert config.output == Path("o")
+
+
+def test_a_yaml_bool_can_be_turned_off_by_a_flag(tmp_path):
+    path = write(tmp_path, "gradient_checkpointing: true\n")
+    assert resolve(SFTConfig, path, SFT).gradient_checkpointing
+    assert not resolve(
+        SFTConfig, path, [*SFT, "--no-gradient-checkpointing"]
+    ).gradient_checkpointing
+
+
+def test_empty_yaml_and_null_for_an_optional_setting(tmp_path):
+    assert resolve(SFTConfig, write(tmp_path, ""), SFT) == resolve(SFTConfig, None, SFT)
+    assert resolve(SFTConfig, write(tmp_path, "eval_data: null"), SFT).eval_data is None
+
+
+def test_lists_of_words():
+    config = resolve(GenerateConfig, None, ["--model", "m", "--prompt", "one", "two"])
+    assert config.prompt == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 8", "unknown key `batchsize`; did you mean batch_size?"),
+        ("batch_size: eight", "`batch_size` is 'eight'; give a whole number"),
+        ("batch_size: 8.5", "`batch_size` is 8.5; give a whole number"),
+        ("batch_size: true", "`batch_size` is True; give a whole number"),
+        ("lr: [1]", "`lr` is [1]; give a number"),
+        ("model: 5", "`model` is 5; give text"),
+        ("gradient_checkpointing: 1", "`gradient_checkpointing` is 1; give true or false"),
+        ("dtype: float16", "`dtype` is 'float16'; choose from float32, bfloat16"),
+        ("- 1", "holds a list; write `key: value` lines"),
+        ("lr: 1\nmodel: [", ":2: "),
+        ("dtype: [float32]", "choose from float32, bfloat16"),
+    ],
+)
+def test_yaml_faults_name_file_and_key(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        resolve(SFTConfig, path, SFT)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+
+
+def test_yaml_that_is_absent_or_not_utf8(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        resolve(SFTConfig, tmp_path / "absent.yaml", SFT)
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("model: caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8 at byte 10"):
+        resolve(SFTConfig, path, SFT)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lrr", "1"], "unknown flag --lrr; did you mean --lr?"),
+        (
+            ["--micro-batch-token=4"],
+            "unknown flag --micro-batch-token; did you mean --micro-batch-to",
+        ),
+        (["--xyzzy", "4"], "unknown flag --xyzzy; see --help"),
+        (["--lr", "much"], "--lr: could not convert string to float: 'much'"),
+        (["--dtype", "float16"], "invalid choice 'float16' for argument '--dtype'"),
+        (["--lr"], "Missing value for argument '--lr'"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_flag_faults_are_one_line(flags, message, capsys):
+    with pytest.raises(UserError) as caught:
+        resolve(SFTConfig, None, [*SFT, *flags])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_settings_are_named(tmp_path):
+    with pytest.raises(UserError, match="--data is missing; give it$"):
+        resolve(SFTConfig, None, ["--model", "m"])
+    with pytest.raises(UserError, match="--data is missing; give it, or `data` in"):
+        resolve(SFTConfig, write(tmp_path, "model: m"), [])
+    with pytest.raises(UserError, match="stage 1: `output` is missing"):
+        build(SFTConfig, {"model": "m", "data": "d"}, "stage 1")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SFTConfig(**BASE, lr=-1.0), "--lr is -1.0; it must be above 0"),
+        (SFTConfig(**BASE, lr=float("nan")), "--lr is nan; give a finite number"),
+        (SFTConfig(**BASE, warmup=-0.1), "--warmup is -0.1; it must be 0 or more"),
+        (SFTConfig(**BASE, eval_fraction=1.0), "--eval-fraction is 1.0; it must be in [0, 1)"),
+        (SFTConfig(**BASE, device="gpu"), "--device is 'gpu'"),
+        (SFTConfig(**BASE, lr="high"), "`lr` is 'high'; give a number"),
+        (SFTConfig(**BASE, eval_fraction=0.1, eval_data="e"), "give one of them"),
+        (SFTConfig(**BASE, lora_alpha=4.0), "--lora-alpha is read only with --lora-rank"),
+        (SFTConfig(**{**BASE, "model": " "}), "--model is empty"),
+        (DPOConfig(**BASE, loss="dpo"), "`loss` is 'dpo'; choose from sigmoid, robust"),
+        (DPOConfig(**BASE, label_smoothing=0.5), "it must be in [0, 0.5)"),
+        (
+            DPOConfig(**BASE, loss="ipo", label_smoothing=0.1),
+            "--label-smoothing is read only with --loss sigmoid or robust; leave it out",
+        ),
+        (DPOConfig(**BASE, simpo_gamma=1.0), "--simpo-gamma is read only with --loss simpo"),
+        (DPOConfig(**BASE, loss="orpo", ref_model="r"), "--loss orpo has no reference"),
+        (RewardConfig(**BASE, tie_parameter=2.0), "read only with --loss rao-kupper or davidson"),
+        (RewardConfig(**BASE, loss="rao-kupper", tie_parameter=0.5), "needs one above 1"),
+        (PPOConfig(**BASE), "give either --reward-model or --reward-function"),
+        (PPOConfig(**BASE, reward_model="r", reward_function="a:b"), "give either"),
+        (PPOConfig(**BASE, reward_function="a.b"), "give module:function"),
+        (PPOConfig(**BASE, reward_model="r", advantage="rloo"), "--samples-per-prompt 2 or more"),
+        (PPOConfig(**BASE, reward_model="r", temperature=0.0), "PPO must sample"),
+        (PPOConfig(**BASE, reward_model="r", ptx_coef=0.1), "belong together"),
+        (PPOConfig(**BASE, reward_model="r", kl_target=6.0, kl_coef=0.0), "--kl-coef above 0"),
+        (PPOConfig(**BASE, reward_model="r", max_new_tokens=1024), "leaves no room for a prompt"),
+        (GenerateConfig(model="m"), "give either --prompt or --data"),
+        (
+            GenerateConfig(model="m", prompt=("a",), top_p=0.0),
+            "--top-p is 0.0; it must be in (0, 1]",
+        ),
+    ],
+)
+def test_validate_names_the_setting_and_the_remedy(config, message):
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ((), "--models is empty"),
+        (("dpo",), "'dpo'; give name=path"),
+        (("=path",), "'=path'; give name=path"),
+        (("a=x", "a=y"), "uses a name twice"),
+        (("sft=x",), "uses the name 'sft'"),
+    ],
+)
+def test_compared_models_have_names(models, message):
+    config = CompareConfig(sft="s", models=models, data="d", judge="a:b", output=Path("o"))
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    assert message in str(caught.value)
+
+
+def test_good_settings_pass():
+    validate(SFTConfig(**BASE, device="cuda:1", lora_rank=8, lora_alpha=16.0))
+    validate(DPOConfig(**BASE, loss="robust", label_smoothing=0.1))
+    validate(PPOConfig(**BASE, reward_function="my.rewards:length", advantage="rloo",
+                       samples_per_prompt=4))  # fmt: skip
+
+
+def test_config_yaml_gives_the_same_settings_back(tmp_path):
+    config = PPOConfig(**BASE, reward_model="r", missing_eos_penalty=-1.0, lr=1e-7)
+    path = write(tmp_path, yaml.safe_dump(as_dict(config)))
+    assert resolve(PPOConfig, path, []) == config
+    assert build(PPOConfig, as_dict(config), "here") == config

@@ -1,0 +1,194 @@
+"""The run directory: what is written, how a run goes on, what it refuses."""
+
+import json
+import time
+
+import pytest
+import yaml
+
+from prefloop.config import SFTConfig, UserError
+from prefloop.runs import Run, model_path, newest_checkpoint
+
+
+def config(folder, **settings):
+    return SFTConfig(model="m", data="d", output=folder / "run", **settings)
+
+
+def lines(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run.directory / name).read_text().splitlines()]
+
+
+def record(run):
+    return json.loads((run.directory / "run.json").read_text())
+
+
+def interrupted_after(folder, steps, saved=()):
+    """A run that logged `steps` steps, left checkpoints, and was killed."""
+    run = Run.open(config(folder), "sft")
+    for step in range(1, steps + 1):
+        run.log_metrics(step, {"loss": 1 / step})
+        run.log_samples(step, [{"completion": "a"}, {"completion": "b"}])
+    for step in saved:
+        run.checkpoint(step).mkdir(parents=True)
+    return run
+
+
+def test_a_new_run_writes_its_settings_and_provenance(tmp_path):
+    run = Run.open(config(tmp_path, seed=7, lr=1e-4), "sft")
+    stored = yaml.safe_load((run.directory / "config.yaml").read_text())
+    assert stored["lr"] == 1e-4
+    assert stored["output"] == str(tmp_path / "run")
+    found = record(run)
+    assert (found["command"], found["status"], found["seed"]) == ("sft", "running", 7)
+    assert {"python", "torch", "transformers"} <= found["versions"].keys()
+    assert {"device", "platform", "revision", "started", "rows"} <= found.keys()
+    assert run.resume_from is None
+    assert not run.finished
+
+
+def test_metrics_are_one_object_a_line_and_null_where_not_finite(tmp_path):
+    run = Run.open(config(tmp_path), "sft")
+    run.log_metrics(1, {"loss": 0.5})
+    run.log_metrics(2, {"loss": float("nan"), "lr": float("inf")})
+    run.log_samples(2, [{"prompt": "안녕", "score": 1.0}])
+    assert lines(run) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None, "lr": None}]
+    assert lines(run, "samples.jsonl") == [{"step": 2, "prompt": "안녕", "score": 1.0}]
+    assert "안녕" in (run.directory / "samples.jsonl").read_text()
+
+
+def test_the_end_is_recorded_with_cost_rows_and_tokens(tmp_path):
+    run = Run.open(config(tmp_path), "sft")
+    ballast = bytearray(200 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    run.set_rows({"read": 3, "used": 2, "dropped": {"too long": 1}})
+    run.set_rows({"read": 1, "used": 1, "dropped": {}}, of="eval_data")
+    run.finish("finished", tokens=99)
+    found = record(run)
+    assert (found["status"], found["tokens"]) == ("finished", 99)
+    assert found["rows"]["data"]["dropped"] == {"too long": 1}
+    assert found["rows"]["eval_data"]["read"] == 1
+    assert 0.19 < found["peak_memory_gib"] < 8
+    assert 0 < found["cpu_seconds"]
+    assert 0 < found["wall_seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt, "interrupted"), (SystemExit, "interrupted"), (RuntimeError, "failed")],
+)
+def test_an_exception_decides_the_status(tmp_path, error, status):
+    run = Run.open(config(tmp_path), "sft")
+    with pytest.raises(error), run:
+        raise error
+    assert record(run)["status"] == status
+
+
+def test_the_users_mistake_leaves_no_half_written_run(tmp_path):
+    with pytest.raises(UserError), Run.open(config(tmp_path), "sft"):
+        raise UserError("d:1: no rows")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_computed_before_a_mistake_stays(tmp_path):
+    run = Run.open(config(tmp_path), "sft")
+    with pytest.raises(UserError), run:
+        run.log_metrics(1, {"loss": 1.0})
+        raise UserError("step 2: the loss is nan")
+    assert record(run)["status"] == "failed"
+    assert len(lines(run)) == 1
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path):
+    interrupted_after(tmp_path, 12, saved=(2, 9, 10))
+    (tmp_path / "run" / "checkpoints" / ".step-11.tmp").mkdir()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # cut short by kill -9
+    run = Run.open(config(tmp_path), "sft")
+    assert run.resume_from == run.checkpoint(10)
+    assert [line["step"] for line in lines(run)] == list(range(1, 11))
+    assert len(lines(run, "samples.jsonl")) == 20
+    assert record(run)["resumed"] == 1
+    assert newest_checkpoint(run.directory) == run.checkpoint(10)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    interrupted_after(tmp_path, 3)
+    run = Run.open(config(tmp_path), "sft")
+    assert run.resume_from is None
+    assert lines(run) == []
+
+
+def test_a_checkpoint_named_outright(tmp_path):
+    interrupted_after(tmp_path, 12, saved=(5, 10))
+    run = Run.open(config(tmp_path, resume=str(tmp_path / "run/checkpoints/step-5")), "sft")
+    assert run.resume_from == run.checkpoint(5)
+    assert lines(run)[-1]["step"] == 5
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        Run.open(config(tmp_path, resume="absent/step-1"), "sft")
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tmp_path, capsys):
+    run = interrupted_after(tmp_path, 3, saved=(2,))
+    run.finish("finished")
+    before = {p: p.read_bytes() for p in run.directory.rglob("*") if p.is_file()}
+    again = Run.open(config(tmp_path), "sft")
+    assert again.finished
+    with again:
+        pass
+    assert "finished already" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in run.directory.rglob("*") if p.is_file()} == before
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    interrupted_after(tmp_path, 1)
+    with pytest.raises(UserError, match=r"--batch-size was 64, now 8, --lr was 1e-05, now 0\.1"):
+        Run.open(config(tmp_path, lr=0.1, batch_size=8), "sft")
+    with pytest.raises(UserError, match="a run of `sft`, not of `dpo`"):
+        Run.open(config(tmp_path), "dpo")
+    Run.open(config(tmp_path, save_every=5, keep_checkpoints=9, track="none"), "sft")
+
+
+def test_resume_never_refuses_a_directory_that_holds_a_run(tmp_path):
+    Run.open(config(tmp_path, resume="never"), "sft")
+    with pytest.raises(UserError, match="holds a run already"):
+        Run.open(config(tmp_path, resume="never"), "sft")
+
+
+def test_output_that_cannot_be_a_directory(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="--output .*run: File exists"):
+        Run.open(config(tmp_path), "sft")
+
+
+def test_a_broken_record_is_the_users_to_mend(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: not a run's record"):
+        Run.open(config(tmp_path), "sft")
+
+
+def test_cost_adds_up_over_resumptions(tmp_path):
+    first = Run.open(config(tmp_path), "sft")
+    time.sleep(0.05)
+    first.finish("interrupted")
+    second = Run.open(config(tmp_path), "sft")
+    time.sleep(0.05)
+    second.finish("finished")
+    assert record(second)["wall_seconds"] >= 0.1
+    assert record(second)["cpu_seconds"] >= record(first)["cpu_seconds"]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    run = Run.open(config(tmp_path), "sft", writes=False)
+    run.log_metrics(1, {"loss": 1.0})
+    run.log_samples(1, [{"a": 1}])
+    run.finish("finished")
+    assert not run.directory.exists()
+
+
+def test_model_path_takes_run_directories_folders_and_hub_ids(tmp_path):
+    run = Run.open(config(tmp_path), "sft")
+    assert model_path(str(run.directory)) == str(run.directory)
+    run.model.mkdir()
+    assert model_path(str(run.directory)) == str(run.model)
+    assert model_path("owner/name") == "owner/name"
