@@ -165,6 +165,11 @@ def located(where: str) -> str:
     return f"{where}: " if where else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 # --- records as JSON -----------------------------------------------------------------------------
 
 
@@ -297,7 +302,7 @@ def _read_jsonl(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            told = str(error)
+            told = first_line(error)
             if isinstance(error, json.JSONDecodeError):
                 told = f"{error.msg}, column {error.colno}"
             raise UserError(
@@ -351,7 +356,7 @@ def _read_parquet(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{name}:{number}", row
     except arrow.ArrowException as error:
-        told = str(error).splitlines()[0]
+        told = first_line(error)
         raise UserError(f"{name}: malformed Parquet ({told}); write it again") from error
 
 

@@ -34,6 +34,7 @@ from prefloop.records import (
     RowCounts,
     Text,
     Unpaired,
+    first_line,
     json_type,
     read_rows,
     text_to_json,
@@ -316,7 +317,7 @@ def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         data = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
     except Exception as error:  # whatever the package, the network or the hub say
-        told = (str(error) or type(error).__name__).splitlines()[0]
+        told = first_line(error)
         raise UserError(f"{source}: datasets cannot load it ({told}); check the name") from error
     if isinstance(data, dict):
         splits = list(data)

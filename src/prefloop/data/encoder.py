@@ -1,0 +1,169 @@
+"""One tokenizer and its chat template: texts and messages -> token ids and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from prefloop.config import UserError
+from prefloop.records import Message, Text, first_line, text_to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE = "Probe answer"
+ASKED = (Message("user", "Probe question"),)
+ANSWERED = (Message("assistant", PROBE),)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a template prints an assistant turn: generation prompt, head, answer, end, rest."""
+
+    head: str
+    end: str  # up to and including the stop token
+    rest: str  # what a template prints after the stop token
+    stop: int | None
+
+
+@dataclass
+class Encoder:
+    """A tokenizer with what is asked of it again and again."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def ids(self, text: str, specials: bool = False) -> list[int]:
+        """The ids of a text that begins a sequence."""
+        encoded = self.tokenizer(text, add_special_tokens=specials, verbose=False)
+        return list(encoded["input_ids"])
+
+    def continued(self, text: str) -> list[int]:
+        """The ids of a text that goes on after another: no space is put before it."""
+        if not self._puts_space or not text:
+            return self.ids(text)
+        before, joint = self.ids("\n"), self.ids("\n" + text)
+        apart = joint[: len(before)] == before
+        return joint[len(before) :] if apart else self.ids(text)
+
+    @cached_property
+    def _puts_space(self) -> bool:
+        """SentencePiece's dummy prefix: "a" alone becomes "▁a"."""
+        first: str = self.tokenizer.convert_ids_to_tokens(self.ids("a"))[0]
+        return first[0] in "▁Ġ"
+
+    @cached_property
+    def leading(self) -> list[int]:
+        """Special tokens that the tokenizer itself puts before a text (BOS)."""
+        plain, full = self.ids("a"), self.ids("a", specials=True)
+        found = [at for at in range(len(full)) if full[at : at + len(plain)] == plain]
+        return full[: found[0]] if found else []
+
+    @cached_property
+    def turn(self) -> Turn:
+        """Found with a probe; what follows the probe is the same for every answer."""
+        head, found, tail = self._answer_text(ASKED, ANSWERED).rpartition(PROBE)
+        if not found:
+            raise UserError("the chat template does not print an assistant message's content")
+        added = {str(token): id_ for id_, token in self.tokenizer.added_tokens_decoder.items()}
+        inside = [(tail.index(token), -len(token), token) for token in added if token in tail]
+        if not inside:
+            return Turn(head, tail, "", None)
+        at, _, token = min(inside)
+        at += len(token)
+        return Turn(head, tail[:at], tail[at:], added[token])
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        """The template's text of a chat."""
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                "these are chat messages, and the tokenizer has no chat template; take a chat "
+                "model's tokenizer, or give strings"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                text_to_json(tuple(messages)),  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template refuses these messages ({first_line(error)}); mend the row"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def _answer_text(self, prompt: Sequence[Message], answer: Sequence[Message]) -> str:
+        """What the template prints after the generation prompt."""
+        begun = self.render(prompt, generation_prompt=True)
+        whole = self.render([*prompt, *answer], generation_prompt=False)
+        if not whole.startswith(begun):
+            raise UserError(
+                "the chat template prints an answer otherwise than its generation prompt begins "
+                "it, so what is trained is not what is generated; mend the template"
+            )
+        return whole[len(begun) :]
+
+    def prompt(self, prompt: Text) -> list[int]:
+        """Ids of a prompt: messages with their generation prompt, a string with BOS."""
+        if not isinstance(prompt, str):
+            return self.ids(self.render(prompt, generation_prompt=True))
+        ids, leading = self.ids(prompt), self.leading
+        return ids if leading and ids[: len(leading)] == leading else leading + ids
+
+    def answer(self, prompt: Text, answer: Text) -> list[int]:
+        """Ids of an answer that follows the prompt, its stop token included once."""
+        if isinstance(prompt, str) and isinstance(answer, str):
+            eos = self.tokenizer.eos_token_id
+            if eos is None:
+                raise UserError("the tokenizer has no EOS token to end an answer; set eos_token")
+            ids = self.continued(answer)
+            return ids if ids[-1:] == [eos] else [*ids, eos]
+        if isinstance(prompt, str) or isinstance(answer, str):
+            raise UserError("prompt and answer must both be strings or both be messages")
+        text = self._answer_text(prompt, answer)
+        if not text.endswith(self.turn.end + self.turn.rest):
+            raise UserError("the chat template does not end this answer as it ends others")
+        return self._turn_ids(text.removesuffix(self.turn.rest))
+
+    def _turn_ids(self, text: str) -> list[int]:
+        """Ids of an assistant turn; a stop token that the answer's text brought along is cut."""
+        ids = self.continued(text)
+        while len(ids) > 1 and ids[-2] == ids[-1] == self.turn.stop:
+            ids.pop()
+        return ids
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[bool]]:
+        """The prompt up to the first assistant content, the rest, and the rest's loss mask.
+
+        Each assistant turn is what the rendered chat gains from the generation prompt to the
+        turn's stop token; the chat so far must be a prefix of the whole.
+        """
+        turns = [at for at, message in enumerate(messages) if message.role == "assistant"]
+        whole = self.render(messages[: turns[-1] + 1], generation_prompt=False)
+        ids: list[int] = []
+        mask: list[bool] = []
+        prompt, done = 0, ""
+        for at in turns:
+            begun = self.render(messages[:at], generation_prompt=True)
+            ended = self.render(messages[: at + 1], generation_prompt=False)
+            regular = ended.endswith(self.turn.end + self.turn.rest)
+            ended = ended.removesuffix(self.turn.rest)
+            if not (regular and begun.startswith(done) and ended.startswith(begun)) or not (
+                whole.startswith(ended)
+            ):
+                raise UserError(
+                    f"the chat template prints message {at} otherwise once more messages follow "
+                    "(as templates that strip thinking do), so the turns cannot be trained in one "
+                    "piece; give rows with one assistant turn, or mend the template"
+                )
+            context, turn = begun[len(done) :], self._turn_ids(ended[len(begun) :])
+            asked = self.continued(context) if done else self.ids(context)
+            prompt = prompt or len(asked)
+            ids += asked + turn
+            mask += [False] * len(asked) + [True] * len(turn)
+            done = ended
+        return ids[:prompt], ids[prompt:], mask[prompt:]

@@ -1,0 +1,271 @@
+"""Records -> token ids: prompt and answer tokenised apart, answer masks, truncation, audit.
+
+Prompt and answer never merge at their boundary, so the prompt's ids are a prefix whatever follows.
+BOS stands once, as the tokenizer or the chat template puts it. A plain-text answer ends with EOS,
+once; a chat answer ends with the token that ends the template's turn. What the template prints
+after that token (ChatML: a line break) belongs to the next turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefloop.config import Truncation, UserError
+from prefloop.data.encoder import ANSWERED, ASKED, PROBE, Encoder
+from prefloop.records import (
+    Comparison,
+    Conversation,
+    Prompt,
+    Ranking,
+    Record,
+    RowCounts,
+    Text,
+    Unpaired,
+    located,
+)
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
+Mask = tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record as ids: a prompt and the answers that continue it.
+
+    `answer_masks` says which answer tokens are in the loss; `tiers` (rankings) and `labels`
+    (unpaired rows) speak of `answers` by index; `index` is the place in the tokenised list.
+    """
+
+    prompt: Ids
+    answers: tuple[Ids, ...] = ()
+    answer_masks: tuple[Mask, ...] = ()
+    tiers: tuple[tuple[int, ...], ...] = ()
+    labels: tuple[bool, ...] = ()
+    index: int = 0
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class TemplateAudit:
+    """What a tokenizer and its chat template do to training: each a known way to spoil a model."""
+
+    chat: bool
+    """It has a chat template; without one the fields speak of plain text."""
+    stop_token: str | None
+    """Token that ends an answer."""
+    stop_token_trained: bool
+    """Answers end with it, so a model learns to stop."""
+    stop_is_eos: bool
+    """It is the tokenizer's EOS, where programs that read no generation config stop."""
+    bos: Literal["template", "tokenizer", "none"]
+    """Who puts BOS before the prompt."""
+    double_bos: bool
+    """A prompt begins with two BOS."""
+    answer_head: str
+    """What the template prints between the generation prompt and the answer; it is trained."""
+    keeps_turns: bool
+    """Earlier turns stay as they were printed, so conversations can be trained in one piece."""
+    pad_is_stop: bool
+    """Padding looks like the stop token; harmless here, for lengths mark the ends."""
+
+    def lines(self) -> list[str]:
+        """What to tell the user, warnings marked."""
+        name = "chat template" if self.chat else "plain text"
+        stop = "the stop token is NOT trained: models will not learn to stop; use a template that "
+        stop += "ends a turn with a special token" if self.chat else "a tokenizer with an EOS token"
+        told = [f"{name}: answers end with {self.stop_token}, trained"]
+        told = told if self.stop_token_trained else [f"warning: {name}: {stop}"]
+        if self.stop_token_trained and not self.stop_is_eos:
+            told.append("it is not the tokenizer's EOS: list it in generation_config.json too")
+        if self.double_bos:
+            told.append("warning: prompts begin with two BOS; remove one from the chat template")
+        else:
+            told.append(f"BOS: {'none' if self.bos == 'none' else f'once, from the {self.bos}'}")
+        if self.answer_head:
+            told.append(
+                f"answers begin with {self.answer_head!r}, printed by the template, trained"
+            )
+        if not self.keeps_turns:
+            told.append("warning: the template rewrites earlier turns: no multi-turn `messages`")
+        if self.pad_is_stop:
+            told.append("padding is the stop token: ends are found by length, not by padding")
+        return told
+
+
+# --- single texts --------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    """Ids of a prompt: messages with the generation prompt, a string with the tokenizer's BOS."""
+    return Encoder(tokenizer).prompt(prompt)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: Text) -> list[int]:
+    """Ids of an answer, to be put after `encode_prompt`'s, its stop token included once."""
+    return Encoder(tokenizer).answer(prompt, answer)
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of an answer, without special tokens."""
+    text: Any = tokenizer.decode(
+        list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> frozenset[int]:
+    """Tokens that end an answer: EOS, the generation config's, and the chat template's."""
+    stops = {tokenizer.eos_token_id}
+    configured = generation_config.eos_token_id if generation_config else None
+    stops |= set(configured) if isinstance(configured, list | tuple) else {configured}
+    stops |= {Encoder(tokenizer).turn.stop} if tokenizer.chat_template else set()
+    return frozenset(stop for stop in stops if stop is not None)
+
+
+def audit_template(tokenizer: PreTrainedTokenizerBase) -> TemplateAudit:
+    """Try the tokenizer's chat template (or its plain text) for the known ways to go wrong."""
+    encoder, bos = Encoder(tokenizer), tokenizer.bos_token_id
+    chat = bool(tokenizer.chat_template)
+    prompt = encoder.prompt(ASKED if chat else PROBE)
+    begins = bos is not None and prompt[:1] == [bos]
+    stop = encoder.turn.stop if chat else tokenizer.eos_token_id
+    trained, keeps_turns = False, True
+    if stop is not None:
+        ids = encoder.answer(ASKED, ANSWERED) if chat else encoder.answer("q", "a")
+        trained = ids[-1] == stop
+    if chat:
+        try:
+            encoder.conversation([*ASKED, *ANSWERED, *ASKED, *ANSWERED])
+        except UserError:
+            keeps_turns = False
+    return TemplateAudit(
+        chat=chat,
+        stop_token=None if stop is None else str(tokenizer.convert_ids_to_tokens(stop)),
+        stop_token_trained=trained,
+        stop_is_eos=stop == tokenizer.eos_token_id,
+        bos="none" if not begins else "template" if chat else "tokenizer",
+        double_bos=begins and prompt[1:2] == [bos],
+        answer_head=encoder.turn.head if chat else "",
+        keeps_turns=keeps_turns,
+        pad_is_stop=tokenizer.pad_token_id in stop_token_ids(tokenizer),
+    )
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: Truncation,
+    counts: RowCounts,
+    train_on: Literal["answer", "all"] = "answer",
+) -> list[Example]:
+    """Tokenise records; every one is used, counted as dropped with its reason, or a UserError.
+
+    `truncation` of rows over `max_length` tokens: `error`; `drop`; `left` cuts the prompt's start
+    but for its BOS; `right` cuts the answer's end (its stop token goes with it). With `train_on`
+    "all" the first token is the prompt and all others are the answer, in the loss.
+    """
+    encoder = Encoder(tokenizer)
+    examples: list[Example] = []
+    for record in records:
+        try:
+            example = _checked(_example(encoder, record))
+            if isinstance(example, Example):
+                example = _fitted(example, max_length, truncation, tokenizer.bos_token_id, counts)
+        except UserError as error:
+            raise UserError(f"{located(record.where)}{error}") from error
+        if isinstance(example, str):
+            counts.drop(example)
+            continue
+        if train_on == "all":
+            (answer,) = example.answers
+            ids = example.prompt + answer
+            masks = ((True,) * (len(ids) - 1),)
+            example = replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
+        examples.append(replace(example, index=len(examples)))
+    counts.used += len(examples)
+    if not examples:
+        source = located(records[0].where.rpartition(":")[0]) if records else ""
+        raise UserError(
+            f"{source}no rows left to use: {counts.summary()}; mend the rows or options"
+        )
+    return examples
+
+
+def _example(encoder: Encoder, record: Record) -> Example:
+    """The record as ids, not yet cut."""
+    if isinstance(record, Conversation):
+        prompt, answer, mask = encoder.conversation(record.messages)
+        return Example(tuple(prompt), (tuple(answer),), (tuple(mask),), where=record.where)
+    if isinstance(record, Comparison):
+        record = record.as_ranking()
+    texts: tuple[Text, ...] = ()
+    if isinstance(record, Ranking):
+        texts = record.completions
+    elif not isinstance(record, Prompt):
+        texts = (record.completion,)
+    answers = tuple(tuple(encoder.answer(record.prompt, text)) for text in texts)
+    return Example(
+        prompt=tuple(encoder.prompt(record.prompt)),
+        answers=answers,
+        answer_masks=tuple((True,) * len(answer) for answer in answers),
+        tiers=record.tiers if isinstance(record, Ranking) else (),
+        labels=(record.label,) if isinstance(record, Unpaired) else (),
+        where=record.where,
+    )
+
+
+def _checked(example: Example) -> Example | str:
+    """The example, or why there is nothing to learn from it."""
+    if not example.prompt:
+        raise UserError("`prompt` is empty and the tokenizer has no BOS; give at least one token")
+    if len(example.tiers) == 1:
+        return "ranking without a strict pair"
+    if example.tiers and len(set(example.answers)) == 1:
+        raise UserError("the ranked answers are all equal as tokens; remove the row or mend it")
+    return example
+
+
+def _fitted(
+    example: Example, max_length: int, truncation: Truncation, bos: int | None, counts: RowCounts
+) -> Example | str:
+    """The example within `max_length` tokens, or why it cannot be."""
+    prompt, longest = example.prompt, max(map(len, example.answers), default=0)
+    if len(prompt) + longest <= max_length:
+        return example
+    if truncation == "error":
+        what = f"a prompt of {len(prompt)}"
+        what += f" and an answer of {longest} tokens are" if longest else " tokens is"
+        raise UserError(
+            f"{what} over the limit of {max_length} (--max-length); raise it, or choose "
+            "--truncation drop, left or right"
+        )
+    if truncation == "drop":
+        return f"longer than {max_length} tokens"
+    if truncation == "left":
+        room = max_length - longest
+        first = prompt[:1] if prompt[0] == bos and room > 1 else ()
+        kept = first + prompt[len(prompt) - room + len(first) :] if room > 0 else ()
+        example = replace(example, prompt=kept)
+    else:
+        room = max(0, max_length - len(prompt))
+        answers = tuple(answer[:room] for answer in example.answers)
+        masks = tuple(mask[:room] for mask in example.answer_masks)
+        example = replace(example, answers=answers, answer_masks=masks)
+    empty = not example.prompt or len(example.prompt) > max_length
+    unlearnable = not all(map(any, example.answer_masks))
+    if empty or unlearnable or (example.tiers and len(set(example.answers)) == 1):
+        return f"nothing left to learn once cut to {max_length} tokens"
+    counts.truncated += 1
+    return example
