@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from prefloop.data.tokenize import Example
 
@@ -61,6 +63,35 @@ class TokenBatch:
     def paths(self) -> list[list[int]]:
         """Each answer's whole sequence as rows of the stream: its ancestors' and its own."""
         return [rows_of_path(self.segments, s) for s in self.answer_segment]
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """Values of answers [A] as [examples, K], zero where an example has fewer answers."""
+        counts = [len(example.answers) for example in self.examples]
+        return pad_sequence(list(values.split(counts)), batch_first=True)
+
+    def tiers(self) -> Tensor:
+        """The rank of each answer [examples, K]: 0 is best, equal is a tie, -1 is no answer."""
+        width = max(len(example.answers) for example in self.examples)
+        ranks = torch.full((len(self.examples), width), -1)
+        for line, example in enumerate(self.examples):
+            for rank, tier in enumerate(example.tiers):
+                ranks[line, list(tier)] = rank
+        return ranks.to(self.input_ids.device)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Answers (winners [M], losers [M]) of every strictly ordered pair."""
+        pairs, first = [], 0
+        for example in self.examples:
+            for above, below in combinations(example.tiers, 2):
+                pairs += [(first + w, first + l) for w in above for l in below]
+            first += len(example.answers)
+        both = torch.tensor(pairs, dtype=torch.long).view(-1, 2).to(self.input_ids.device)
+        return both[:, 0], both[:, 1]
+
+    def margins(self) -> Tensor:
+        """The margin [examples, 1, 1] by which a preferred answer should lead."""
+        margins = torch.tensor([getattr(example, 'margin', 0.0) for example in self.examples])
+        return margins.view(-1, 1, 1).to(self.input_ids.device)
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with its tensors on `device`."""
@@ -147,3 +178,10 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Exa
         groups[-1].append(example)
         used += length
     return groups
+
+
+def to_batches(
+    examples: Sequence[Example], micro_batch_tokens: int, device: torch.device
+) -> list[TokenBatch]:
+    """Packed micro-batches on the device, in the order of the examples."""
+    return [pack(group).to(device) for group in micro_batches(examples, micro_batch_tokens)]

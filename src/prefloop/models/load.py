@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from transformers import (
 from prefloop.config import UserError
 from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.tokenize import Example
+from prefloop.runs import model_path
 from prefloop.models import adapters, attention
 
 log = logging.getLogger("prefloop")
@@ -56,6 +56,14 @@ class LoadedModel:
         return [p for p in self.module.parameters() if p.requires_grad]
 
 
+class ModelOptions(TypedDict):
+    """How a trained model differs from one that is only read."""
+
+    lora_rank: int
+    lora_alpha: float
+    gradient_checkpointing: bool
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one."""
     if name == "auto":
@@ -71,7 +79,7 @@ def pick_device(name: str) -> torch.device:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id."""
     try:
-        return AutoTokenizer.from_pretrained(_plain_path(path))
+        return AutoTokenizer.from_pretrained(model_path(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: no tokenizer found ({_first_line(error)}); save the tokenizer into the model's "
@@ -124,14 +132,8 @@ def load_scorer(
 
 def is_scorer_folder(path: str) -> bool:
     """Whether the folder or hub id holds a sequence classifier."""
-    config = AutoConfig.from_pretrained(_plain_path(path))
+    config = AutoConfig.from_pretrained(model_path(path))
     return any("SequenceClassification" in name for name in config.architectures or [])
-
-
-def _plain_path(path: str) -> str:
-    """The folder of a run means its final model."""
-    inside = Path(path) / "model"
-    return str(inside) if (inside / "config.json").exists() else path
 
 
 def _first_line(error: BaseException) -> str:
@@ -139,7 +141,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _from_pretrained(kind: Any, path: str, **options: Any) -> PreTrainedModel:
-    path = _plain_path(path)
+    path = model_path(path)
     try:
         if adapters.is_adapter_folder(path):
             return adapters.load_merged(kind, path, dtype=torch.float32, **options)

@@ -1,0 +1,81 @@
+"""The process group, and sums over its ranks. Started by torchrun; alone, everything is rank 0 of 1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def start(device: torch.device) -> None:
+    """Joins the process group that torchrun announces, if it does."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of what all ranks hold alike."""
+    return items[rank() :: world()]
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The rank's own GPU where several ranks share a machine."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def sum_tensor(values: Tensor) -> Tensor:
+    """The element-wise sum over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def sum_mapping(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Key-wise sums over ranks, in float64; ranks may lack some of the keys."""
+    if world() == 1:
+        return dict(values)
+    keys: list[list[str]] = [[] for _ in range(world())]
+    dist.all_gather_object(keys, list(values))
+    names = sorted({name for part in keys for name in part})
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.tensor([values.get(name, 0.0) for name in names], dtype=dtype, device=device)
+    return dict(zip(names, sum_tensor(sums).tolist(), strict=True))
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sums gradients over ranks; a rank that saw no row adds zeros."""
+    if world() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank."""
+    return sum_mapping({"flag": float(flag)}, device)["flag"] > 0
+
+
+def barrier() -> None:
+    """Waits for the other ranks."""
+    if world() > 1:
+        dist.barrier()

@@ -1,0 +1,259 @@
+"""THE loop. A method says which batches make a step and what their loss sums are; the loop does the
+rest: divides once by the counts of the whole step, clips, steps, logs, evaluates, saves, resumes.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from prefloop import distributed
+from prefloop.config import TrainingConfig, UserError
+from prefloop.models.load import LoadedModel, ModelOptions, pick_device
+from prefloop.runs import Run, newest_checkpoint
+from prefloop.training import checkpoint, optim
+from prefloop.training.optim import autocast
+from prefloop.training.progress import Progress
+
+Batch = TypeVar("Batch")
+
+
+class LossSums(NamedTuple):
+    """What a method makes of one micro-batch: sums only, never means."""
+
+    terms: Mapping[str, Tensor]  # per term: a scalar sum, coefficient included
+    metrics: Mapping[str, tuple[Tensor | float, float]]  # per metric: (sum, count)
+
+
+@dataclass(frozen=True)
+class Step(Generic[Batch]):
+    """One optimiser step's micro-batches, and what was measured while making them."""
+
+    batches: list[Batch]
+    tokens: int  # tokens of this rank's batches
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Method(Protocol[Batch]):
+    """A training method: what is trained, the steps, and the loss."""
+
+    @property
+    def trained(self) -> Mapping[str, LoadedModel]: ...  # the first is the policy or scorer
+    @property
+    def total_steps(self) -> int: ...
+    @property
+    def learning_rates(self) -> Mapping[str, float]: ...  # peaks that differ from config.lr
+    def steps(self, start_step: int) -> Iterator[Step[Batch]]: ...
+    def counts(self, batch: Batch) -> Mapping[str, float]: ...  # what each term is divided by
+    def loss(self, batch: Batch) -> LossSums: ...
+    def evaluate(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def export(self, folder: Path) -> None: ...
+
+
+class Interrupt:
+    """Turns the first SIGINT or SIGTERM into a flag, so that the loop can save; the second kills."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
+    """Trains `method` to its last step and exports it; goes on from the run's checkpoint if any."""
+    # 1. What is trained, and where it stands.
+    device = next(iter(method.trained.values())).device
+    parameters = {name: model.trainable() for name, model in method.trained.items()}
+    optimizer = optim.build_optimizer(parameters, config, method.learning_rates)
+    done, total_tokens = _resume(method, optimizer, run)
+    everything = [p for group in parameters.values() for p in group]
+    with Interrupt() as interrupt, Progress(method.total_steps, done) as progress:
+        for number, step in enumerate(method.steps(done), start=done + 1):
+            began = time.perf_counter()
+            # 2. Counts of the whole step first, so that each sum is divided once.
+            counts = distributed.sum_mapping(_total(method.counts(b) for b in step.batches), device)
+            # 3. Loss and gradients, micro-batch by micro-batch.
+            optimizer.zero_grad()
+            values, metrics = _accumulate(method, step.batches, counts, device, config.dtype)
+            distributed.sum_gradients(everything)
+            norms = {
+                "grad_norm" if not i else f"grad_norm/{name}": float(
+                    optim.clip_gradients(group, config.max_grad_norm)
+                )
+                for i, (name, group) in enumerate(parameters.items())
+            }
+            _stop_if_not_finite(values["loss"], norms, number, step.batches, run)
+            # 4. The step.
+            factor = optim.lr_factor(
+                number - 1, method.total_steps, config.warmup, config.lr_schedule
+            )
+            optim.set_lr(optimizer, factor)
+            if counts:  # PPO's target_kl leaves steps without a batch
+                optimizer.step()
+            # 5. Log, evaluate, save.
+            tokens = int(distributed.sum_mapping({"tokens": float(step.tokens)}, device)["tokens"])
+            last = number >= method.total_steps
+            seconds = time.perf_counter() - began
+            line = values | {"lr": config.lr * factor} | norms
+            line |= {"tokens_per_second": tokens / seconds} | metrics | dict(step.metrics)
+            if (config.eval_every and number % config.eval_every == 0) or last:
+                line |= {f"eval/{k}": v for k, v in method.evaluate().items()}
+            total_tokens += tokens
+            if number % config.log_every == 0 or last or step.metrics:
+                run.log_metrics(number, line)
+            run.log_samples(number, step.samples)
+            progress.advance(number, tokens, line["loss"])
+            stop = distributed.any_rank(interrupt.asked, device)
+            if (config.save_every and number % config.save_every == 0 and not last) or stop:
+                _save(method, optimizer, run, number, total_tokens, config.keep_checkpoints)
+            if stop:
+                raise KeyboardInterrupt
+            if last:
+                break
+    # 6. The result.
+    if distributed.rank() == 0:
+        method.export(run.directory)
+    distributed.barrier()
+    run.finish("finished", steps=method.total_steps, tokens=total_tokens)
+
+
+def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
+    """Joins the ranks, seeds, opens the run directory, and says where to compute."""
+    device = distributed.local_device(pick_device(config.device))
+    distributed.start(device)
+    torch.manual_seed(config.seed)
+    return Run.open(config, command, writes=distributed.rank() == 0), device
+
+
+def model_options(config: TrainingConfig) -> ModelOptions:
+    """What of the settings concerns the loading of a trained model."""
+    return {
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
+
+
+def _total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        for name, value in part.items():
+            total[name] += value  # type: ignore[assignment]
+    return dict(total)
+
+
+def _accumulate(
+    method: Method[Any],
+    batches: Iterable[Any],
+    counts: Mapping[str, float],
+    device: torch.device,
+    dtype: str,
+    backward: bool = True,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Runs the batches; returns the step's loss terms and metrics over all ranks."""
+    terms: dict[str, Tensor | float] = {}
+    sums: dict[str, Tensor | float] = {}
+    sizes: dict[str, float] = {}
+    for batch in batches:
+        with autocast(device, dtype):
+            out = method.loss(batch)
+        divided = {name: total / max(counts[name], 1.0) for name, total in out.terms.items()}
+        if backward:
+            torch.stack(list(divided.values())).sum().backward()  # type: ignore[no-untyped-call]
+        for name, part in divided.items():
+            terms[name] = terms.get(name, 0.0) + part.detach()
+        for name, (total, count) in out.metrics.items():
+            sums[name] = sums.get(name, 0.0) + (total.detach() if isinstance(total, Tensor) else total)
+            sizes[name] = sizes.get(name, 0.0) + count
+    values = distributed.sum_mapping({k: float(v) for k, v in terms.items()}, device)
+    totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()}, device)
+    sizes = distributed.sum_mapping(sizes, device)
+    losses = {"loss": sum(values.values())}
+    if len(values) > 1:
+        losses |= {f"loss/{name}": value for name, value in values.items()}
+    return losses, {name: totals[name] / sizes[name] for name in totals if sizes[name]}
+
+
+@torch.no_grad()
+def evaluate(
+    method: Method[Any], batches: list[Any], device: torch.device, dtype: str
+) -> dict[str, float]:
+    """Loss and metrics over held-out batches, by the same sums as in training."""
+    if not distributed.any_rank(bool(batches), device):
+        return {}
+    counts = distributed.sum_mapping(_total(method.counts(b) for b in batches), device)
+    values, metrics = _accumulate(method, batches, counts, device, dtype, backward=False)
+    return values | metrics
+
+
+def _stop_if_not_finite(
+    loss: float, norms: Mapping[str, float], number: int, batches: list[Any], run: Run
+) -> None:
+    if math.isfinite(loss) and all(map(math.isfinite, norms.values())):
+        return
+    kept = newest_checkpoint(run.directory)
+    raise UserError(
+        f"step {number}: the loss is {loss} and the gradient norm {norms['grad_norm']}; nothing was "
+        f"saved over {kept or 'the start'}; lower --lr, or look for a broken row"
+    )
+
+
+def _save(
+    method: Method[Any],
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    step: int,
+    tokens: int,
+    keep: int,
+) -> None:
+    if distributed.rank() == 0:
+        models = {n: checkpoint.trainable_state(m.module) for n, m in method.trained.items()}
+        state = {
+            "step": step,
+            "models": models,
+            "optimizer": optimizer.state_dict(),
+            "method": method.state_dict(),
+            "rng": torch.get_rng_state(),
+            "tokens": tokens,
+        }
+        checkpoint.save(run.checkpoints, step, state, keep)
+    distributed.barrier()
+
+
+def _resume(
+    method: Method[Any], optimizer: torch.optim.Optimizer, run: Run
+) -> tuple[int, int]:
+    """Puts the run's checkpoint back; returns the steps and tokens done, 0 without one."""
+    if run.resume_from is None:
+        return 0, 0
+    state = checkpoint.load(run.resume_from)
+    for name, model in method.trained.items():
+        checkpoint.load_trainable_state(model.module, state["models"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    method.load_state_dict(state["method"])
+    torch.set_rng_state(state["rng"])
+    return int(state["step"]), int(state["tokens"])

@@ -1,0 +1,70 @@
+"""AdamW, its parameter groups, the learning-rate schedule and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefloop.config import TrainingConfig
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """bfloat16 compute over float32 master weights, or nothing."""
+    if dtype == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def build_optimizer(
+    modules: Mapping[str, Sequence[nn.Parameter]],
+    config: TrainingConfig,
+    learning_rates: Mapping[str, float],
+) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay falls on matrices only."""
+    groups: list[dict[str, Any]] = []
+    for name, parameters in modules.items():
+        peak = learning_rates.get(name, config.lr)
+        for decay, chosen in (
+            (config.weight_decay, [p for p in parameters if p.ndim >= 2]),
+            (0.0, [p for p in parameters if p.ndim < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+def lr_factor(step: int, total_steps: int, warmup: float, schedule: str) -> float:
+    """Share of the peak learning rate at `step` (0-based): a linear rise, then the schedule.
+
+    The first step already learns: factor 1/w for w warm-up steps.
+    """
+    rise = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
+    if step < rise:
+        return (step + 1) / rise
+    if schedule == "constant":
+        return 1.0
+    done = (step - rise) / max(1, total_steps - rise)
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Gives each group its peak learning rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales gradients down to `max_norm` (0 leaves them) and returns their norm before."""
+    bound = max_norm if max_norm > 0 else math.inf
+    return nn.utils.clip_grad_norm_(parameters, bound)

@@ -1,0 +1,288 @@
+"""PPO (arXiv 1707.06347) with the details of "The N+ implementation details" (arXiv 2403.17031).
+
+An iteration samples answers with the newest weights, scores them, and takes
+`ppo_epochs` x `num_minibatches` optimiser steps on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefloop import distributed
+from prefloop.config import PPOConfig, UserError
+from prefloop.data import stream
+from prefloop.data.batches import TokenBatch, micro_batches, pack, to_batches
+from prefloop.data.tokenize import Example, stop_token_ids
+from prefloop.evaluation.judges import function_judge, model_judge
+from prefloop.losses import ppo as losses
+from prefloop.losses.sft import sft_loss
+from prefloop.models.export import export_model
+from prefloop.models.heads import answer_log_probs, token_values
+from prefloop.models.load import LoadedModel, load_policy, load_scorer
+from prefloop.runs import Run
+from prefloop.training import loop
+from prefloop.training.loop import LossSums, Step
+from prefloop.training.rollout import Rollouts, Sampler, text_scorer, token_scorer
+from prefloop.training.rows import Prompts, read_demonstrations, read_prompts
+
+
+class MicroBatch(NamedTuple):
+    """Sampled answers with what the clipped losses need of their N tokens; or PPO-ptx rows."""
+
+    batch: TokenBatch
+    log_probs: Tensor | None = None  # [N] log pi_old; None marks PPO-ptx rows
+    advantages: Tensor | None = None  # [N]
+    values: Tensor | None = None  # [N]
+    returns: Tensor | None = None  # [N]
+
+
+class PPO:
+    """The method: `steps()` samples, so the one loop serves it."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        sampler: Sampler,
+        prompts: Prompts,
+        ptx_examples: list[Example],
+        eval_prompts: Prompts,
+    ) -> None:
+        self.config, self.sampler, self.prompts = config, sampler, prompts
+        self.policy, self.critic = sampler.policy, sampler.critic
+        self.ptx_examples, self.eval_prompts = ptx_examples, eval_prompts
+        self.kl_coef = config.kl_coef
+        self.rollouts: Rollouts | None = None  # of the iteration under way
+        self.stopped_early = False  # the iteration under way, by target_kl
+        self._approxkl = {"sum": 0.0, "count": 0.0}
+
+    @property
+    def trained(self) -> Mapping[str, LoadedModel]:
+        """See Method."""
+        return {"policy": self.policy} | ({"value": self.critic} if self.critic else {})
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]:
+        """The critic's own, where set."""
+        return {"value": self.config.value_lr} if self.config.value_lr else {}
+
+    @property
+    def _prompts_per_iteration(self) -> int:
+        return self.config.batch_size * self.config.num_minibatches
+
+    @property
+    def _steps_per_iteration(self) -> int:
+        return self.config.ppo_epochs * self.config.num_minibatches
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps: iterations x passes x minibatches, or `max_steps`."""
+        iterations = stream.total_steps(
+            len(self.prompts.examples), self._prompts_per_iteration, self.config.epochs, 0
+        )
+        return self.config.max_steps or iterations * self._steps_per_iteration
+
+    def steps(self, start_step: int) -> Iterator[Step[MicroBatch]]:
+        """See Method. A resumed iteration goes on with the rollouts it had."""
+        first, within = divmod(start_step, self._steps_per_iteration)
+        iterations = math.ceil(self.total_steps / self._steps_per_iteration)
+        for iteration in range(first, iterations):
+            metrics: dict[str, float] = {}
+            samples: list[dict[str, Any]] = []
+            if iteration > first or within == 0:
+                self.stopped_early = False
+                self.rollouts, metrics, samples = self._roll_out(iteration, iterations)
+            for number in range(within, self._steps_per_iteration):
+                batches = [] if self.stopped_early else self._minibatch(iteration, number)
+                tokens = sum(b.batch.tokens for b in batches) * len(self.trained)
+                yield Step(batches, tokens, metrics, samples)
+                metrics, samples = {}, []
+                self._maybe_stop_early()
+            within = 0
+
+    def _roll_out(
+        self, iteration: int, iterations: int
+    ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
+        count = len(self.prompts.examples)
+        size = min(self._prompts_per_iteration, count)
+        order = stream.step_rows(count, size, 1.0, iterations, self.config.seed, iteration)
+        mine = distributed.mine(next(order))
+        seed = self.config.seed * 1_000_003 + iteration * distributed.world() + distributed.rank()
+        rollouts, metrics, samples = self.sampler.roll_out(
+            self.prompts.take(mine), self.kl_coef, seed
+        )
+        metrics["kl_coef"] = self.kl_coef
+        if self.config.kl_target:
+            self.kl_coef = losses.next_kl_coef(
+                self.kl_coef,
+                metrics["objective/kl"],
+                target=self.config.kl_target,
+                episodes=size * self.config.samples_per_prompt,
+                horizon=self.config.kl_horizon,
+            )
+        return rollouts, metrics, samples
+
+    def _minibatch(self, iteration: int, number: int) -> list[MicroBatch]:
+        """Micro-batches of the iteration's step `number`."""
+        assert self.rollouts is not None
+        epoch, part = divmod(number, self.config.num_minibatches)
+        examples = self.rollouts.examples
+        seed = self.config.seed * 1_000_003 + iteration
+        order = stream.epoch_order(len(examples), seed, epoch)
+        chosen = order[part :: self.config.num_minibatches]
+        batches = []
+        for group in micro_batches([examples[i] for i in chosen], self.config.micro_batch_tokens):
+            picked, chosen = chosen[: len(group)], chosen[len(group) :]
+            batches.append(self._micro_batch(group, picked))
+        if self.ptx_examples:
+            step = iteration * self._steps_per_iteration + number
+            count, size = len(self.ptx_examples), self.config.batch_size
+            rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step))
+            mine = [self.ptx_examples[row] for row in distributed.mine(rows)]
+            packed = to_batches(mine, self.config.micro_batch_tokens, self.policy.device)
+            batches += [MicroBatch(batch) for batch in packed]
+        return batches
+
+    def _micro_batch(self, group: Sequence[Example], picked: Sequence[int]) -> MicroBatch:
+        assert self.rollouts is not None
+        k = self.config.samples_per_prompt
+        answers = torch.tensor([i * k + j for i in picked for j in range(k)])
+        mask = self.rollouts.mask[answers]
+        flat = [
+            getattr(self.rollouts, name)[answers][mask].to(self.policy.device)
+            for name in ("log_probs", "advantages", "values", "returns")
+        ]
+        return MicroBatch(pack(group).to(self.policy.device), *flat)
+
+    def counts(self, item: MicroBatch) -> Mapping[str, float]:
+        """Generated tokens, or the tokens of PPO-ptx rows."""
+        tokens = item.batch.target_ids.numel()
+        if item.log_probs is None:
+            return {"ptx": tokens}
+        return {"policy_avg": tokens} | ({"value_avg": tokens} if self.critic else {})
+
+    def loss(self, item: MicroBatch) -> LossSums:
+        """Clipped policy loss + vf_coef x clipped value loss, or ptx_coef x NLL."""
+        config, batch = self.config, item.batch
+        if item.log_probs is None:
+            nll = sft_loss(answer_log_probs(self.policy, batch).log_probs).sum
+            return LossSums({"ptx": config.ptx_coef * nll}, {})
+        assert item.advantages is not None and item.values is not None
+        log_probs = answer_log_probs(self.policy, batch, config.temperature).log_probs
+        policy = losses.policy_loss(
+            log_probs, item.log_probs, item.advantages, cliprange=config.cliprange
+        )
+        count = float(policy.count)
+        terms = {"policy_avg": policy.sum}
+        metrics: dict[str, tuple[Tensor | float, float]] = {
+            "policy/approxkl_avg": (policy.approxkl_sum, count),
+            "policy/clipfrac_avg": (policy.clipfrac_sum, count),
+            "val/ratio": (policy.ratio_sum, count),
+        }
+        if self.critic:
+            assert item.returns is not None
+            value = losses.value_loss(
+                token_values(self.critic, batch),
+                item.values,
+                item.returns,
+                cliprange_value=config.cliprange_value,
+            )
+            terms["value_avg"] = config.vf_coef * value.sum
+            metrics["val/clipfrac_avg"] = (value.clipfrac_sum, count)
+        if torch.is_grad_enabled():
+            self._approxkl["sum"] += float(policy.approxkl_sum)
+            self._approxkl["count"] += count
+        return LossSums(terms, metrics)
+
+    def _maybe_stop_early(self) -> None:
+        total = distributed.sum_mapping(self._approxkl, self.policy.device)
+        self._approxkl = {"sum": 0.0, "count": 0.0}
+        if self.config.target_kl and total["count"]:
+            self.stopped_early |= total["sum"] / total["count"] > self.config.target_kl
+
+    def evaluate(self) -> dict[str, float]:
+        """Answers to held-out prompts: score, KL, length."""
+        if not self.eval_prompts.examples:
+            return {}
+        mine = range(distributed.rank(), len(self.eval_prompts.examples), distributed.world())
+        return self.sampler.roll_out(self.eval_prompts.take(mine), self.kl_coef, 0)[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The KL controller, and the rollouts of the iteration under way."""
+        return {
+            "kl_coef": self.kl_coef,
+            "stopped_early": self.stopped_early,
+            "rollouts": self.rollouts.state_dict() if self.rollouts else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See Method."""
+        self.kl_coef, self.stopped_early = state["kl_coef"], state["stopped_early"]
+        if state["rollouts"] is not None:
+            self.rollouts = Rollouts.from_state_dict(state["rollouts"])
+
+    def export(self, folder: Path) -> None:
+        """The policy, and the critic as `value_model/`."""
+        export_model(self.policy, folder / "model")
+        if self.critic:
+            export_model(self.critic, folder / "value_model")
+
+
+def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
+    """Loads the models and prompts that the settings name."""
+    # 1. Policy and its frozen reference.
+    policy = load_policy(config.model, device, **loop.model_options(config))
+    reference = None
+    if config.ref_model is not None:
+        reference = load_policy(config.ref_model, device)
+    elif not config.lora_rank:
+        frozen = copy.deepcopy(policy.module).requires_grad_(False)
+        reference = replace(policy, module=frozen)
+    # 2. What scores.
+    if (config.reward_model is None) == (config.reward_function is None):
+        raise UserError("ppo needs one of --reward-model and --reward-function")
+    value_start = config.value_model or config.model
+    if config.reward_model is not None:
+        reward_model = load_scorer(config.reward_model, device)
+        if reward_model.tokenizer.get_vocab() == policy.tokenizer.get_vocab():
+            scorer = token_scorer(reward_model, config)
+            value_start = config.value_model or config.reward_model
+        else:
+            judge = model_judge(
+                reward_model, config.dtype, config.max_length, config.micro_batch_tokens
+            )
+            scorer = text_scorer(judge)
+    else:
+        assert config.reward_function is not None
+        scorer = text_scorer(function_judge(config.reward_function))
+    # 3. The critic.
+    critic = None
+    if config.advantage == "gae":
+        critic = load_scorer(
+            value_start, device, seed=config.seed, **loop.model_options(config)
+        )
+    # 4. Prompts.
+    prompts, eval_prompts = read_prompts(config, policy.tokenizer, run)
+    ptx: list[Example] = []
+    if config.sft_data is not None:
+        ptx = read_demonstrations(config.sft_data, config, policy.tokenizer, run)
+    stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
+    sampler = Sampler(config, policy, critic, reference, scorer, stops)
+    return PPO(config, sampler, prompts, ptx, eval_prompts)
+
+
+def run(config: PPOConfig) -> Run:
+    """`prefloop ppo`: trains and returns the finished run."""
+    run, device = loop.start(config, "ppo")
+    with run:
+        if run.finished:
+            return run
+        loop.train(build(config, device, run), config, run)
+    return run

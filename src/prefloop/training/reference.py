@@ -1,0 +1,83 @@
+"""The reference policy's log-probs, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prefloop import distributed
+from prefloop.config import DPOConfig
+from prefloop.data.batches import to_batches
+from prefloop.data.tokenize import Example
+from prefloop.losses.masked import segment_sum
+from prefloop.models.heads import answer_log_probs
+from prefloop.models.load import LoadedModel, load_policy
+from prefloop.training.optim import autocast
+
+
+def mismatched(examples: list[Example]) -> list[Example]:
+    """Each prompt with the answer of the next row that has another prompt, for KTO's KL estimate."""
+    pairs = []
+    for number, example in enumerate(examples):
+        following = (examples[(number + k) % len(examples)] for k in range(1, len(examples)))
+        other = next((e for e in following if e.prompt != example.prompt), example)
+        pairs.append(
+            Example(
+                example.prompt,
+                other.answers,
+                other.answer_masks,
+                index=example.index,
+                where=example.where,
+            )
+        )
+    return pairs
+
+
+@torch.no_grad()
+def reference_log_probs(
+    config: DPOConfig, policy: LoadedModel, examples: list[Example], cache: Path
+) -> list[Tensor]:
+    """log pi_ref of every answer, per example [K]; computed once and kept in the file `cache`.
+
+    The reference is `--ref-model`, or the policy's weights in memory as they are now. The file is
+    used again only while weights and tokens hash to what it was made from.
+    """
+    reference = policy
+    if config.ref_model is not None:
+        reference = load_policy(config.ref_model, policy.device)
+    key = _fingerprint(reference, examples, config.dtype)
+    sizes = [len(example.answers) for example in examples]
+    if cache.exists():
+        stored = load_file(cache)
+        if key in stored:
+            return list(stored[key].split(sizes))
+    sums = torch.zeros(sum(sizes))
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    mine = range(distributed.rank(), len(examples), distributed.world())
+    own = [examples[i] for i in mine]
+    spots = iter([spot for i in mine for spot in range(starts[i], starts[i + 1])])
+    for batch in to_batches(own, config.micro_batch_tokens, reference.device):
+        with autocast(reference.device, config.dtype):
+            tokens = answer_log_probs(reference, batch).log_probs
+        for value in segment_sum(tokens, batch.target_answer, batch.answers).cpu():
+            sums[next(spots)] = value
+    sums = distributed.sum_tensor(sums.to(reference.device)).cpu()
+    if distributed.rank() == 0:
+        temporary = cache.with_name(f".{cache.name}.tmp")
+        save_file({key: sums}, temporary)
+        temporary.replace(cache)
+    return list(sums.split(sizes))
+
+
+def _fingerprint(model: LoadedModel, examples: list[Example], dtype: str) -> str:
+    digest = hashlib.sha256(dtype.encode())
+    for name, tensor in model.hf.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for example in examples:
+        digest.update(repr((example.prompt, example.answers, example.answer_masks)).encode())
+    return digest.hexdigest()

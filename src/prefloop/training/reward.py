@@ -1,0 +1,138 @@
+"""Reward model from rankings (InstructGPT, arXiv 2203.02155): one forward per answer, not per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefloop import distributed
+from prefloop.config import RewardConfig
+from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.tokenize import Example
+from prefloop.losses import reward as losses
+from prefloop.losses.masked import Total
+from prefloop.models.export import export_model
+from prefloop.models.heads import answer_scores
+from prefloop.models.load import LoadedModel, load_scorer
+from prefloop.runs import Run
+from prefloop.training import loop, rows
+from prefloop.training.loop import LossSums, Step
+
+STATISTICS_PROMPTS = 512  # training prompts whose answers give the stored mean and deviation
+
+
+class Reward:
+    """The method: a loss over the scores of each prompt's answers."""
+
+    learning_rates: Mapping[str, float] = {}
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        scorer: LoadedModel,
+        examples: list[Example],
+        eval_examples: list[Example],
+    ) -> None:
+        self.config, self.scorer, self.examples = config, scorer, examples
+        self.eval_batches = to_batches(
+            distributed.mine(eval_examples), config.micro_batch_tokens, scorer.device
+        )
+
+    @property
+    def trained(self) -> Mapping[str, LoadedModel]:
+        """See Method."""
+        return {"scorer": self.scorer}
+
+    @property
+    def total_steps(self) -> int:
+        """See Method."""
+        return rows.total_steps(self.config, len(self.examples))
+
+    def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
+        """See Method."""
+        return rows.supervised_steps(self.examples, self.config, self.scorer.device, start_step)
+
+    def counts(self, batch: TokenBatch) -> Mapping[str, float]:
+        """Prompts or pairs, and answers for the centring term."""
+        by_prompt = self.config.normalize == "prompt" or self.config.loss == "plackett-luce"
+        size = sum(1 if by_prompt else self._pairs(e) for e in batch.examples)
+        return {"ranking": size, "center": batch.answers}
+
+    def _pairs(self, example: Example) -> int:
+        sizes = [len(tier) for tier in example.tiers]
+        if self.config.loss in ("rao-kupper", "davidson"):  # ties count as pairs
+            return sum(sizes) * (sum(sizes) - 1) // 2
+        return (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
+
+    def loss(self, batch: TokenBatch) -> LossSums:
+        """The ranking loss, and c * sum(score^2) where asked."""
+        scores, tiers = batch.by_example(answer_scores(self.scorer, batch)), batch.tiers()
+        terms = {"ranking": self._ranking_loss(scores, tiers, batch.margins()).sum}
+        center = losses.centering_loss(scores, tiers)
+        if self.config.center_coefficient:
+            terms["center"] = self.config.center_coefficient * center.sum
+        with torch.no_grad():
+            accuracy = losses.ranking_accuracy(scores, tiers)
+            total = torch.where(tiers >= 0, scores, 0.0).sum()
+        return LossSums(
+            terms,
+            {
+                "accuracy": (accuracy.sum, float(accuracy.count)),
+                "scores/mean": (total, batch.answers),
+                "scores/mean_square": (center.sum, batch.answers),
+            },
+        )
+
+    def _ranking_loss(self, scores: Tensor, tiers: Tensor, margins: Tensor) -> Total:
+        config = self.config
+        if config.loss == "plackett-luce":
+            return losses.plackett_luce_loss(scores, tiers)
+        if config.loss == "rao-kupper":
+            return losses.rao_kupper_loss(scores, tiers, config.tie_parameter, config.normalize)
+        if config.loss == "davidson":
+            return losses.davidson_loss(scores, tiers, config.tie_parameter, config.normalize)
+        return losses.bradley_terry_loss(scores, tiers, margins, config.normalize)
+
+    def evaluate(self) -> dict[str, float]:
+        """See Method."""
+        return loop.evaluate(self, self.eval_batches, self.scorer.device, self.config.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: rows follow from seed and step."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See Method."""
+
+    def export(self, folder: Path) -> None:
+        """A sequence-classification folder whose config holds the scores' mean and deviation.
+
+        Transformers' heads have no bias to shift, so the mean is stored and prefloop subtracts it.
+        """
+        scores = self._training_scores()
+        config = self.scorer.hf.config
+        config.reward_mean, config.reward_std = float(scores.mean()), float(scores.std())
+        export_model(self.scorer, folder / "model")
+
+    @torch.no_grad()
+    def _training_scores(self) -> Tensor:
+        batches = to_batches(
+            self.examples[:STATISTICS_PROMPTS], self.config.micro_batch_tokens, self.scorer.device
+        )
+        return torch.cat([answer_scores(self.scorer, batch) for batch in batches])
+
+
+def run(config: RewardConfig) -> Run:
+    """`prefloop reward`: trains and returns the finished run."""
+    run, device = loop.start(config, "reward")
+    with run:
+        if run.finished:
+            return run
+        scorer = load_scorer(config.model, device, seed=config.seed, **loop.model_options(config))
+        examples, held_out = rows.read_examples(config, "preference", scorer.tokenizer, run)
+        loop.train(Reward(config, scorer, examples, held_out), config, run)
+    return run

@@ -1,0 +1,249 @@
+"""Rollouts: what PPO learns from. Sample, score, and turn both into rewards and advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from prefloop import distributed
+from prefloop.config import PPOConfig
+from prefloop.data.batches import to_batches
+from prefloop.data.tokenize import Example, decode_answer
+from prefloop.evaluation.health import distinct_n
+from prefloop.generation.engine import Engine
+from prefloop.generation.sampler import Sampling
+from prefloop.losses import ppo as losses
+from prefloop.losses.kl import k1
+from prefloop.models import adapters
+from prefloop.models.heads import answer_log_probs, answer_scores, token_values
+from prefloop.models.load import LoadedModel
+from prefloop.records import Text, text_to_json
+from prefloop.evaluation.judges import Judge
+from prefloop.training.optim import autocast
+from prefloop.training.rows import Prompts
+
+LOGGED_SAMPLES = 4  # of each iteration, in samples.jsonl
+Scorer = Callable[[Sequence[Text], Sequence[str], Sequence[Example]], list[float]]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B sampled answers of up to T tokens; `mask` is true on generated tokens."""
+
+    examples: tuple[Example, ...]  # one a prompt, with its sampled answers, B answers in all
+    mask: Tensor  # [B, T]
+    log_probs: Tensor  # [B, T] log pi_old at the sampling temperature
+    ref_log_probs: Tensor  # [B, T]
+    advantages: Tensor  # [B, T] whitened
+    values: Tensor  # [B, T]; zeros without a critic
+    returns: Tensor  # [B, T]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and tuples, for the checkpoint."""
+        fields = dict(vars(self))
+        fields["examples"] = [(e.prompt, e.answers, e.index, e.where) for e in self.examples]
+        return fields
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Rollouts:
+        """What `state_dict` gave."""
+        examples = tuple(
+            with_answers(Example(tuple(p), (), (), index=i, where=w), answers)
+            for p, answers, i, w in state["examples"]
+        )
+        return cls(**{**state, "examples": examples})
+
+
+def with_answers(prompt: Example, answers: Sequence[Sequence[int]]) -> Example:
+    """A prompt with answers, all of whose tokens are in the loss."""
+    return Example(
+        prompt.prompt,
+        tuple(tuple(answer) for answer in answers),
+        tuple((True,) * len(answer) for answer in answers),
+        index=prompt.index,
+        where=prompt.where,
+    )
+
+
+def padded(flat: Tensor, examples: Sequence[Example]) -> Tensor:
+    """Values of answer tokens [N], in order, as [B, T] with zeros behind."""
+    lengths = [len(answer) for example in examples for answer in example.answers]
+    return pad_sequence(list(flat.split(lengths)), batch_first=True)
+
+
+def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
+    """Scores of the sampled tokens themselves, by a reward model with the policy's tokenizer."""
+    mean = float(getattr(scorer.hf.config, "reward_mean", 0.0))  # of its training answers
+
+    @torch.no_grad()
+    def score(
+        prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
+    ) -> list[float]:
+        scores: list[float] = []
+        for batch in to_batches(examples, config.micro_batch_tokens, scorer.device):
+            with autocast(scorer.device, config.dtype):
+                scores += answer_scores(scorer, batch).tolist()
+        return [value - mean for value in scores]
+
+    return score
+
+
+def text_scorer(judge: Judge) -> Scorer:
+    """Scores of the answers' text, by a Python function or a model with another tokenizer."""
+    return lambda prompts, completions, examples: judge(prompts, completions)
+
+
+def advantages_and_returns(
+    config: PPOConfig,
+    scores: Tensor,
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor]:
+    """Advantages [B, T], whitened over all ranks' tokens, and the critic's targets [B, T]."""
+    if config.advantage == "gae":
+        rewards = losses.token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef)
+        if config.whiten_rewards:
+            rewards = _whiten(rewards, mask, shift_mean=False)
+        advantages = losses.gae(
+            rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda
+        )
+        return _whiten(advantages, mask), (advantages + values) * mask
+    kl = ((log_probs - ref_log_probs) * mask).sum(1)
+    groups = (scores - kl_coef * kl).view(-1, config.samples_per_prompt)
+    baseline = losses.rloo_advantages if config.advantage == "rloo" else losses.grpo_advantages
+    per_answer = baseline(groups).flatten()
+    return per_answer[:, None] * mask, torch.zeros_like(values)
+
+
+def _whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    parts = losses.moments(x, mask)
+    sums = torch.stack([parts.sum, parts.sum_of_squares, parts.count.double()])
+    total = distributed.sum_tensor(sums)
+    whole = losses.Moments(total[0], total[1], total[2].long())
+    return losses.whiten(x, mask, whole.mean, whole.variance, shift_mean)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The models and settings that make rollouts."""
+
+    config: PPOConfig
+    policy: LoadedModel
+    critic: LoadedModel | None
+    reference: LoadedModel | None  # None: the policy without its adapters
+    scorer: Scorer
+    stop_token_ids: frozenset[int]
+
+    @torch.no_grad()
+    def roll_out(
+        self, prompts: Prompts, kl_coef: float, seed: int
+    ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
+        """Samples, scores and weighs answers; returns them with metrics and readable samples."""
+        config = self.config
+        # 1. Sample from the newest weights.
+        engine = Engine(self.policy, config.max_concurrent, config.dtype)
+        sampling = Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            stop_token_ids=self.stop_token_ids,
+        )
+        ids = [example.prompt for example in prompts.examples]
+        groups = engine.generate(ids, config.samples_per_prompt, sampling, seed)
+        examples = [
+            with_answers(example, [sample.tokens for sample in group])
+            for example, group in zip(prompts.examples, groups, strict=True)
+        ]
+        # 2. Log-probs of policy and reference, and values, as the trainer computes them.
+        log_probs, ref_log_probs, values = self._forward_passes(examples)
+        lengths = torch.tensor([len(answer) for e in examples for answer in e.answers])
+        mask = torch.arange(log_probs.shape[1]) < lengths[:, None]
+        # 3. Scores.
+        flat = [sample for group in groups for sample in group]
+        texts = [decode_answer(self.policy.tokenizer, sample.tokens) for sample in flat]
+        asked = [p.prompt for p in prompts.records for _ in range(config.samples_per_prompt)]
+        stopped = torch.tensor([sample.finish_reason == "stop" for sample in flat])
+        raw = torch.tensor(self.scorer(asked, texts, examples), dtype=torch.float32)
+        scores = self._adjusted(raw, stopped)
+        # 4. Advantages and returns.
+        advantages, returns = advantages_and_returns(
+            config, scores, log_probs, ref_log_probs, values, mask, kl_coef
+        )
+        rollouts = Rollouts(
+            tuple(examples), mask, log_probs, ref_log_probs, advantages, values, returns
+        )
+        metrics = rollout_metrics(rollouts, scores, stopped, kl_coef, self.policy.device)
+        samples = [
+            {"prompt": text_to_json(asked[i]), "completion": texts[i], "score": float(raw[i])}
+            for i in range(0, len(flat), max(1, len(flat) // LOGGED_SAMPLES))
+        ][:LOGGED_SAMPLES]
+        return rollouts, metrics, samples
+
+    def _forward_passes(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+        config, device = self.config, self.policy.device
+        new: list[Tensor] = []
+        old: list[Tensor] = []
+        values: list[Tensor] = []
+        for batch in to_batches(examples, config.micro_batch_tokens, device):
+            with autocast(device, config.dtype):
+                new.append(answer_log_probs(self.policy, batch, config.temperature).log_probs)
+                if self.reference:
+                    ref = answer_log_probs(self.reference, batch, config.temperature)
+                else:
+                    with adapters.without_adapters(self.policy.module):
+                        ref = answer_log_probs(self.policy, batch, config.temperature)
+                old.append(ref.log_probs)
+                if self.critic:
+                    values.append(token_values(self.critic, batch))
+        log_probs = padded(torch.cat(new).cpu(), examples)
+        ref_log_probs = padded(torch.cat(old).cpu(), examples)
+        if not self.critic:
+            return log_probs, ref_log_probs, torch.zeros_like(log_probs)
+        return log_probs, ref_log_probs, padded(torch.cat(values).cpu(), examples)
+
+    def _adjusted(self, scores: Tensor, stopped: Tensor) -> Tensor:
+        if self.config.missing_eos_penalty is not None:
+            scores = torch.where(stopped, scores, self.config.missing_eos_penalty)
+        if self.config.reward_clip:
+            scores = scores.clamp(-self.config.reward_clip, self.config.reward_clip)
+        return scores
+
+
+def rollout_metrics(
+    rollouts: Rollouts, scores: Tensor, stopped: Tensor, kl_coef: float, device: torch.device
+) -> dict[str, float]:
+    """Means over all ranks' answers, named as TRL 1.12's PPO names them.
+
+    length_p95 and distinct_2 are means of the ranks' own.
+    """
+    mask = rollouts.mask
+    kl = k1(rollouts.log_probs - rollouts.ref_log_probs).mul(mask).sum(1)
+    lengths = mask.sum(1).float()
+    answers = [answer for example in rollouts.examples for answer in example.answers]
+    size = len(scores)
+    sums = {
+        "objective/kl": kl.sum(),
+        "objective/entropy": -(rollouts.log_probs * mask).sum(),
+        "objective/scores": scores.sum(),
+        "objective/non_score_reward": -kl_coef * kl.sum(),
+        "objective/rlhf_reward": scores.sum() - kl_coef * kl.sum(),
+        "length_mean": lengths.sum(),
+        "length_p95": lengths.quantile(0.95) * size,
+        "truncated": (~stopped).sum(),
+        "distinct_2": torch.tensor(distinct_n(answers, 2)) * size,
+    }
+    totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()} | {"n": size}, device)
+    metrics = {name: totals[name] / totals["n"] for name in sums}
+    metrics["val/num_eos_tokens"] = totals["n"] - totals["truncated"]
+    if bool(rollouts.returns.any()):
+        error = (rollouts.returns - rollouts.values)[mask].var(correction=0)
+        spread = rollouts.returns[mask].var(correction=0)
+        metrics["val/explained_variance"] = float(1 - error / spread)
+    return metrics

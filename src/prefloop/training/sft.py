@@ -1,0 +1,89 @@
+"""Supervised fine-tuning: negative log-likelihood of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefloop import distributed
+from prefloop.config import SFTConfig
+from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.tokenize import Example
+from prefloop.losses.sft import sft_loss
+from prefloop.models.export import export_model
+from prefloop.models.heads import answer_log_probs
+from prefloop.models.load import LoadedModel, load_policy
+from prefloop.runs import Run
+from prefloop.training import loop, rows
+from prefloop.training.loop import LossSums, Step
+
+
+class SFT:
+    """The method: every answer token counts the same, over the whole step."""
+
+    learning_rates: Mapping[str, float] = {}
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        policy: LoadedModel,
+        examples: list[Example],
+        eval_examples: list[Example],
+    ) -> None:
+        self.config, self.policy, self.examples = config, policy, examples
+        self.eval_batches = to_batches(
+            distributed.mine(eval_examples), config.micro_batch_tokens, policy.device
+        )
+
+    @property
+    def trained(self) -> Mapping[str, LoadedModel]:
+        """See Method."""
+        return {"policy": self.policy}
+
+    @property
+    def total_steps(self) -> int:
+        """See Method."""
+        return rows.total_steps(self.config, len(self.examples))
+
+    def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
+        """See Method."""
+        return rows.supervised_steps(self.examples, self.config, self.policy.device, start_step)
+
+    def counts(self, batch: TokenBatch) -> Mapping[str, float]:
+        """Answer tokens."""
+        return {"sft": batch.target_ids.numel()}
+
+    def loss(self, batch: TokenBatch) -> LossSums:
+        """L = -sum_t log pi(y_t | .) / N."""
+        log_probs = answer_log_probs(self.policy, batch).log_probs
+        return LossSums({"sft": sft_loss(log_probs).sum}, {})
+
+    def evaluate(self) -> dict[str, float]:
+        """See Method."""
+        return loop.evaluate(self, self.eval_batches, self.policy.device, self.config.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: rows follow from seed and step."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See Method."""
+
+    def export(self, folder: Path) -> None:
+        """See Method."""
+        export_model(self.policy, folder / "model")
+
+
+def run(config: SFTConfig) -> Run:
+    """`prefloop sft`: trains and returns the finished run."""
+    run, device = loop.start(config, "sft")
+    with run:
+        if run.finished:
+            return run
+        policy = load_policy(config.model, device, **loop.model_options(config))
+        examples, held_out = rows.read_examples(
+            config, "demonstration", policy.tokenizer, run, config.train_on
+        )
+        loop.train(SFT(config, policy, examples, held_out), config, run)
+    return run
