@@ -103,7 +103,7 @@ def test_flag_faults_are_one_line(flags, message, capsys):
 
 
 def test_missing_settings_are_named(tmp_path):
-    with pytest.raises(UserError, match="--data is missing; give it$"):
+    with pytest.raises(UserError, match=r"--data is missing; give it$"):
         resolve(SFTConfig, None, ["--model", "m"])
     with pytest.raises(UserError, match="--data is missing; give it, or `data` in"):
         resolve(SFTConfig, write(tmp_path, "model: m"), [])

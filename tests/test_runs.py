@@ -68,7 +68,7 @@ def test_the_end_is_recorded_with_cost_rows_and_tokens(tmp_path):
     assert found["rows"]["data"]["dropped"] == {"too long": 1}
     assert found["rows"]["eval_data"]["read"] == 1
     assert 0.19 < found["peak_memory_gib"] < 8
-    assert 0 < found["cpu_seconds"]
+    assert found["cpu_seconds"] > 0
     assert 0 < found["wall_seconds"] < 60
 
 
@@ -90,9 +90,8 @@ def test_the_users_mistake_leaves_no_half_written_run(tmp_path):
 
 
 def test_what_was_computed_before_a_mistake_stays(tmp_path):
-    run = Run.open(config(tmp_path), "sft")
+    run = interrupted_after(tmp_path, 1)
     with pytest.raises(UserError), run:
-        run.log_metrics(1, {"loss": 1.0})
         raise UserError("step 2: the loss is nan")
     assert record(run)["status"] == "failed"
     assert len(lines(run)) == 1
@@ -156,7 +155,7 @@ def test_resume_never_refuses_a_directory_that_holds_a_run(tmp_path):
 
 def test_output_that_cannot_be_a_directory(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="--output .*run: File exists"):
+    with pytest.raises(UserError, match=r"--output .*run: File exists"):
         Run.open(config(tmp_path), "sft")
 
 

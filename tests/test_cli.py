@@ -1,0 +1,134 @@
+"""The command line: exit codes, one-line errors, help without torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from prefloop.cli import main
+from prefloop.commands import COMMANDS, Command
+from prefloop.config import DemoConfig, UserError
+
+HEAVY = ("torch", "transformers", "tyro", "numpy", "yaml", "peft")
+
+
+def commands(function):
+    """A command line whose `demo` does what the test says."""
+    return {**COMMANDS, "demo": Command(DemoConfig, function)}
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom prefloop.cli import main\nassert main(['--help']) == 0\n"
+        f"assert not [name for name in {HEAVY} if name in sys.modules]"
+    )
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert best < 0.5
+    for name in COMMANDS:
+        assert f"\n  {name} " in done.stdout
+
+
+def test_import_prefloop_imports_nothing_heavy():
+    code = f"import sys, prefloop\nassert not [n for n in {HEAVY} if n in sys.modules]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    said = capsys.readouterr().out
+    assert f"usage: prefloop {name}" in said
+    assert "--config FILE" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"], ["evaluate"]])
+def test_overviews(words, capsys):
+    assert main(words) == 0
+    assert "evaluate winrate" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("prefloop ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dop"], "no command `dop`; did you mean dpo?"),
+        (["evaluate", "winrat"], "no command `evaluate winrat`; did you mean evaluate winrate?"),
+        (["xyzzy"], "no command `xyzzy`; see prefloop --help"),
+        (["demo", "--sede", "1"], "unknown flag --sede; did you mean --seed?"),
+        (["demo", "--config"], "--config needs the path of a YAML file"),
+        (["demo", "--config", "absent.yaml"], "absent.yaml: No such file"),
+        (["demo", "--seed", "-1"], "--seed is -1; it must be 0 or more"),
+    ],
+)
+def test_the_users_mistake_is_one_line_and_exit_2(words, message, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("prefloop: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_settings_reach_the_command(tmp_path):
+    seen = []
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 3\nquick: true\n")
+    for flag in (["--config", str(path)], [f"--config={path}"]):
+        assert main(["demo", *flag, "--seed", "4"], commands(seen.append)) == 0
+    assert seen == [replace(DemoConfig(), seed=4, quick=True)] * 2
+
+
+def test_exit_codes(capsys):
+    def raising(error):
+        def command(config):
+            raise error
+
+        return commands(command)
+
+    assert main(["demo"], raising(UserError("rows.jsonl:3:\nempty"))) == 2
+    assert capsys.readouterr().err == "prefloop: rows.jsonl:3: empty\n"
+    assert main(["demo"], raising(KeyboardInterrupt())) == 130
+    with pytest.raises(RuntimeError):  # Python prints the traceback and exits with 1
+        main(["demo"], raising(RuntimeError("ours")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_with_130(number, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "import os, time\n"
+        "def score(prompts, completions):\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(20)\n"
+    )
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    words = "evaluate winrate --answers a.jsonl --baseline a.jsonl --judge judge:score".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "prefloop", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (130, "prefloop: interrupted\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m prefloop sft --help | head -1", shell=True, capture_output=True
+    )
+    assert done.stderr == b""

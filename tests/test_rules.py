@@ -1,0 +1,131 @@
+"""Rules of the code base that no linter knows: sizes, settings, commands, README."""
+
+import ast
+import importlib
+import inspect
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from prefloop import config as config_module
+from prefloop.commands import COMMANDS
+from prefloop.settings import INTERVALS, NOT_NEGATIVE, ONLY_WITH, POSITIVE, as_dict, build
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "prefloop"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+CONFIGS = [command.config for command in COMMANDS.values()]
+FIELDS = sorted({field.name for config in CONFIGS for field in fields(config)})
+
+# The ratchet. A number goes up only with a reason, in the commit that needs it.
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 400, 60, 8_000
+ANY_NUMBER = {"missing_eos_penalty"}
+"""Settings that may be any finite number."""
+
+
+def line_count(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def filled_line_count(path):
+    return sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_stay_small(path):
+    assert line_count(path) <= MAX_FILE
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{path}:{node.lineno} {node.name}: {length} lines"
+
+
+def test_the_package_stays_small():
+    """Lines that are not blank."""
+    assert sum(map(filled_line_count, SOURCES)) <= MAX_PACKAGE
+
+
+def test_every_setting_is_read():
+    """As `config.name` or `self.config.name`, outside the files that only declare and check."""
+    read = set()
+    for path, tree in TREES.items():
+        if path.name in ("config.py", "settings.py"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                if getattr(owner, "id", getattr(owner, "attr", "")) in ("config", "cfg"):
+                    read.add(node.attr)
+    assert [name for name in FIELDS if name not in read] == []
+
+
+def test_every_setting_is_documented():
+    """A text stands under each field: it is the flag's help."""
+    tree = TREES[PACKAGE / "config.py"]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    text = getattr(getattr(after, "value", None), "value", None)
+                    assert isinstance(text, str), f"{node.name}.{field.target.id}"
+
+
+def test_every_number_has_its_range():
+    checked = POSITIVE | NOT_NEGATIVE | INTERVALS.keys() | ANY_NUMBER
+    for config in CONFIGS:
+        for name, kind in get_type_hints(config).items():
+            if kind in (int, float, float | None, int | None):
+                assert name in checked, f"{config.__name__}.{name}"
+    assert (checked | ONLY_WITH.keys()) <= set(FIELDS)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_configuration_loads(config):
+    """From a mapping of its required settings, and again from what it says of itself."""
+    examples = {str: "x", Path: "x", tuple[str, ...]: ["a=x"]}
+    hints = get_type_hints(config)
+    required = {f.name: examples[hints[f.name]] for f in fields(config) if f.default is MISSING}
+    loaded = build(config, required, "test")
+    assert build(config, as_dict(loaded), "test") == loaded
+
+
+def test_every_configuration_has_a_command():
+    declared = {
+        value
+        for name, value in vars(config_module).items()
+        if name.endswith("Config") and inspect.isclass(value)
+    }
+    assert declared - set(CONFIGS) == {config_module.TrainingConfig, config_module.PolicyConfig}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_finds_its_code(name):
+    """What a command imports inside exists, under that name."""
+    function = COMMANDS[name].function
+    tree = ast.parse(inspect.getsource(function))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert imports
+    for node in imports:
+        for alias in node.names:
+            assert hasattr(importlib.import_module(node.module), alias.name)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_readme(name):
+    assert f"`prefloop {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_file_map_is_true():
+    """Each path the README names in its map exists."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("<!-- file map -->")[1].split("```")[1]
+    for line in block.splitlines():
+        if line.strip():
+            assert (ROOT / line.split()[0]).exists(), line
