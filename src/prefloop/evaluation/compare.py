@@ -58,8 +58,8 @@ class Task:
     proxy: Judge | None
 
 
-def compare(config: CompareConfig) -> Comparison:
-    """Sample, judge and measure; writes report.html, compare.json and answers.jsonl."""
+def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
+    """Sample, judge and measure; writes report.html (with `notes`), compare.json, answers.jsonl."""
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
     named = _named_models(config.models)
     task = _prepare(config)
@@ -94,6 +94,7 @@ def compare(config: CompareConfig) -> Comparison:
         frontier=frontier,
         reward_run=read_run(Path(config.reward_model)) if config.reward_model else None,
         settings={key: value for key, value in as_dict(config).items() if value is not None},
+        notes=notes,
     )
     _write(config.output, result, task.prompts, answers)
     return result

@@ -159,7 +159,7 @@ def _from_gguf(folder: Path, file: str, out: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)  # with it, Transformers refuses to save
-    model = type(loaded)(type(loaded.config).from_dict(settings)).float()
+    model = type(loaded)(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)

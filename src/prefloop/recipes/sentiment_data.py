@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from prefloop.config import UserError
 from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, cache_dir, fetch_movie_ratings
-from prefloop.records import Ranking, ranking_to_json, read_rows, write_jsonl
+from prefloop.records import Ranking, ranking_to_json, read_rows, write_atomic, write_jsonl
 
 Floats = NDArray[np.float64]
 SPLITS = {"gold": 6000, "sft": 2200, "preference": 1000, "ppo": 900, "evaluation": 505}
@@ -221,7 +221,7 @@ def annotate(
 
 
 def rank_samples(samples: Path, output: Path, annotators: int, seed: int) -> dict[str, Any]:
-    """Have simulated annotators rank sampled answers; writes rankings, returns what was done.
+    """Have simulated annotators rank sampled answers: writes rankings, and beside them the facts.
 
     Equal answers to a prompt are shown once. `panel_agreement` is how often a second panel of as
     many annotators orders a pair alike, ties half: the reward model's ceiling rests on it.
@@ -249,8 +249,7 @@ def rank_samples(samples: Path, output: Path, annotators: int, seed: int) -> dic
         pairs += len(strict)
         ties += ranking.tied_pairs()
         rankings.append(ranking)
-    write_jsonl(output, [ranking_to_json(ranking) for ranking in rankings])
-    return {
+    facts = {
         "rankings": len(rankings),
         "prompts_with_one_distinct_answer": one_answer,
         "strict_pairs": pairs,
@@ -261,3 +260,6 @@ def rank_samples(samples: Path, output: Path, annotators: int, seed: int) -> dic
         "real_one_rater_agreement": noise.one_rater_agreement,
         "panel_agreement": float(np.mean(agreement)) if agreement else 0.0,
     }
+    write_atomic(output.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
+    write_jsonl(output, [ranking_to_json(ranking) for ranking in rankings])
+    return facts
