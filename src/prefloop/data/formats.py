@@ -250,7 +250,7 @@ def _text(value: object, name: str, where: str) -> Text:
 
 def _string(value: object, name: str, where: str, wanted: str = "a string") -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: `{name}` is a {json_type(value)}; it must be {wanted}")
+        raise UserError(f"{where}: `{name}` is of type {json_type(value)}; it must be {wanted}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
