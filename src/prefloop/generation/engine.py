@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +25,8 @@ from prefloop.models import adapters
 from prefloop.models.attention import PackedPlan
 from prefloop.models.heads import logits
 from prefloop.models.load import LoadedModel, load_policy
+
+Prompts = Sequence[Sequence[int]]
 
 PREFILL_TOKENS = 4096  # prompt tokens computed at once
 
@@ -47,7 +50,7 @@ class RolloutEngine(Protocol):
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         n: int,
         sampling: Sampling,
         seed: int,
@@ -62,7 +65,7 @@ class RolloutEngine(Protocol):
 
 
 class Engine:
-    """RolloutEngine in this process; it reads the model's live weights and keeps no copy.
+    """RolloutEngine in this process, on the model's live weights; it keeps no copy.
 
     Whoever changes the weights in place counts `weights_version` up.
     """
@@ -81,7 +84,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         n: int,
         sampling: Sampling,
         seed: int,
@@ -94,9 +97,10 @@ class Engine:
         """
         self._check(prompts, n, sampling)
         answers: list[list[Sample | None]] = [[None] * n for _ in prompts]
+        new_answers = partial(Answers, sampling, seed, self.model.device, on_tokens)
         loop = self._packed if self.model.packed else self._padless
         with self._inference():
-            for sample in loop(prompts, n, sampling, seed, on_tokens or (lambda _: None)):
+            for sample in loop(prompts, n, new_answers):
                 answers[sample.prompt_index][sample.sample_index] = sample
                 if on_done is not None:
                     on_done(sample)
@@ -119,7 +123,7 @@ class Engine:
     def _cache_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype
 
-    def _check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> None:
+    def _check(self, prompts: Prompts, n: int, sampling: Sampling) -> None:
         if n < 1:
             raise UserError(f"n = {n} samples per prompt: give at least 1")
         limit = getattr(self.model.hf.config, "max_position_embeddings", None)
@@ -140,20 +144,13 @@ class Engine:
         keeps the casts only of parameters that require a gradient, so all do meanwhile.
         """
         module, training = self.model.module, self.model.module.training
-        bfloat16 = self.dtype == "bfloat16"
-        frozen = [
-            p
-            for p in module.parameters()
-            if bfloat16 and p.is_floating_point() and not p.requires_grad
-        ]
+        enabled, device = self.dtype == "bfloat16", self.model.device.type
+        frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
         module.eval()
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
-            with (
-                torch.no_grad(),
-                torch.autocast(self.model.device.type, torch.bfloat16, enabled=bfloat16),
-            ):
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=enabled):
                 yield
         finally:
             for parameter in frozen:
@@ -171,18 +168,13 @@ class Engine:
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def _packed(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        seed: int,
-        on_tokens: Callable[[Tensor], None],
+        self, prompts: Prompts, n: int, new_answers: Callable[[int], Answers]
     ) -> Iterator[Sample]:
         """Continuous batching over packed prompts and slots."""
         device = self.model.device
         slots = min(self.max_concurrent, n * len(prompts))
         scheduler = Scheduler([len(p) for p in prompts], n, slots, PREFILL_TOKENS)
-        answers = Answers(slots, sampling, device)
+        answers = new_answers(slots)
         cache = SlotCache(slots, self._cache_dtype)
         lengths = torch.zeros(slots, dtype=torch.long, device=device)  # tokens held in the cache
         hidden: list[Tensor] = []  # of the tokens that stand last in each slot
@@ -197,15 +189,16 @@ class Engine:
                     break
                 assert prefill is not None
                 last = first + len(admitted)
-                rows, held, states = prefill.select([r.prompt_index for r in admitted])
+                rows, lengths[first:last], states = prefill.select(
+                    [request.prompt_index for request in admitted]
+                )
                 cache.insert(first, rows, prefill.cache)
-                lengths[first:last] = held
-                answers.start(first, admitted, seed)
+                answers.start(first, admitted)
                 hidden.append(states)
             if not scheduler.active:
                 return
             # 2. Every slot draws a token; the answers that end with it are handed out.
-            tokens, ended = answers.step(logits(self.model, torch.cat(hidden)), on_tokens)
+            tokens, ended = answers.step(logits(self.model, torch.cat(hidden)))
             for slot in ended:
                 yield answers.sample(slot, scheduler.active[slot], self.weights_version)
             # 3. The last slots fill the holes, so that the active ones stand first.
@@ -223,26 +216,23 @@ class Engine:
                 hidden = [self._base(tokens[:count], plan.positions, plan)]
                 lengths[:count] += 1
 
-    def _prefill(self, indices: Sequence[int], prompts: Sequence[Sequence[int]]) -> Prefill:
+    def _prefill(self, indices: Sequence[int], prompts: Prompts) -> Prefill:
+        """Computes these prompts as one packed stream."""
         device = self.model.device
         segments: list[Segment] = []
         for prompt in prompts:
             segments.append(Segment(segments[-1].rows.stop if segments else 0, len(prompt), -1, 0))
-        rows = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         positions = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
         plan = PackedPlan(segments, device, keep_cache=True)
-        hidden = self._base(rows, positions, plan)
+        hidden = self._base(tokens, positions, plan)
         assert plan.cache is not None
-        last = hidden[torch.tensor([s.rows[-1] for s in segments], device=device)]
-        return Prefill(plan.cache, dict(zip(indices, segments, strict=True)), last)
+        starts, lengths = torch.tensor([(s.start, s.length) for s in segments], device=device).T
+        order = {prompt: number for number, prompt in enumerate(indices)}
+        return Prefill(plan.cache, order, starts, lengths, hidden[starts + lengths - 1])
 
     def _padless(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        seed: int,
-        on_tokens: Callable[[Tensor], None],
+        self, prompts: Prompts, n: int, new_answers: Callable[[int], Answers]
     ) -> Iterator[Sample]:
         """For models that packing does not suit: one prompt at a time, with Transformers' cache.
 
@@ -251,11 +241,9 @@ class Engine:
         device, base = self.model.device, self.model.hf.base_model
         for index, prompt in enumerate(prompts):
             for first in range(0, n, self.max_concurrent):
-                active = [
-                    Request(index, s) for s in range(first, min(n, first + self.max_concurrent))
-                ]
-                answers = Answers(len(active), sampling, device)
-                answers.start(0, active, seed)
+                active = [Request(index, s) for s in range(n)[first : first + self.max_concurrent]]
+                answers = new_answers(len(active))
+                answers.start(0, active)
                 left = set(range(len(active)))
                 inputs = torch.tensor([list(prompt)] * len(active), device=device)
                 past: dict[str, Any] = {}
@@ -264,7 +252,7 @@ class Engine:
                     past = {name: output[name] for name in CACHE_NAMES if name in output}
                     assert past, "the model keeps no cache that we know of"
                     hidden = output.last_hidden_state[:, -1]
-                    tokens, ended = answers.step(logits(self.model, hidden), on_tokens)
+                    tokens, ended = answers.step(logits(self.model, hidden))
                     inputs = tokens.unsqueeze(-1)
                     for slot in sorted(left.intersection(ended)):
                         yield answers.sample(slot, active[slot], self.weights_version)
@@ -279,29 +267,33 @@ class Prefill:
     """Computed prompts, packed: keys and values [G, T, D] per layer, last hidden states [P, D]."""
 
     cache: dict[int, tuple[Tensor, Tensor]]
-    segments: dict[int, Segment]  # by prompt index
+    order: dict[int, int]  # prompt index -> its place among the P
+    starts: Tensor  # [P]
+    lengths: Tensor  # [P]
     last: Tensor
 
     def select(self, prompts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Of S prompts: rows [S, L] (the last repeated as padding), lengths [S], hidden [S, D]."""
-        device = self.last.device
-        order = {prompt: number for number, prompt in enumerate(self.segments)}
-        chosen = [self.segments[prompt] for prompt in prompts]
-        starts, lengths, lines = torch.tensor(
-            [(s.start, s.length, order[p]) for s, p in zip(chosen, prompts, strict=True)],
-            device=device,
-        ).T
-        steps = torch.arange(max(s.length for s in chosen), device=device)
-        rows = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
-        return rows, lengths, self.last[lines]
+        places = torch.tensor([self.order[p] for p in prompts], device=self.last.device)
+        lengths = self.lengths[places]
+        steps = torch.arange(int(lengths.max()), device=lengths.device)
+        rows = self.starts[places, None] + torch.minimum(steps, lengths[:, None] - 1)
+        return rows, lengths, self.last[places]
 
 
 class Answers:
     """What each slot has drawn so far, on the model's device."""
 
-    def __init__(self, slots: int, sampling: Sampling, device: torch.device) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        seed: int,
+        device: torch.device,
+        on_tokens: Callable[[Tensor], None] | None,
+        slots: int,
+    ) -> None:
+        self.sampling, self.seed, self.on_tokens = sampling, seed, on_tokens
         shape = (slots, sampling.max_new_tokens)
-        self.sampling = sampling
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(shape, device=device)
         self.uniforms = torch.zeros(shape, device=device)
@@ -309,18 +301,16 @@ class Answers:
         self.stop = torch.tensor(sorted(sampling.stop_token_ids), dtype=torch.long, device=device)
         self.rows = (self.tokens, self.log_probs, self.uniforms, self.counts)
 
-    def start(self, first: int, requests: Sequence[Request], seed: int) -> None:
+    def start(self, first: int, requests: Sequence[Request]) -> None:
         """Empties the slots from `first` on for these requests, with uniforms of their own."""
-        last = first + len(requests)
+        last, count = first + len(requests), self.sampling.max_new_tokens
+        drawn = [
+            request_uniforms(self.seed, r.prompt_index, r.sample_index, count) for r in requests
+        ]
+        self.uniforms[first:last] = torch.stack(drawn).to(self.uniforms.device)
         self.counts[first:last] = 0
-        self.uniforms[first:last] = torch.stack(
-            [
-                request_uniforms(seed, r.prompt_index, r.sample_index, self.sampling.max_new_tokens)
-                for r in requests
-            ]
-        ).to(self.uniforms.device)
 
-    def step(self, scores: Tensor, on_tokens: Callable[[Tensor], None]) -> tuple[Tensor, list[int]]:
+    def step(self, scores: Tensor) -> tuple[Tensor, list[int]]:
         """Draws from logits [B, V] for the first B slots: tokens [B], and the slots that ended."""
         slots = torch.arange(len(scores), device=scores.device)
         counts = self.counts[: len(scores)]
@@ -328,7 +318,8 @@ class Answers:
         self.tokens[slots, counts] = tokens
         self.log_probs[slots, counts] = log_probs
         counts += 1
-        on_tokens(tokens)
+        if self.on_tokens is not None:
+            self.on_tokens(tokens)
         ended = torch.isin(tokens, self.stop) | (counts == self.sampling.max_new_tokens)
         return tokens, [slot for slot, end in enumerate(ended.tolist()) if end]
 
@@ -342,14 +333,11 @@ class Answers:
                 f"prompt {request.prompt_index}: the model's logits are not finite, so nothing can "
                 "be sampled; go back to an earlier checkpoint or lower --lr"
             )
-        reason: Literal["stop", "length"] = (
-            "stop" if tokens[-1] in self.sampling.stop_token_ids else "length"
-        )
+        stopped = tokens[-1] in self.sampling.stop_token_ids
         return Sample(
-            request.prompt_index,
-            request.sample_index,
-            tuple(tokens),
-            tuple(log_probs.tolist()),
-            reason,
-            weights_version,
+            **vars(request),
+            tokens=tuple(tokens),
+            log_probs=tuple(log_probs.tolist()),
+            finish_reason="stop" if stopped else "length",
+            weights_version=weights_version,
         )

@@ -23,14 +23,12 @@ class Sampling:
     stop_token_ids: Set[int] = frozenset()  # an answer ends with the first of these it draws
 
     def __post_init__(self) -> None:
-        for name, right, remedy in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or above"),
-        ):
-            if not right:
-                raise UserError(f"{name} = {getattr(self, name)}: give {remedy}")
+        right = self.max_new_tokens >= 1 and self.temperature >= 0 and self.top_k >= 0
+        if not right or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"{self}: give max_new_tokens of at least 1, temperature and top_k of at least 0, "
+                "top_p above 0 and at most 1"
+            )
 
 
 def request_uniforms(seed: int, prompt_index: int, sample_index: int, count: int) -> Tensor:

@@ -1,0 +1,179 @@
+"""What `prefloop sample`, `generate` and `chat` do: prompts in, answers out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig, UserError
+from prefloop.data import formats
+from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids, tokenize
+from prefloop.generation.engine import Engine, Sample
+from prefloop.generation.sampler import Sampling
+from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.records import Message, Prompt, RowCounts, text_to_json, write_jsonl
+
+VERDICTS = ("tiers", "label")  # columns that speak of a row's former answers are not carried along
+
+
+def sample(config: SampleConfig) -> Path:
+    """Writes n answers to each prompt into --output, one row a prompt, ready to be ranked."""
+    _check_output(config.output)
+    prompts = formats.load(config.data, "prompt", counts := RowCounts())
+    model = load_policy(config.model, pick_device(config.device))
+    answered = _answers(config, model, prompts, config.samples_per_prompt, counts)
+    settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}
+    rows = [
+        _carried(prompt)
+        | {
+            "completions": [decode_answer(model.tokenizer, s.tokens) for s in samples],
+            "finish_reasons": [s.finish_reason for s in samples],
+            "log_probs": [sum(s.log_probs) for s in samples],
+            "model": config.model,
+            "seed": config.seed,
+            "sampling": settings,
+        }
+        for prompt, samples in answered
+    ]
+    write_jsonl(config.output, rows)
+    print(counts.summary(), file=sys.stderr)
+    return config.output
+
+
+def generate(config: GenerateConfig) -> list[str]:
+    """Prints an answer to each prompt, or writes them into --output; returns them."""
+    if bool(config.prompt) == (config.data is not None):
+        raise UserError("give the prompts by --prompt or by --data, one of the two")
+    counts = RowCounts(read=len(config.prompt))
+    prompts = [Prompt(text, f"--prompt {number}") for number, text in enumerate(config.prompt, 1)]
+    if config.data is not None:
+        prompts = formats.load(config.data, "prompt", counts)
+    if config.output is not None:
+        _check_output(config.output)
+    model = load_policy(config.model, pick_device(config.device))
+    answered = _answers(config, model, prompts, 1, counts)
+    texts = [decode_answer(model.tokenizer, samples[0].tokens) for _, samples in answered]
+    if config.output is not None:
+        pairs = zip(answered, texts, strict=True)
+        write_jsonl(config.output, [_carried(p) | {"completion": text} for (p, _), text in pairs])
+    else:
+        print("\n\n".join(texts))
+    print(counts.summary(), file=sys.stderr)
+    return texts
+
+
+def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = None) -> None:
+    """Answers line by line, each with the conversation so far, until the input ends.
+
+    A conversation that outgrows --max-length loses its oldest turns, and says so.
+    """
+    source, out = source or sys.stdin, out or sys.stdout
+    model = load_policy(config.model, pick_device(config.device))
+    if not model.tokenizer.chat_template:
+        raise UserError(
+            f"{config.model}: its tokenizer has no chat template; use `prefloop generate`, or a "
+            "model tuned on chats"
+        )
+    engine, sampling = Engine(model, 1, config.dtype), _sampling(config, model)
+    system = [Message("system", config.system)] if config.system is not None else []
+    history: list[Message] = []
+    for turn, line in enumerate(_lines(source, out)):
+        history.append(Message("user", line))
+        ids = encode_prompt(model.tokenizer, (*system, *history))
+        while history and len(ids) > _room(config):
+            print(f"({len(ids)} tokens, {_room(config)} fit: the oldest turn is cut)", file=out)
+            del history[:2]
+            ids = encode_prompt(model.tokenizer, (*system, *history)) if history else []
+        if history:
+            stream = _Stream(model, out)
+            engine.generate([ids], 1, sampling, config.seed + turn, on_tokens=stream.show)
+            history.append(Message("assistant", stream.end()))
+
+
+class _Stream:
+    """Prints an answer as it grows, holding back bytes that are not yet a whole character."""
+
+    def __init__(self, model: LoadedModel, out: TextIO) -> None:
+        self.model, self.out = model, out
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def show(self, tokens: Tensor) -> None:
+        self.ids.append(int(tokens[0]))
+        text = decode_answer(self.model.tokenizer, self.ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(self.shown) :], end="", file=self.out, flush=True)
+            self.shown = text
+
+    def end(self) -> str:
+        text = decode_answer(self.model.tokenizer, self.ids)
+        print(text[len(self.shown) :], file=self.out, flush=True)
+        return text
+
+
+def _lines(source: TextIO, out: TextIO) -> Iterator[str]:
+    """The user's lines but for empty ones, asked for on a terminal."""
+    while True:
+        if source.isatty():
+            print("> ", end="", file=out, flush=True)
+        if not (line := source.readline()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _answers(
+    config: SampleConfig | GenerateConfig,
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    n: int,
+    counts: RowCounts,
+) -> list[tuple[Prompt, list[Sample]]]:
+    """Each prompt that fits with its n samples, under a progress bar on a terminal."""
+    prompts = prompts[: config.max_prompts or None]
+    examples = tokenize(prompts, model.tokenizer, _room(config), config.truncation, counts)
+    by_place = {prompt.where: prompt for prompt in prompts}
+    engine = Engine(model, config.max_concurrent, config.dtype)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("answers", total=n * len(examples))
+        samples = engine.generate(
+            [example.prompt for example in examples],
+            n,
+            _sampling(config, model),
+            config.seed,
+            on_done=lambda _: bar.advance(task),
+        )
+    return [(by_place[e.where], row) for e, row in zip(examples, samples, strict=True)]
+
+
+def _room(config: PolicyConfig) -> int:
+    """Most tokens of a prompt."""
+    return config.max_length - config.max_new_tokens
+
+
+def _sampling(config: PolicyConfig, model: LoadedModel) -> Sampling:
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop_token_ids=stop_token_ids(model.tokenizer, model.hf.generation_config),
+    )
+
+
+def _carried(prompt: Prompt) -> dict[str, object]:
+    kept = {key: value for key, value in prompt.extra.items() if key not in VERDICTS}
+    return {"prompt": text_to_json(prompt.prompt), **kept}
+
+
+def _check_output(path: Path) -> None:
+    """Before the work, not after it."""
+    if path.is_dir() or not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"--output {path}: give the name of a .jsonl or .jsonl.gz file")
