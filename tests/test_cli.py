@@ -22,6 +22,19 @@ def commands(function):
     return {**COMMANDS, "demo": Command(DemoConfig, function)}
 
 
+@pytest.mark.parametrize(
+    ("result", "printed"),
+    [
+        (None, ""),
+        (Path("a/b"), "a/b\n"),
+        ({"win_rate": 0.5}, '{\n  "win_rate": 0.5\n}\n'),
+    ],
+)
+def test_what_a_command_gives_back_is_printed(result, printed, capsys):
+    assert main(["demo"], commands(lambda config: result)) == 0
+    assert capsys.readouterr().out == printed
+
+
 def test_help_is_fast_and_imports_nothing_heavy():
     code = (
         "import sys\nfrom prefloop.cli import main\nassert main(['--help']) == 0\n"

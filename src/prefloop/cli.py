@@ -5,6 +5,7 @@ Exit 0: done; 2: the user's mistake, told in one line; 1: ours, with a traceback
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -69,7 +70,8 @@ def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
         config: object = resolve(command.config, yaml_path, flags, prog=f"prefloop {name}")
     except SystemExit:  # help was asked for and printed
         return DONE
-    command.function(config)
+    _log_to_stderr()
+    command.show(command.function(config))
     return DONE
 
 
@@ -107,6 +109,14 @@ def _take_config(flags: list[str]) -> tuple[Path | None, list[str]]:
     if path == "":
         raise UserError("--config needs the path of a YAML file")
     return (None if path is None else Path(path)), rest
+
+
+def _log_to_stderr() -> None:
+    """Show what prefloop itself has to say while it works."""
+    log = logging.getLogger("prefloop")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

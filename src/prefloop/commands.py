@@ -5,6 +5,7 @@ Each takes its settings, checks them and hands them to the part of the package t
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,16 +126,37 @@ def fetch_model(config: c.FetchModelConfig) -> Path:
     return config.output
 
 
+def show(result: Any) -> None:
+    """Print what a command gave back: a run's directory, a path, or numbers."""
+    if isinstance(result, dict):
+        print(json.dumps(result, indent=2))
+    elif result is not None:
+        print(getattr(result, "directory", result))
+
+
+def show_comparison(result: Any) -> None:
+    """Print a comparison as a table."""
+    from rich.console import Console
+
+    from prefloop.evaluation.report import terminal_table
+
+    Console().print(terminal_table(result))
+    print(Path(result.settings["output"]) / "report.html")
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings and the function that carries it out, whose docstring is its help."""
+    """A command: its settings, the function that carries it out (its docstring is the command's
+    help), and what prints the result.
+    """
 
     config: type
     function: Callable[[Any], Any]
+    show: Callable[[Any], None] = show
 
 
 COMMANDS = {
-    "demo": Command(c.DemoConfig, demo),
+    "demo": Command(c.DemoConfig, demo, show_comparison),
     "sft": Command(c.SFTConfig, sft),
     "sample": Command(c.SampleConfig, sample),
     "reward": Command(c.RewardConfig, reward),
@@ -142,7 +164,7 @@ COMMANDS = {
     "dpo": Command(c.DPOConfig, dpo),
     "generate": Command(c.GenerateConfig, generate),
     "chat": Command(c.ChatConfig, chat),
-    "compare": Command(c.CompareConfig, compare),
+    "compare": Command(c.CompareConfig, compare, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
     "run": Command(c.RunConfig, run),
     "check": Command(c.CheckConfig, check),

@@ -46,7 +46,7 @@ def _lengths(name: str, lengths: list[int]) -> str:
 
 def _first(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The first row with what the loss is taken over in [[double brackets]]."""
-    lines = [f"first row ({example.where}): {tokenizer.decode(example.prompt)!r}"]
+    lines = [f"first row ({example.where}): {tokenizer.decode(list(example.prompt))!r}"]
     for answer, mask in zip(example.answers, example.answer_masks, strict=True):
         text, inside = "", False
         for token, counted in zip(answer, mask, strict=True):
