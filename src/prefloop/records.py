@@ -73,6 +73,7 @@ class Ranking:
     completions: tuple[Text, ...]
     tiers: tuple[tuple[int, ...], ...]
     where: str = field(default="", compare=False)
+    margin: float = 0.0  # by which a reward model should score a better answer higher
 
     def __post_init__(self) -> None:
         ranked = sorted(index for tier in self.tiers for index in tier)
@@ -101,6 +102,7 @@ class Comparison:
     chosen: Text
     rejected: Text
     where: str = field(default="", compare=False)
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         if self.chosen == self.rejected:
@@ -111,7 +113,8 @@ class Comparison:
 
     def as_ranking(self) -> Ranking:
         """The same preference as a ranking of two."""
-        return Ranking(self.prompt, (self.chosen, self.rejected), ((0,), (1,)), self.where)
+        answers = (self.chosen, self.rejected)
+        return Ranking(self.prompt, answers, ((0,), (1,)), self.where, self.margin)
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ def to_json(record: Record) -> dict[str, object]:
         row.update(record.extra)
     elif isinstance(record, Comparison):
         row |= {"chosen": text_to_json(record.chosen), "rejected": text_to_json(record.rejected)}
+        row |= {"margin": record.margin} if record.margin else {}
     else:
         row["completion"] = text_to_json(record.completion)
         if isinstance(record, Unpaired):

@@ -324,3 +324,11 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     ]
     rows = [json.loads(json.dumps(to_json(ranking))) for ranking in rankings]
     assert read(tmp_path, "preference", *rows)[0] == rankings
+
+
+def test_a_margin_goes_along_with_a_pair(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    ((first, second), _) = read(tmp_path, "preference", {**pair, "margin": 1.5}, pair)
+    assert (first.margin, second.margin) == (1.5, 0.0)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: `margin` is 'x'; it must be a number"):
+        read(tmp_path, "preference", {**pair, "margin": "x"})

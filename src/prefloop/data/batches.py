@@ -90,7 +90,7 @@ class TokenBatch:
 
     def margins(self) -> Tensor:
         """The margin [examples, 1, 1] by which a preferred answer should lead."""
-        margins = torch.tensor([getattr(example, 'margin', 0.0) for example in self.examples])
+        margins = torch.tensor([example.margin for example in self.examples])
         return margins.view(-1, 1, 1).to(self.input_ids.device)
 
     def to(self, device: torch.device | str) -> TokenBatch:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
@@ -105,7 +106,7 @@ def _parse(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
         if isinstance(pair, str):
             return [pair]
         if kind == "preference":
-            return [pair.as_ranking()]
+            return [replace(pair, margin=_margin(row, where)).as_ranking()]
         if kind == "prompt":
             extra = {key: row[key] for key in row if key not in ("chosen", "rejected")}
             return [Prompt(pair.prompt, where, extra)]
@@ -295,6 +296,15 @@ def _label(value: object, where: str) -> bool:
     if label is None:
         raise UserError(f"{where}: `label` is {value!r}; it must be true or false")
     return label
+
+
+def _margin(row: Row, where: str) -> float:
+    """By how much `chosen` should outscore `rejected`; 0 without the column."""
+    value = row.get("margin")
+    try:
+        return 0.0 if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: `margin` is {value!r}; it must be a number") from None
 
 
 # --- sources -------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Example:
     answer_masks: tuple[Mask, ...] = ()
     tiers: tuple[tuple[int, ...], ...] = ()
     labels: tuple[bool, ...] = ()
+    margin: float = 0.0
     index: int = 0
     where: str = ""
 
@@ -221,6 +222,7 @@ def _example(encoder: Encoder, record: Record) -> Example:
         answers=answers,
         answer_masks=tuple((True,) * len(answer) for answer in answers),
         tiers=record.tiers if isinstance(record, Ranking) else (),
+        margin=record.margin if isinstance(record, Ranking) else 0.0,
         labels=(record.label,) if isinstance(record, Unpaired) else (),
         where=record.where,
     )
