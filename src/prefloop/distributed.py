@@ -1,4 +1,4 @@
-"""The process group, and sums over its ranks. Started by torchrun; alone, everything is rank 0 of 1."""
+"""The process group that torchrun starts, and sums over its ranks; alone, rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ def sum_mapping(values: Mapping[str, float], device: torch.device) -> dict[str, 
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sums = torch.tensor([values.get(name, 0.0) for name in names], dtype=dtype, device=device)
     return dict(zip(names, sum_tensor(sums).tolist(), strict=True))
+
+
+def gather(item: T) -> list[T]:
+    """Every rank's item, on every rank."""
+    if world() == 1:
+        return [item]
+    items: list[T | None] = [None] * world()
+    dist.all_gather_object(items, item)
+    return items  # type: ignore[return-value]
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

@@ -49,22 +49,51 @@ class Method(Protocol[Batch]):
     """A training method: what is trained, the steps, and the loss."""
 
     @property
-    def trained(self) -> Mapping[str, LoadedModel]: ...  # the first is the policy or scorer
+    def trained(self) -> Mapping[str, LoadedModel]:
+        """Models that take gradients, by name."""
+        ...
+
     @property
-    def total_steps(self) -> int: ...
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        ...
+
     @property
-    def learning_rates(self) -> Mapping[str, float]: ...  # peaks that differ from config.lr
-    def steps(self, start_step: int) -> Iterator[Step[Batch]]: ...
-    def counts(self, batch: Batch) -> Mapping[str, float]: ...  # what each term is divided by
-    def loss(self, batch: Batch) -> LossSums: ...
-    def evaluate(self) -> dict[str, float]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-    def export(self, folder: Path) -> None: ...
+    def learning_rates(self) -> Mapping[str, float]:
+        """Peak learning rates of models whose own is not `config.lr`."""
+        ...
+
+    def steps(self, start_step: int) -> Iterator[Step[Batch]]:
+        """The optimiser steps after the first `start_step`; each is asked for when it is due."""
+        ...
+
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """What each loss term's sum over the step is divided by: this batch's share."""
+        ...
+
+    def loss(self, batch: Batch) -> LossSums:
+        """Sums over this batch."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out rows; empty without any."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights and optimiser: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts it back."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Writes the final model, or models, into the run directory."""
+        ...
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the loop can save; the second kills."""
+    """Makes a flag of the first SIGINT or SIGTERM, so that the loop can save; the second kills."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -183,11 +212,13 @@ def _accumulate(
             out = method.loss(batch)
         divided = {name: total / max(counts[name], 1.0) for name, total in out.terms.items()}
         if backward:
-            torch.stack(list(divided.values())).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(list(divided.values())).sum().backward()
         for name, part in divided.items():
             terms[name] = terms.get(name, 0.0) + part.detach()
         for name, (total, count) in out.metrics.items():
-            sums[name] = sums.get(name, 0.0) + (total.detach() if isinstance(total, Tensor) else total)
+            sums[name] = sums.get(name, 0.0) + (
+                total.detach() if isinstance(total, Tensor) else total
+            )
             sizes[name] = sizes.get(name, 0.0) + count
     values = distributed.sum_mapping({k: float(v) for k, v in terms.items()}, device)
     totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()}, device)
@@ -217,8 +248,8 @@ def _stop_if_not_finite(
         return
     kept = newest_checkpoint(run.directory)
     raise UserError(
-        f"step {number}: the loss is {loss} and the gradient norm {norms['grad_norm']}; nothing was "
-        f"saved over {kept or 'the start'}; lower --lr, or look for a broken row"
+        f"step {number}: the loss is {loss} and the gradient norm {norms['grad_norm']}; nothing "
+        f"was saved over {kept or 'the start'}; lower --lr, or look for a broken row"
     )
 
 
@@ -244,9 +275,7 @@ def _save(
     distributed.barrier()
 
 
-def _resume(
-    method: Method[Any], optimizer: torch.optim.Optimizer, run: Run
-) -> tuple[int, int]:
+def _resume(method: Method[Any], optimizer: torch.optim.Optimizer, run: Run) -> tuple[int, int]:
     """Puts the run's checkpoint back; returns the steps and tokens done, 0 without one."""
     if run.resume_from is None:
         return 0, 0

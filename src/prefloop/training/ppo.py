@@ -216,6 +216,7 @@ class PPO:
 
     def state_dict(self) -> dict[str, Any]:
         """The KL controller, and the rollouts of the iteration under way."""
+        self._maybe_stop_early()  # by what the last step measured
         return {
             "kl_coef": self.kl_coef,
             "stopped_early": self.stopped_early,
@@ -265,9 +266,7 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
     # 3. The critic.
     critic = None
     if config.advantage == "gae":
-        critic = load_scorer(
-            value_start, device, seed=config.seed, **loop.model_options(config)
-        )
+        critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
     # 4. Prompts.
     prompts, eval_prompts = read_prompts(config, policy.tokenizer, run)
     ptx: list[Example] = []

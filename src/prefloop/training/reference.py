@@ -20,7 +20,7 @@ from prefloop.training.optim import autocast
 
 
 def mismatched(examples: list[Example]) -> list[Example]:
-    """Each prompt with the answer of the next row that has another prompt, for KTO's KL estimate."""
+    """Each prompt with the next answer that was given to another one, for KTO's KL estimate."""
     pairs = []
     for number, example in enumerate(examples):
         following = (examples[(number + k) % len(examples)] for k in range(1, len(examples)))

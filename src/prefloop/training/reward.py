@@ -1,4 +1,4 @@
-"""Reward model from rankings (InstructGPT, arXiv 2203.02155): one forward per answer, not per pair."""
+"""Reward model from rankings (InstructGPT, arXiv 2203.02155): one forward an answer."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from prefloop.config import PPOConfig
 from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example, decode_answer
 from prefloop.evaluation.health import distinct_n
+from prefloop.evaluation.judges import Judge
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
@@ -23,11 +25,11 @@ from prefloop.models import adapters
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
 from prefloop.models.load import LoadedModel
 from prefloop.records import Text, text_to_json
-from prefloop.evaluation.judges import Judge
 from prefloop.training.optim import autocast
 from prefloop.training.rows import Prompts
 
 LOGGED_SAMPLES = 4  # of each iteration, in samples.jsonl
+TENSORS = ("mask", "log_probs", "ref_log_probs", "advantages", "values", "returns")
 Scorer = Callable[[Sequence[Text], Sequence[str], Sequence[Example]], list[float]]
 
 
@@ -43,20 +45,29 @@ class Rollouts:
     values: Tensor  # [B, T]; zeros without a critic
     returns: Tensor  # [B, T]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and tuples, for the checkpoint."""
-        fields = dict(vars(self))
-        fields["examples"] = [(e.prompt, e.answers, e.index, e.where) for e in self.examples]
-        return fields
+    def state_dict(self) -> list[tuple[Any, ...]]:
+        """Each prompt of all ranks, in the order of the iteration's rows, with its tensors."""
+        k = len(self.mask) // len(self.examples)
+        own = [
+            (
+                (e.prompt, e.answers, e.index, e.where),
+                [getattr(self, name)[i * k : (i + 1) * k].clone() for name in TENSORS],
+            )
+            for i, e in enumerate(self.examples)
+        ]
+        turns = zip_longest(*distributed.gather(own))
+        return [piece for turn in turns for piece in turn if piece is not None]
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Rollouts:
-        """What `state_dict` gave."""
+    def from_state_dict(cls, state: Sequence[tuple[Any, ...]]) -> Rollouts:
+        """This rank's share of what `state_dict` gave, on however many ranks."""
+        own = distributed.mine(state)
         examples = tuple(
             with_answers(Example(tuple(p), (), (), index=i, where=w), answers)
-            for p, answers, i, w in state["examples"]
+            for (p, answers, i, w), _ in own
         )
-        return cls(**{**state, "examples": examples})
+        rows = [[row for _, tensors in own for row in tensors[i]] for i in range(len(TENSORS))]
+        return cls(examples, *(pad_sequence(column, batch_first=True) for column in rows))
 
 
 def with_answers(prompt: Example, answers: Sequence[Sequence[int]]) -> Example:
@@ -112,9 +123,7 @@ def advantages_and_returns(
         rewards = losses.token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef)
         if config.whiten_rewards:
             rewards = _whiten(rewards, mask, shift_mean=False)
-        advantages = losses.gae(
-            rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda
-        )
+        advantages = losses.gae(rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda)
         return _whiten(advantages, mask), (advantages + values) * mask
     kl = ((log_probs - ref_log_probs) * mask).sum(1)
     groups = (scores - kl_coef * kl).view(-1, config.samples_per_prompt)

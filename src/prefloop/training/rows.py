@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,29 +28,35 @@ def read_examples(
     run: Run,
     train_on: Literal["answer", "all"] = "answer",
 ) -> tuple[list[Example], list[Example]]:
-    """The training and the held-out examples; what was dropped and why goes into the run's record."""
+    """The training and the held-out examples; the run's record tells what was dropped and why."""
+    train, held_out = _records(config, kind)
+    parts = [
+        tokenize(records, tokenizer, config.max_length, config.truncation, counts, train_on)
+        if records
+        else []
+        for records, counts in (train, held_out)
+    ]
+    _note_rows(config, run, train[1], held_out[1])
+    return parts[0], parts[1]
+
+
+def _records(
+    config: TrainingConfig, kind: Kind | Literal["prompt"]
+) -> tuple[tuple[list[Any], RowCounts], tuple[list[Any], RowCounts]]:
+    """Training and held-out records with their counts: one count where one file gives both."""
     counts, eval_counts = RowCounts(), RowCounts()
-    records = formats.load(config.data, kind, counts)
-    held_out = []
+    records: list[Any] = formats.load(config.data, kind, counts)
     if config.eval_data is not None:
-        held_out = formats.load(config.eval_data, kind, eval_counts)
-    elif config.eval_fraction:
-        records, held_out = formats.split_by_prompt(records, config.eval_fraction, config.seed)
-        if not records or not held_out:
-            raise UserError(
-                f"{config.data}: too few prompts to hold out --eval-fraction {config.eval_fraction}"
-            )
-    shared = (tokenizer, config.max_length, config.truncation)
-    examples = tokenize(records, *shared, counts, train_on)
-    eval_examples = []
-    if held_out:
-        eval_examples = tokenize(
-            held_out, *shared, eval_counts if config.eval_data else counts, train_on
-        )
+        held_out: list[Any] = formats.load(config.eval_data, kind, eval_counts)
+        return (records, counts), (held_out, eval_counts)
+    records, held_out = formats.split_by_prompt(records, config.eval_fraction, config.seed)
+    return (records, counts), (held_out, counts)
+
+
+def _note_rows(config: TrainingConfig, run: Run, counts: RowCounts, eval_counts: RowCounts) -> None:
     run.set_rows(counts.as_dict())
     if config.eval_data is not None:
         run.set_rows(eval_counts.as_dict(), of="eval_data")
-    return examples, eval_examples
 
 
 def read_demonstrations(
@@ -83,40 +89,22 @@ def read_prompts(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run
 ) -> tuple[Prompts, Prompts]:
     """Training and held-out prompts, with room for the answers within --max-length."""
-    counts, eval_counts = RowCounts(), RowCounts()
-    records = formats.load(config.data, "prompt", counts)
-    held_out: list[Prompt] = []
-    if config.eval_data is not None:
-        held_out = formats.load(config.eval_data, "prompt", eval_counts)
-    elif config.eval_fraction:
-        records, held_out = formats.split_by_prompt(records, config.eval_fraction, config.seed)
     room = config.max_length - config.max_new_tokens
     if room < 1:
         raise UserError(
             f"--max-length {config.max_length} leaves no room for a prompt beside "
             f"--max-new-tokens {config.max_new_tokens}"
         )
-    train = _prompts(records, tokenizer, room, config, counts)
-    held = Prompts((), ())
-    if held_out:
-        count = counts if config.eval_data is None else eval_counts
-        held = _prompts(held_out, tokenizer, room, config, count)
-    run.set_rows(counts.as_dict())
-    if config.eval_data is not None:
-        run.set_rows(eval_counts.as_dict(), of="eval_data")
-    return train, held
-
-
-def _prompts(
-    records: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    room: int,
-    config: PPOConfig,
-    counts: RowCounts,
-) -> Prompts:
-    examples = tokenize(records, tokenizer, room, config.truncation, counts)
-    by_place = {record.where: record for record in records}
-    return Prompts(tuple(by_place[example.where] for example in examples), tuple(examples))
+    train, held_out = _records(config, "prompt")
+    parts = []
+    for records, counts in (train, held_out):
+        examples: list[Example] = []
+        if records:
+            examples = tokenize(records, tokenizer, room, config.truncation, counts)
+        by_place = {record.where: record for record in records}
+        parts.append(Prompts(tuple(by_place[e.where] for e in examples), tuple(examples)))
+    _note_rows(config, run, train[1], held_out[1])
+    return parts[0], parts[1]
 
 
 def total_steps(config: TrainingConfig, rows: int) -> int:
