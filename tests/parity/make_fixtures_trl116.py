@@ -99,7 +99,9 @@ def sft() -> dict[str, Any]:
 def reward() -> dict[str, Any]:
     """Plain, with a margin column, with the centring term."""
     out: dict[str, Any] = {"scorer": models.fingerprint(models.scorer(models.SCORER))}
-    with_margin = [{**row, "margin": p.margin} for row, p in zip(rows.PREFERENCES, rows.PAIRS)]
+    with_margin = [
+        {**row, "margin": p.margin} for row, p in zip(rows.PREFERENCES, rows.PAIRS, strict=True)
+    ]
     for name, data, coefficient in (
         ("plain", rows.PREFERENCES, None),
         ("margin", with_margin, None),
