@@ -27,8 +27,7 @@ from prefloop.models.heads import logits
 from prefloop.models.load import LoadedModel, load_policy
 
 Prompts = Sequence[Sequence[int]]
-
-PREFILL_TOKENS = 4096  # prompt tokens computed at once
+CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as Transformers' models call theirs
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,13 @@ class Engine:
         model: LoadedModel,
         max_concurrent: int = 64,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        prefill_tokens: int = 4096,
     ) -> None:
-        """At most `max_concurrent` answers are written at once; bfloat16 is autocast."""
+        """Bounds: answers written at once, and prompt tokens computed at once (or one prompt)."""
         if max_concurrent < 1:
             raise UserError(f"max_concurrent = {max_concurrent}: give at least 1")
         self.model, self.max_concurrent, self.dtype = model, max_concurrent, dtype
-        self.weights_version = 0
+        self.prefill_tokens, self.weights_version = prefill_tokens, 0
 
     def generate(
         self,
@@ -173,7 +173,7 @@ class Engine:
         """Continuous batching over packed prompts and slots."""
         device = self.model.device
         slots = min(self.max_concurrent, n * len(prompts))
-        scheduler = Scheduler([len(p) for p in prompts], n, slots, PREFILL_TOKENS)
+        scheduler = Scheduler([len(p) for p in prompts], n, slots, self.prefill_tokens)
         answers = new_answers(slots)
         cache = SlotCache(slots, self._cache_dtype)
         lengths = torch.zeros(slots, dtype=torch.long, device=device)  # tokens held in the cache
@@ -257,9 +257,6 @@ class Engine:
                     for slot in sorted(left.intersection(ended)):
                         yield answers.sample(slot, active[slot], self.weights_version)
                     left.difference_update(ended)
-
-
-CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as Transformers' models call theirs
 
 
 @dataclass(frozen=True)
