@@ -261,16 +261,15 @@ def _save(
     tokens: int,
     keep: int,
 ) -> None:
+    state = {
+        "step": step,
+        "models": {n: checkpoint.trainable_state(m.module) for n, m in method.trained.items()},
+        "optimizer": optimizer.state_dict(),
+        "method": method.state_dict(),  # on every rank: it may gather
+        "rng": torch.get_rng_state(),
+        "tokens": tokens,
+    }
     if distributed.rank() == 0:
-        models = {n: checkpoint.trainable_state(m.module) for n, m in method.trained.items()}
-        state = {
-            "step": step,
-            "models": models,
-            "optimizer": optimizer.state_dict(),
-            "method": method.state_dict(),
-            "rng": torch.get_rng_state(),
-            "tokens": tokens,
-        }
         checkpoint.save(run.checkpoints, step, state, keep)
     distributed.barrier()
 

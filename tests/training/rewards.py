@@ -1,0 +1,21 @@
+"""Reward functions as a user might write them, right and wrong."""
+
+
+def by_length(prompts, completions):
+    return [len(completion) / 10 for completion in completions]
+
+
+def constant(prompts, completions):
+    return [1.0] * len(completions)
+
+
+def raises(prompts, completions):
+    raise RuntimeError("out of\nink")
+
+
+def one_too_few(prompts, completions):
+    return [0.0] * (len(completions) - 1)
+
+
+def not_a_number(prompts, completions):
+    return [float("nan")] * len(completions)

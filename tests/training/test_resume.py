@@ -1,0 +1,179 @@
+"""Going on: from every checkpoint to the same bits, after SIGINT and after kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from prefloop.cli import main
+from tests.training.small import (
+    REWARDS,
+    assert_same_run,
+    flags,
+    lines,
+    only_checkpoint,
+    python,
+    settings,
+    train,
+)
+
+ROOT = Path(__file__).parents[2]
+PPO = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2}
+RUNS = {  # name: command, settings of a run of some steps
+    "sft": ("sft", {"batch_size": 2, "lora_rank": 0}),
+    "reward": ("reward", {"batch_size": 3, "epochs": 2.0}),
+    "reward-lora": ("reward", {"batch_size": 3, "lora_rank": 2}),
+    "dpo": ("dpo", {"batch_size": 3, "epochs": 2.0}),
+    "kto": ("dpo", {"batch_size": 3, "loss": "kto", "data": "pairs.jsonl"}),
+    "ppo": ("ppo", PPO | {"kl_target": 0.01, "kl_horizon": 20.0, "samples_per_prompt": 2}),
+    "ppo-stops": ("ppo", PPO | {"target_kl": 1e-3, "ppo_epochs": 4, "lr": 3e-3}),
+    "ppo-ptx": ("ppo", PPO | {"ptx_coef": 0.5, "sft_data": "sft.jsonl", "lora_rank": 2}),
+    "rloo": ("ppo", PPO | {"advantage": "rloo", "samples_per_prompt": 2}),
+}
+
+
+def with_paths(world, changes):
+    named = {k: str(world / changes[k]) for k in ("data", "sft_data") if k in changes}
+    return changes | named
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_checkpoint_leads_to_the_same_bits(name, world, tmp_path):
+    command, changes = RUNS[name]
+    changes = with_paths(world, changes) | {"eval_fraction": 0.2}
+    whole = tmp_path / "whole"
+    train(command, world, whole, save_every=1, keep_checkpoints=100, **changes)
+    steps = [line["step"] for line in lines(whole)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 4
+    chosen = (2, 3, 4, steps[-2]) if command == "ppo" else (1, steps[-2])
+    for step in chosen:
+        again = tmp_path / f"from-{step}"
+        only_checkpoint(whole, again, step)
+        train(command, world, again, **changes)
+        assert_same_run(whole, again)
+        record = json.loads((again / "run.json").read_text())
+        assert (record["status"], record["resumed"]) == ("finished", 1)
+
+
+def test_the_ppo_cases_pass_through_what_they_are_for(world, tmp_path):
+    """Steps without a batch after target_kl; a beta that moves."""
+    train("ppo", world, tmp_path / "a", **RUNS["ppo-stops"][1])
+    skipped = [line for line in lines(tmp_path / "a") if "policy/approxkl_avg" not in line]
+    assert skipped
+    train("ppo", world, tmp_path / "b", **RUNS["ppo"][1])
+    betas = {line["kl_coef"] for line in lines(tmp_path / "b") if "kl_coef" in line}
+    assert len(betas) > 1
+
+
+def test_a_run_that_is_finished_is_left_alone(world, tmp_path, capsys):
+    train("sft", world, tmp_path / "run", batch_size=4)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    train("sft", world, tmp_path / "run", batch_size=4)
+    assert "finished already" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_checkpoint_half_written_does_not_count(world, tmp_path):
+    changes = {"batch_size": 2, "save_every": 2, "keep_checkpoints": 9}
+    train("sft", world, tmp_path / "whole", **changes)
+    again = tmp_path / "again"
+    only_checkpoint(tmp_path / "whole", again, 4)
+    torn = again / "checkpoints" / ".step-6.tmp"
+    torn.mkdir()
+    (torn / "state.pt").write_bytes(b"PK half")
+    train("sft", world, again, **changes)
+    assert_same_run(tmp_path / "whole", again)
+
+
+def test_a_named_checkpoint_is_gone_on_from(world, tmp_path):
+    changes = {"batch_size": 2, "save_every": 2, "keep_checkpoints": 9}
+    whole = tmp_path / "whole"
+    train("sft", world, whole, **changes)
+    again = tmp_path / "again"
+    only_checkpoint(whole, again, 4)
+    train("sft", world, again, resume=str(whole / "checkpoints" / "step-2"), **changes)
+    assert_same_run(whole, again)
+
+
+# --- processes that are shot ---------------------------------------------------------------------
+
+LONG = {  # name: command, settings of a run that lasts long enough to be hit
+    "sft": ("sft", {"batch_size": 1, "epochs": 6.0}),
+    "reward": ("reward", {"batch_size": 1, "epochs": 6.0}),
+    "dpo": ("dpo", {"batch_size": 1, "epochs": 6.0}),
+    "ppo": (
+        "ppo",
+        {"batch_size": 2, "ppo_epochs": 3, "num_minibatches": 2, "epochs": 6.0},
+    ),
+}
+
+
+def shoot(words, output, number, after):
+    """Runs the command in a process of its own and signals it once `after` steps are logged."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        python("-m", "prefloop", *words),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < after:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors.decode()
+
+
+def check_interruption(name, number, world, tmp_path, **saving):
+    command, changes = LONG[name]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(command, world, whole, **changes)
+    words = [command, *flags(settings(command, world, broken, **changes)), *flags(saving)]
+    code, errors = shoot(words, broken, number, after=8)
+    record = json.loads((broken / "run.json").read_text())
+    kept = sorted(path.name for path in (broken / "checkpoints").iterdir())
+    if number == signal.SIGINT:
+        assert (code, record["status"]) == (130, "interrupted"), errors
+        assert errors.endswith("prefloop: interrupted\n")
+        assert kept == [f"step-{lines(broken)[-1]['step']}"]
+    else:
+        assert (code, record["status"]) == (-signal.SIGKILL, "running")
+    assert not (broken / "model").exists()
+    assert kept
+    assert main([*words, "--resume", "auto"]) == 0
+    assert_same_run(whole, broken)
+
+
+def test_ppo_interrupted_goes_on_to_the_same_bits(world, tmp_path):
+    check_interruption("ppo", signal.SIGINT, world, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_interrupted_goes_on_to_the_same_bits(name, world, tmp_path):
+    check_interruption(name, signal.SIGINT, world, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_killed_goes_on_to_the_same_bits(name, world, tmp_path):
+    """Three saves in two passes of PPO: some fall in mid-iteration."""
+    check_interruption(name, signal.SIGKILL, world, tmp_path, save_every=5)
+
+
+def test_a_function_as_reward_is_found_again(world, tmp_path):
+    changes = {"reward_function": f"{REWARDS}:by_length", "batch_size": 4, "save_every": 2}
+    train("ppo", world, tmp_path / "whole", **changes)
+    only_checkpoint(tmp_path / "whole", tmp_path / "again", 2)
+    train("ppo", world, tmp_path / "again", **changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
