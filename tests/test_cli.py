@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,17 +35,14 @@ def test_what_a_command_gives_back_is_printed(result, printed, capsys):
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
+    """Under half a second: of CPU time, which does not depend on what else runs."""
     code = (
-        "import sys\nfrom prefloop.cli import main\nassert main(['--help']) == 0\n"
-        f"assert not [name for name in {HEAVY} if name in sys.modules]"
+        "import sys, time\nfrom prefloop.cli import main\nassert main(['--help']) == 0\n"
+        f"assert not [name for name in {HEAVY} if name in sys.modules]\n"
+        "assert time.process_time() < 0.5"
     )
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-    assert best < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for name in COMMANDS:
         assert f"\n  {name} " in done.stdout
 
@@ -103,6 +99,13 @@ def test_settings_reach_the_command(tmp_path):
     for flag in (["--config", str(path)], [f"--config={path}"]):
         assert main(["demo", *flag, "--seed", "4"], commands(seen.append)) == 0
     assert seen == [replace(DemoConfig(), seed=4, quick=True)] * 2
+
+
+def test_a_pipeline_and_a_models_name_need_no_flag(capsys):
+    assert main(["run", "absent.yaml"]) == 2
+    assert "absent.yaml: No such file" in capsys.readouterr().err
+    assert main(["fetch-model", "xyzzy"]) == 2
+    assert "xyzzy" in capsys.readouterr().err
 
 
 def test_exit_codes(capsys):

@@ -15,12 +15,15 @@ from types import FrameType, MappingProxyType
 
 from prefloop.commands import COMMANDS, Command
 from prefloop.config import UserError
-from prefloop.settings import nearest, resolve
+from prefloop.settings import flag, nearest, resolve
 
 # Two busy thread pools on shared cores can collapse: idle threads must not spin. Read by torch's
 # OpenMP when it is loaded, which is after this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not sys.stderr.isatty():  # no bars in log files
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 130
 
@@ -65,6 +68,8 @@ def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
         known = nearest(name, commands) or "; see prefloop --help"
         raise UserError(f"no command `{name}`{known}")
     command, flags = commands[name], words[len(name.split()) :]
+    if command.positional and flags and not flags[0].startswith("-"):
+        flags = [flag(command.positional), *flags]
     yaml_path, flags = _take_config(flags)
     try:
         config: object = resolve(command.config, yaml_path, flags, prog=f"prefloop {name}")

@@ -147,12 +147,13 @@ def show_comparison(result: Any) -> None:
 @dataclass(frozen=True)
 class Command:
     """A command: its settings, the function that carries it out (its docstring is the command's
-    help), and what prints the result.
+    help), what prints the result, and the setting that may be given without its flag.
     """
 
     config: type
     function: Callable[[Any], Any]
     show: Callable[[Any], None] = show
+    positional: str = ""
 
 
 COMMANDS = {
@@ -166,7 +167,7 @@ COMMANDS = {
     "chat": Command(c.ChatConfig, chat),
     "compare": Command(c.CompareConfig, compare, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
-    "run": Command(c.RunConfig, run),
+    "run": Command(c.RunConfig, run, positional="pipeline"),
     "check": Command(c.CheckConfig, check),
-    "fetch-model": Command(c.FetchModelConfig, fetch_model),
+    "fetch-model": Command(c.FetchModelConfig, fetch_model, positional="name"),
 }

@@ -26,6 +26,7 @@ class CopyConfig:
 class Command:
     config: type
     function: Callable[[CopyConfig], None]
+    show: Callable[[None], None] = print
 
 
 class Copier:

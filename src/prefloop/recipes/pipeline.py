@@ -34,7 +34,7 @@ NOT_INPUTS = ("output", "resume")
 
 
 class Command(Protocol):
-    """A command's settings class and its function."""
+    """A command's settings class, its function, and what prints the result."""
 
     @property
     def config(self) -> type:
@@ -43,6 +43,10 @@ class Command(Protocol):
     @property
     def function(self) -> Callable[[Any], Any]:
         """What carries it out."""
+
+    @property
+    def show(self) -> Callable[[Any], None]:
+        """Prints what the function gave back."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
             print(f"{told}: changed; the old output is now {_move_aside(output)}", flush=True)
         print(f"{told}: running", flush=True)
         record.set(stage.name, print_of, "started")
-        commands[stage.command].function(stage.config)
+        command = commands[stage.command]
+        command.show(command.function(stage.config))
         record.set(stage.name, print_of, "finished")
 
 
