@@ -51,7 +51,7 @@ def test_robust_by_hand_and_unbiased_under_flips() -> None:
     expected = (-0.9 * log_sigmoid(1.0) + 0.1 * log_sigmoid(-1.0)) / 0.8
     robust = value(robust_loss(*PAIR, beta=0.2, label_smoothing=0.1))
     assert robust == pytest.approx(expected)
-    w, l, ref_w, ref_l = PAIR  # noqa: E741
+    w, l, ref_w, ref_l = PAIR
     flipped = value(robust_loss(l, w, ref_l, ref_w, beta=0.2, label_smoothing=0.1))
     assert 0.9 * robust + 0.1 * flipped == pytest.approx(-log_sigmoid(1.0))
 

@@ -70,9 +70,9 @@ def ipo_loss(
     With lengths (both), c and l are averaged per token, as in TRL; without, summed as in the paper.
     """
     c = chosen.float() - ref_chosen.float()
-    l = rejected.float() - ref_rejected.float()  # noqa: E741
+    l = rejected.float() - ref_rejected.float()
     if chosen_lengths is not None and rejected_lengths is not None:
-        c, l = c / chosen_lengths, l / rejected_lengths  # noqa: E741
+        c, l = c / chosen_lengths, l / rejected_lengths
     return total((c - l - 1 / (2 * beta)).square())
 
 
