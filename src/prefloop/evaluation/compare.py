@@ -13,7 +13,7 @@ import torch
 from prefloop.config import CompareConfig, UserError
 from prefloop.data import formats
 from prefloop.data.batches import micro_batches, pack
-from prefloop.data.tokenize import Example, decode_answer, encode_prompt, stop_token_ids
+from prefloop.data.tokenize import Example, decode_answer, stop_token_ids, tokenize
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
 from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
 from prefloop.evaluation.judges import Judge, load_judge
@@ -118,28 +118,13 @@ def _prepare(config: CompareConfig) -> Task:
     )
     assert judge is not None
     sft = load_policy(config.sft, pick_device(config.device))
-    counts = RowCounts()
-    records = formats.load(config.data, "prompt", counts)
-    prompts: list[Text] = []
-    prompt_ids: list[list[int]] = []
+    records = formats.load(config.data, "prompt", counts := RowCounts())
+    records = records[: config.max_prompts or None]
     room = config.max_length - config.max_new_tokens
-    for record in records[: config.max_prompts or None]:
-        ids = encode_prompt(sft.tokenizer, record.prompt)
-        if len(ids) > room:
-            if config.truncation == "drop":
-                counts.drop("prompt too long")
-                continue
-            if config.truncation != "left":
-                raise UserError(
-                    f"{record.where}: prompt of {len(ids)} tokens leaves no room for "
-                    f"--max-new-tokens {config.max_new_tokens} in --max-length "
-                    f"{config.max_length}; raise it, or --truncation drop or left"
-                )
-            ids = ids[-room:]
-        prompts.append(record.prompt)
-        prompt_ids.append(ids)
-    if not prompts:
-        raise UserError(f"{config.data}: no prompt left to answer; raise --max-length")
+    examples = tokenize(records, sft.tokenizer, room, config.truncation, counts)
+    prompt_of = {record.where: record.prompt for record in records}
+    prompts = [prompt_of[example.where] for example in examples]
+    prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy)
 
 
@@ -279,6 +264,7 @@ def _write(
             "prompt": text_to_json(prompt),
             "way": name,
             "completions": [answer.text for answer in row],
+            "tokens": [answer.tokens for answer in row],
             "judge": [answer.gold for answer in row],
             "reward_model": [answer.proxy for answer in row],
             "kl": [answer.kl for answer in row],

@@ -26,12 +26,14 @@ from prefloop.evaluation.compare import compare
 from prefloop.evaluation.report import Comparison
 from prefloop.generation.commands import sample
 from prefloop.recipes import sentiment_data
-from prefloop.recipes.fetch import fetch_model
+from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings
 from prefloop.records import write_atomic
+from prefloop.settings import as_dict
 from prefloop.training import ppo, preference, reward, sft
 
 log = logging.getLogger("prefloop")
 MODEL = "smollm2-135m-instruct"
+KL_COEF = 0.05  # of the PPO run that has a penalty
 GOLD = "prefloop.recipes.sentiment_data:gold_reward"
 
 
@@ -40,14 +42,14 @@ class Scale:
     """The demo's numbers; `quick` only shows that everything runs."""
 
     sft_steps: int = 0  # 0: one pass
-    ranked_prompts: int = 600
+    ranked_prompts: int = 500
     annotators: int = 3
     reward_steps: int = 0
     dpo_steps: int = 0
     ppo_prompts: int = 32  # an optimiser step's
-    ppo_iterations: int = 24
+    ppo_iterations: int = 14
     compared_prompts: int = 200
-    max_new_tokens: int = 32
+    max_new_tokens: int = 24
 
 
 FULL = Scale()
@@ -94,6 +96,7 @@ class Plan:
             output=self.output / "sft",
             seed=self.seed,
             max_steps=self.scale.sft_steps,
+            epochs=2,
             batch_size=32,
             lr=5e-5,
             max_length=128,
@@ -195,15 +198,16 @@ def demo(config: DemoConfig) -> Comparison:
     # 4. Simulated annotators rank them, with the noise of real raters.
     log.info("4/9 rankings")
     if not plan.rankings.exists():
+        noise = sentiment_data.measure_noise(fetch_movie_ratings())
         sentiment_data.rank_samples(
-            plan.sampling().output, plan.rankings, plan.scale.annotators, plan.seed
+            plan.sampling().output, plan.rankings, plan.scale.annotators, plan.seed, noise
         )
     # 5. A reward model learns to rank as they do.
     log.info("5/9 reward model")
     reward.run(plan.reward())
     # 6. PPO against the reward model, held near the SFT model by a KL penalty.
     log.info("6/9 PPO")
-    ppo.run(plan.ppo("ppo", kl_coef=0.05))
+    ppo.run(plan.ppo("ppo", kl_coef=KL_COEF))
     # 7. The same without the penalty: reward hacking, on purpose.
     log.info("7/9 PPO without KL penalty")
     ppo.run(plan.ppo("ppo-no-kl", kl_coef=0.0))
@@ -217,10 +221,13 @@ def demo(config: DemoConfig) -> Comparison:
 
 def _same_demo(plan: Plan) -> None:
     """Files of a demo with other numbers must not be taken for this one's."""
-    path, settings = plan.output / "demo.json", {"seed": plan.seed, **asdict(plan.scale)}
+    path = plan.output / "demo.json"
+    stages = (plan.sft(MODEL), plan.sampling(), plan.reward(), plan.dpo(), plan.comparison())
+    settings = [asdict(plan.scale), *map(as_dict, (*stages, plan.ppo("ppo", KL_COEF)))]
+    text = json.dumps(settings, indent=2) + "\n"
     if not path.exists():
-        write_atomic(path, json.dumps(settings, indent=2) + "\n")
-    elif json.loads(path.read_text(encoding="utf-8")) != settings:
+        write_atomic(path, text)
+    elif path.read_text(encoding="utf-8") != text:
         raise UserError(f"{plan.output} holds a demo with other settings; give another --output")
 
 

@@ -27,12 +27,12 @@ from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, cache_dir, fetc
 from prefloop.records import Ranking, ranking_to_json, read_rows, write_atomic, write_jsonl
 
 Floats = NDArray[np.float64]
-SPLITS = {"gold": 6000, "sft": 2200, "preference": 1000, "ppo": 900, "evaluation": 505}
+SPLITS = {"gold": 5000, "sft": 3200, "preference": 1000, "ppo": 900, "evaluation": 505}
 """Sentences by use; prompts and SFT rows are those of them with a fitting length."""
 SPLIT_SEED = 20140601
-GOLD_VERSION = 1  # raise on any change to what the fitted gold depends on
+GOLD_VERSION = 2  # raise on any change to what the fitted gold depends on
 RIDGE = 0.75
-SHORTEST, LONGEST = 8, 24  # words of a sentence that gives a prompt, and of an SFT row
+SHORTEST, LONGEST = 7, 15  # words of a sentence that gives a prompt, and of an SFT row
 WORD = re.compile(r"\b\w\w+\b")
 
 
@@ -52,7 +52,9 @@ def opening(text: str, words: int) -> str:
     return " ".join(text.split(" ")[:words])
 
 
-def split(sentences: Sequence[RatedSentence]) -> dict[str, list[RatedSentence]]:
+def split(
+    sentences: Sequence[RatedSentence], sizes: Mapping[str, int] = SPLITS
+) -> dict[str, list[RatedSentence]]:
     """Cleaned sentences by use; those that open with the same four words stay together."""
     groups: dict[str, list[RatedSentence]] = {}
     for sentence in sentences:
@@ -60,7 +62,7 @@ def split(sentences: Sequence[RatedSentence]) -> dict[str, list[RatedSentence]]:
         groups.setdefault(opening(tidy.text, 4).lower(), []).append(tidy)
     keys = sorted(groups)
     np.random.default_rng(SPLIT_SEED).shuffle(keys)
-    names = iter(SPLITS.items())
+    names = iter(sizes.items())
     name, size = next(names)
     parts: dict[str, list[RatedSentence]] = {name: []}
     for key in keys:
@@ -72,7 +74,7 @@ def split(sentences: Sequence[RatedSentence]) -> dict[str, list[RatedSentence]]:
 
 
 def prompts(sentences: Sequence[RatedSentence]) -> list[str]:
-    """Distinct openings of 4, 5 or 6 words of the sentences with 8 words or more."""
+    """Distinct openings of 4 or 5 words of the sentences with 7 words or more."""
     return list(
         {
             opening(s.text, _prompt_words(s.text)): None
@@ -93,7 +95,7 @@ def demonstrations(sentences: Sequence[RatedSentence]) -> list[dict[str, str]]:
 
 
 def _prompt_words(text: str) -> int:
-    return 4 + hashlib.sha256(text.encode()).digest()[0] % 3
+    return 4 + hashlib.sha256(text.encode()).digest()[0] % 2
 
 
 def write_splits(folder: Path) -> dict[str, int]:
@@ -220,7 +222,9 @@ def annotate(
     return tuple(tuple(np.flatnonzero(totals == level).tolist()) for level in levels)
 
 
-def rank_samples(samples: Path, output: Path, annotators: int, seed: int) -> dict[str, Any]:
+def rank_samples(
+    samples: Path, output: Path, annotators: int, seed: int, noise: RaterNoise
+) -> dict[str, Any]:
     """Have simulated annotators rank sampled answers: writes rankings, and beside them the facts.
 
     Equal answers to a prompt are shown once. `panel_agreement` is how often a second panel of as
@@ -228,7 +232,6 @@ def rank_samples(samples: Path, output: Path, annotators: int, seed: int) -> dic
     """
     if annotators < 1:
         raise UserError(f"annotators: {annotators}; at least 1 is needed")
-    noise = measure_noise(fetch_movie_ratings())
     rankings, one_answer, agreement, pairs, ties = [], 0, [], 0, 0
     for number, (where, row) in enumerate(read_rows(samples)):
         prompt, completions = str(row["prompt"]), tuple(dict.fromkeys(row["completions"]))

@@ -1,0 +1,129 @@
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefloop.config import CompareConfig, UserError
+from prefloop.evaluation.compare import compare
+from prefloop.evaluation.frontier import best_of_n_kl
+from prefloop.evaluation.judges import load_judge
+from prefloop.models.export import export_model
+from prefloop.models.load import load_scorer
+from prefloop.records import read_rows, write_jsonl
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PROMPTS = ("The film", "A", "It is", "What")
+
+
+def vowels(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    return [float(sum(c in "aeiou" for c in text)) for text in completions]
+
+
+def folder(path: Path, seed: int) -> str:
+    tiny_model(seed=seed).save_pretrained(path)
+    tiny_tokenizer(chat=False).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CompareConfig:
+    sft, other = folder(tmp_path / "sft", 0), folder(tmp_path / "other", 1)
+    export_model(load_scorer(sft, torch.device("cpu")), tmp_path / "reward")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    return CompareConfig(
+        sft=sft,
+        models=(f"same={sft}", f"other={other}"),
+        data=str(tmp_path / "prompts.jsonl"),
+        judge="tests.evaluation.test_compare:vowels",
+        output=tmp_path / "out",
+        reward_model=str(tmp_path / "reward"),
+        best_of=3,
+        samples_per_prompt=2,
+        max_new_tokens=12,
+        device="cpu",
+    )
+
+
+def read_answers(config: CompareConfig) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(config.output / "answers.jsonl")]
+
+
+def sequence_log_prob(path: str, prompt: str, tokens: Sequence[int]) -> float:
+    ids = tiny_tokenizer(chat=False)(prompt)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids, *tokens]])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(ids) + i - 1, token]) for i, token in enumerate(tokens))
+
+
+def test_compare(config: CompareConfig) -> None:
+    result = compare(config, notes=("A note.",))
+    sft, best, same, other = result.ways
+    assert [way.name for way in result.ways] == ["SFT", "best-of-3", "same", "other"]
+    # 1. The SFT model against itself: the same seeds, so the same answers.
+    assert (same.vitals, same.examples) == (sft.vitals, sft.examples)
+    assert same.win_rate is not None
+    assert same.win_rate.mean == pytest.approx(0.5, abs=0.1)
+    assert same.vitals.kl.mean == pytest.approx(0.0, abs=1e-5)
+    assert same.signs == ()
+    # 2. Best-of-n has a bound.
+    assert best.kl_is_bound
+    assert best.vitals.kl.mean == best_of_n_kl(3)
+    assert [point[0] for point in result.frontier] == [1, 2, 3]
+    # 3. Files.
+    rows = read_answers(config)
+    assert len(rows) == 4 * len(PROMPTS)
+    assert [len(row["completions"]) for row in rows[:8]] == [2] * 4 + [1] * 4
+    numbers = json.loads((config.output / "compare.json").read_text())
+    assert numbers["ways"][3]["vitals"]["gold"]["mean"] == other.vitals.gold.mean
+    page = (config.output / "report.html").read_text()
+    assert "A note." in page
+    judged = [row for row in rows if row["way"] == "other"]
+    for row in judged:
+        assert row["judge"] == vowels([], row["completions"])
+    mean = sum(sum(row["judge"]) / 2 for row in judged) / len(PROMPTS)
+    assert other.vitals.gold.mean == pytest.approx(mean)
+
+
+def test_best_of_n_takes_the_reward_models_favourite(config: CompareConfig) -> None:
+    compare(replace(config, samples_per_prompt=1, best_of=4))
+    rows = read_answers(config)
+    one = {row["prompt"]: row for row in rows if row["way"] == "best-of-4"}
+    compare(replace(config, samples_per_prompt=5, reward_model=None))
+    rows = read_answers(config)
+    reward = load_judge(str(config.reward_model), device="cpu")
+    for row in rows:
+        if row["way"] == "SFT":  # its first answer is the baseline's, the other four the pool
+            pool = row["completions"][1:]
+            scores = reward([row["prompt"]] * 4, pool)
+            assert one[row["prompt"]]["completions"] == [pool[scores.index(max(scores))]]
+
+
+def test_kl_is_that_of_plain_transformers(config: CompareConfig) -> None:
+    compare(replace(config, samples_per_prompt=1, reward_model=None))
+    for row in read_answers(config):
+        (tokens,) = row["tokens"]
+        path = config.models[1].split("=")[1] if row["way"] == "other" else config.sft
+        p, q = (sequence_log_prob(model, row["prompt"], tokens) for model in (path, config.sft))
+        assert row["kl"][0] == pytest.approx(p - q, abs=1e-4)
+
+
+def test_faults_are_one_line(config: CompareConfig, tmp_path: Path) -> None:
+    for change, message in (
+        ({"models": ("other",)}, "name=path"),
+        ({"models": ("a=x", "a=y")}, "once"),
+        ({"max_new_tokens": 1022}, "prompts.jsonl:1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(replace(config, **change))  # type: ignore[arg-type]
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="tokenizer is not that of"):
+        compare(config)
+    assert not config.output.exists()
