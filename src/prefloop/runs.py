@@ -37,6 +37,10 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 FREE_TO_CHANGE = frozenset({"output", "resume", "track", "save_every", "keep_checkpoints"})
 """Settings that may differ when a run goes on: they change nothing that is computed."""
 PACKAGES = ("prefloop", "torch", "transformers", "tokenizers", "peft", "numpy")
+BEFORE_STEP_1 = frozenset(
+    {"config.yaml", "run.json", "tensorboard", "reference_log_probs.safetensors"}
+)
+"""What a run directory holds when nothing has been trained yet."""
 SAVE_SECONDS = 30.0
 """A killed run's record of its cost is at most this old."""
 
@@ -91,7 +95,7 @@ class Run:
         run = cls(directory, previous or _new_record(config, command), writes=writes)
         run.record["status"] = "finished" if finished else "running"
         run.resume_from, run._tracker = checkpoint, tracker
-        if finished:
+        if finished and writes:
             print(f"{directory}: finished already, nothing to do", flush=True)
         elif writes:
             run.record |= {"versions": _versions(), "revision": _revision()}
@@ -172,7 +176,7 @@ class Run:
         """Record an end that `finish` did not: interrupted, or failed."""
         if self.record["status"] != "running":
             return
-        if isinstance(error, UserError) and self._is_new and self._holds_nothing():
+        if isinstance(error, UserError) and self._is_new and self._writes and self._holds_nothing():
             self._discard()
         else:
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
@@ -198,14 +202,13 @@ class Run:
 
     def _holds_nothing(self) -> bool:
         names = {path.name for path in self.directory.iterdir()}
-        return names <= {"config.yaml", "run.json", "tensorboard"}
+        return names <= BEFORE_STEP_1
 
     def _discard(self) -> None:
         """Take back a run that the user's mistake ended before it had computed anything."""
         if self._tracker:
             self._tracker.close()
-        if self._writes:
-            shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
