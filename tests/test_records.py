@@ -136,7 +136,11 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.csv", b"a,a\n1,2\n", r":1: a column stands twice"),
         ("a.parquet", b"PAR1 no", r"a.parquet: malformed Parquet"),
         ("a.jsonl.gz", b"no gzip", r"a.jsonl.gz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], r"a.jsonl.gz: cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12],
+            r"a.jsonl.gz: cannot be read",
+        ),
         ("a.json", b"[]", r"a.json: unknown kind of file; use .jsonl, .jsonl.gz, .csv, .parquet"),
     ],
 )
