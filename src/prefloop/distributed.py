@@ -16,7 +16,8 @@ T = TypeVar("T")
 def start(device: torch.device) -> None:
     """Joins the process group that torchrun announces, if it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)  # rollouts' statistics are summed on the CPU
 
 
 def rank() -> int:

@@ -90,23 +90,25 @@ class Engine:
         seed: int,
         on_done: Callable[[Sample], None] | None = None,
         on_tokens: Callable[[Tensor], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Sample]]:
         """See RolloutEngine; `on_tokens` is shown each step's tokens [B], in the slots' order.
 
-        A sample depends on (seed, prompt_index, sample_index) and its prompt, not on its company.
+        A sample depends on (seed, prompt_index, sample_index) and its prompt, not on its company;
+        `numbers` stand for the prompts' indices there (their places among all ranks' prompts).
         """
         self._check(prompts, n, sampling)
-        answers: list[list[Sample | None]] = [[None] * n for _ in prompts]
-        new_answers = partial(Answers, sampling, seed, self.model.device, on_tokens)
+        done: dict[tuple[int, int], Sample] = {}
+        new_answers = partial(
+            Answers, sampling, seed, numbers or range(len(prompts)), self.model.device, on_tokens
+        )
         loop = self._packed if self.model.packed else self._padless
         with self._inference():
             for sample in loop(prompts, n, new_answers):
-                answers[sample.prompt_index][sample.sample_index] = sample
+                done[sample.prompt_index, sample.sample_index] = sample
                 if on_done is not None:
                     on_done(sample)
-        complete = [[sample for sample in row if sample is not None] for row in answers]
-        assert all(len(row) == n for row in complete)
-        return complete
+        return [[done[index, number] for number in range(n)] for index in range(len(prompts))]
 
     def load_weights(self, path: str) -> None:
         """Copies the weights of a folder into the model; an adapter's go into its adapters."""
@@ -118,10 +120,6 @@ class Engine:
         else:
             self.model.hf.load_state_dict(load_policy(path, torch.device("cpu")).hf.state_dict())
         self.weights_version += 1
-
-    @property
-    def _cache_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype
 
     def _check(self, prompts: Prompts, n: int, sampling: Sampling) -> None:
         if n < 1:
@@ -175,7 +173,9 @@ class Engine:
         slots = min(self.max_concurrent, n * len(prompts))
         scheduler = Scheduler([len(p) for p in prompts], n, slots, self.prefill_tokens)
         answers = new_answers(slots)
-        cache = SlotCache(slots, self._cache_dtype)
+        cache = SlotCache(
+            slots, torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype
+        )
         lengths = torch.zeros(slots, dtype=torch.long, device=device)  # tokens held in the cache
         hidden: list[Tensor] = []  # of the tokens that stand last in each slot
         prefill: Prefill | None = None
@@ -285,11 +285,13 @@ class Answers:
         self,
         sampling: Sampling,
         seed: int,
+        numbers: Sequence[int],
         device: torch.device,
         on_tokens: Callable[[Tensor], None] | None,
         slots: int,
     ) -> None:
-        self.sampling, self.seed, self.on_tokens = sampling, seed, on_tokens
+        self.sampling, self.on_tokens = sampling, on_tokens
+        self.seed, self.numbers = seed, numbers
         shape = (slots, sampling.max_new_tokens)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(shape, device=device)
@@ -302,7 +304,8 @@ class Answers:
         """Empties the slots from `first` on for these requests, with uniforms of their own."""
         last, count = first + len(requests), self.sampling.max_new_tokens
         drawn = [
-            request_uniforms(self.seed, r.prompt_index, r.sample_index, count) for r in requests
+            request_uniforms(self.seed, self.numbers[r.prompt_index], r.sample_index, count)
+            for r in requests
         ]
         self.uniforms[first:last] = torch.stack(drawn).to(self.uniforms.device)
         self.counts[first:last] = 0

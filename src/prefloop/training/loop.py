@@ -175,7 +175,12 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     device = distributed.local_device(pick_device(config.device))
     distributed.start(device)
     torch.manual_seed(config.seed)
-    return Run.open(config, command, writes=distributed.rank() == 0), device
+    if distributed.world() > 1:  # every rank sees the directory as it was before the first writes
+        run = Run.open(config, command, writes=False)
+        distributed.barrier()
+        if distributed.rank() > 0:
+            return run, device
+    return Run.open(config, command), device
 
 
 def model_options(config: TrainingConfig) -> ModelOptions:

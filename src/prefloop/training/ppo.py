@@ -114,7 +114,7 @@ class PPO:
         size = min(self._prompts_per_iteration, count)
         order = stream.step_rows(count, size, 1.0, iterations, self.config.seed, iteration)
         mine = distributed.mine(next(order))
-        seed = self.config.seed * 1_000_003 + iteration * distributed.world() + distributed.rank()
+        seed = self.config.seed * 1_000_003 + iteration
         rollouts, metrics, samples = self.sampler.roll_out(
             self.prompts.take(mine), self.kl_coef, seed
         )
@@ -269,12 +269,29 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
         critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
     # 4. Prompts.
     prompts, eval_prompts = read_prompts(config, policy.tokenizer, run)
+    _require_enough(config, prompts, eval_prompts)
     ptx: list[Example] = []
     if config.sft_data is not None:
         ptx = read_demonstrations(config.sft_data, config, policy.tokenizer, run)
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     sampler = Sampler(config, policy, critic, reference, scorer, stops)
     return PPO(config, sampler, prompts, ptx, eval_prompts)
+
+
+def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:
+    """Every rank needs a prompt for each minibatch, and one to evaluate on."""
+    world, parts = distributed.world(), config.num_minibatches
+    count = min(config.batch_size * parts, len(prompts.examples))
+    if count < parts * world:
+        raise UserError(
+            f"{config.data}: {count} prompts an iteration are too few for --num-minibatches {parts} "
+            f"on {world} process(es); lower it, raise --batch-size, or give more prompts"
+        )
+    if 0 < len(eval_prompts.examples) < world:
+        raise UserError(
+            f"{len(eval_prompts.examples)} held-out prompts for {world} processes; "
+            "hold out at least one each"
+        )
 
 
 def run(config: PPOConfig) -> Run:

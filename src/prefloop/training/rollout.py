@@ -133,11 +133,16 @@ def advantages_and_returns(
 
 
 def _whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    whole = global_moments(x, mask)
+    return losses.whiten(x, mask, whole.mean, whole.variance, shift_mean)
+
+
+def global_moments(x: Tensor, mask: Tensor) -> losses.Moments:
+    """Moments over the tokens of all ranks."""
     parts = losses.moments(x, mask)
     sums = torch.stack([parts.sum, parts.sum_of_squares, parts.count.double()])
     total = distributed.sum_tensor(sums)
-    whole = losses.Moments(total[0], total[1], total[2].long())
-    return losses.whiten(x, mask, whole.mean, whole.variance, shift_mean)
+    return losses.Moments(total[0], total[1], total[2].long())
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,9 @@ class Sampler:
             stop_token_ids=self.stop_token_ids,
         )
         ids = [example.prompt for example in prompts.examples]
-        groups = engine.generate(ids, config.samples_per_prompt, sampling, seed)
+        places = [distributed.rank() + i * distributed.world() for i in range(len(ids))]
+        k = config.samples_per_prompt
+        groups = engine.generate(ids, k, sampling, seed, numbers=places)
         examples = [
             with_answers(example, [sample.tokens for sample in group])
             for example, group in zip(prompts.examples, groups, strict=True)
@@ -177,7 +184,7 @@ class Sampler:
         # 3. Scores.
         flat = [sample for group in groups for sample in group]
         texts = [decode_answer(self.policy.tokenizer, sample.tokens) for sample in flat]
-        asked = [p.prompt for p in prompts.records for _ in range(config.samples_per_prompt)]
+        asked = [p.prompt for p in prompts.records for _ in range(k)]
         stopped = torch.tensor([sample.finish_reason == "stop" for sample in flat])
         raw = torch.tensor(self.scorer(asked, texts, examples), dtype=torch.float32)
         scores = self._adjusted(raw, stopped)
@@ -251,8 +258,8 @@ def rollout_metrics(
     totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()} | {"n": size}, device)
     metrics = {name: totals[name] / totals["n"] for name in sums}
     metrics["val/num_eos_tokens"] = totals["n"] - totals["truncated"]
-    if bool(rollouts.returns.any()):
-        error = (rollouts.returns - rollouts.values)[mask].var(correction=0)
-        spread = rollouts.returns[mask].var(correction=0)
+    spread = global_moments(rollouts.returns, mask).variance
+    if spread > 0:
+        error = global_moments(rollouts.returns - rollouts.values, mask).variance
         metrics["val/explained_variance"] = float(1 - error / spread)
     return metrics
