@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def figure(draw: Callable[[Axes], None], title: str, number: int, wide: bool = F
     for part in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         style[part] = INK
     with rc_context(style):
-        drawn = Figure(figsize=(7.2, 4.2) if wide else (4.6, 2.9), layout="constrained")
+        drawn = Figure(figsize=(5.8, 3.8) if wide else (4.6, 2.9), layout="constrained")
         axes = drawn.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, color=INK)
@@ -229,9 +230,8 @@ def figure(draw: Callable[[Axes], None], title: str, number: int, wide: bool = F
 
 def _frontier_figure(comparison: Comparison, number: int) -> str:
     def draw(axes: Axes) -> None:
-        for i, way in enumerate(comparison.ways):
-            gold, kl = way.vitals.gold, way.vitals.kl
-            x, colour = max(kl.mean, 0.0), COLOURS[i % len(COLOURS)]
+        for way, colour in zip(comparison.ways, cycle(COLOURS), strict=False):
+            gold, kl, x = way.vitals.gold, way.vitals.kl, max(way.vitals.kl.mean, 0.0)
             sides = [[max(0.0, x - max(kl.low, 0.0))], [max(0.0, kl.high - x)]]
             heights = [[gold.mean - gold.low], [gold.high - gold.mean]]
             axes.errorbar(
@@ -250,25 +250,27 @@ def _frontier_figure(comparison: Comparison, number: int) -> str:
 
 
 def _curve_figures(comparison: Comparison, start: int) -> list[str]:
-    runs = [(way.name, way.run) for way in comparison.ways if way.run]
-    if comparison.reward_run:
-        runs.append(("Reward model", comparison.reward_run))
+    named = [(way.name, way.run) for way in comparison.ways]
+    named.append(("Reward model", comparison.reward_run))
+    runs = list(zip(named, cycle(COLOURS), strict=False))  # a way has one colour in all figures
     drawn: list[str] = []
     for command, wanted in CURVES.items():
-        of_command = [(name, run) for name, run in runs if run.command == command]
         for metric, title in wanted:
-            lines = [(n, *run.metrics[metric]) for n, run in of_command if metric in run.metrics]
+            lines = [
+                (name, colour, *run.metrics[metric])
+                for (name, run), colour in runs
+                if run and run.command == command and metric in run.metrics
+            ]
             if lines:
                 draw = _lines(lines)
                 drawn.append(figure(draw, title, start + len(drawn)))
     return drawn
 
 
-def _lines(lines: Sequence[tuple[str, list[int], list[float]]]) -> Callable[[Axes], None]:
+def _lines(lines: Sequence[tuple[str, str, list[int], list[float]]]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        for i, (name, steps, values) in enumerate(lines):
-            mark = "o" if len(steps) < 3 else ""
-            axes.plot(steps, values, marker=mark, color=COLOURS[i % len(COLOURS)], label=name)
+        for name, colour, steps, values in lines:
+            axes.plot(steps, values, "o-" if len(steps) < 3 else "-", color=colour, label=name)
         axes.set_xlabel("step")
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
