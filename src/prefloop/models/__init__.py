@@ -1,0 +1,1 @@
+"""Hugging Face models on token batches: loading, attention, heads, adapters, export."""

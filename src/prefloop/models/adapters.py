@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     scorer = hasattr(module, "score")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules="all-linear",
         exclude_modules=["score"] if scorer else None,
         task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if scorer else None,
     )
-    wrapped = get_peft_model(module, config)
+    with (
+        warnings.catch_warnings()
+    ):  # PEFT still asks by the old name of is_activation_checkpointing
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = get_peft_model(module, config)
     assert isinstance(wrapped, PeftModel)
     return wrapped
 
@@ -51,10 +56,15 @@ def is_adapter_folder(path: str) -> bool:
     return (Path(path) / "adapter_config.json").exists()
 
 
-def load_merged(kind: Any, path: str, **options: Any) -> PreTrainedModel:
-    """The base model named by an adapter folder, with the adapter merged in."""
+def is_scorer_adapter(path: str) -> bool:
+    """Whether an adapter folder belongs to a sequence classifier."""
+    return bool(PeftConfig.from_pretrained(path).task_type == TaskType.SEQ_CLS)
+
+
+def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The base model named by an adapter folder, with the adapter merged in, and how it loaded."""
     config = PeftConfig.from_pretrained(path)
-    base = kind.from_pretrained(config.base_model_name_or_path, **options)
+    base, info = kind.from_pretrained(config.base_model_name_or_path, **options)
     merged = PeftModel.from_pretrained(base, path).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
-    return merged
+    return merged, info

@@ -29,7 +29,9 @@ class AttentionPlan(Protocol):
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """The layer's attention over the stream."""
+        ...
 
 
 def attention(
@@ -87,8 +89,13 @@ class Rectangle:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
         """q [T, H, D], k and v [T, G, D] -> [S * Q, H, D]."""
         heads, groups = q.shape[1], q.shape[1] // k.shape[1]
-        q, k, v = (_gather(q, self.query_rows), _gather(k, self.key_rows), _gather(v, self.key_rows))
+        q, k, v = (
+            _gather(q, self.query_rows),
+            _gather(k, self.key_rows),
+            _gather(v, self.key_rows),
+        )
         segments, _, queries, width = q.shape
+        kept = v.shape[-1]  # multi-head latent attention has narrower values than keys
         if self.causal and (window is None or window >= queries):
             output = scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
@@ -97,8 +104,8 @@ class Rectangle:
             folded = q.reshape(segments, heads // groups, groups * queries, width)
             mask = self.mask(window, groups, q.dtype)
             output = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scaling)
-            output = output.reshape(segments, heads, queries, width)
-        return output.transpose(1, 2).reshape(segments * queries, heads, width)
+            output = output.reshape(segments, heads, queries, kept)
+        return output.transpose(1, 2).reshape(segments * queries, heads, kept)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -142,7 +149,9 @@ def _group(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Groups segments of (queries, keys) into rectangles that waste little."""
     groups: list[list[int]] = []
     needed = widest_q = widest_k = 0
-    for index in sorted(range(len(shapes)), key=lambda i: (shapes[i][0] == shapes[i][1], shapes[i])):
+    for index in sorted(
+        range(len(shapes)), key=lambda i: (shapes[i][0] == shapes[i][1], shapes[i])
+    ):
         q, k = shapes[index]
         if groups:
             size = len(groups[-1]) + 1
@@ -173,9 +182,8 @@ def _rectangle(segments: Sequence[Segment], group: list[int], device: torch.devi
         key_positions.append([*range(len(rows))] + [beyond] * pad_k)
     lengths = {(segments[index].length, len(rows)) for index, rows in zip(group, keys, strict=True)}
     tensors: list[Tensor] = [
-        torch.tensor(x, device=device) for x in (query_rows, key_rows, query_positions, key_positions)
+        torch.tensor(x, device=device)
+        for x in (query_rows, key_rows, query_positions, key_positions)
     ]
     causal = len(lengths) == 1 and widest_q == widest_k
     return Rectangle(tensors[0], tensors[1], tensors[2], tensors[3], causal=causal)
-
-

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -20,10 +22,17 @@ def export_model(model: LoadedModel, folder: Path) -> None:
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    module = model.module
+    module: Any = model.module
     if isinstance(module, PeftModel) and adapters.is_adapter_folder(model.source):
-        module = module.merge_and_unload()
+        module = copy.deepcopy(module).merge_and_unload()
     module.save_pretrained(str(temporary))
     model.tokenizer.save_pretrained(str(temporary))
-    shutil.rmtree(folder, ignore_errors=True)
+    for file in temporary.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)

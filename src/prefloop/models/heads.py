@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from prefloop.data.batches import TokenBatch
 from prefloop.models.attention import PackedPlan
-from prefloop.models.load import LoadedModel
+
+if TYPE_CHECKING:
+    from prefloop.models.load import LoadedModel
 
 LOGIT_BYTES = 1 << 30  # logits kept for the backward pass; beyond, chunks recompute theirs
 CHUNK_BYTES = 1 << 28  # logits held at once otherwise
@@ -26,10 +28,10 @@ class TokenLogProbs(NamedTuple):
 
 def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Last hidden states [T, D] of the stream's rows, the same packed or padded."""
-    base = model.hf.base_model
+    model.check_length(max(s.position + s.length for s in batch.segments))
     if model.packed:
         plan = PackedPlan(batch.segments, model.device)
-        output = base(
+        output = model.base(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             attention_plan=plan,
@@ -41,10 +43,9 @@ def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     rows = torch.tensor([p + p[-1:] * (width - len(p)) for p in paths], device=model.device)
     lengths = torch.tensor([len(p) for p in paths], device=model.device)
     mask = torch.arange(width, device=model.device) < lengths[:, None]
-    output = base(
+    output = model.base(
         input_ids=batch.input_ids[rows],
         attention_mask=mask.long(),
-        position_ids=torch.arange(width, device=model.device).expand(len(paths), width),
         use_cache=False,
     )
     where = [0] * batch.tokens  # any answer's copy of a shared prompt is the same: the last wins
@@ -105,15 +106,23 @@ def _chunk(
 def logits(model: LoadedModel, hidden: Tensor) -> Tensor:
     """The model's own float32 logits [N, V] of hidden states [N, D], its scalings included."""
     hf = model.hf
-    output: Tensor = hf.get_output_embeddings()(hidden).float()
-    config = hf.config
+    output = at_least_float32(hf.get_output_embeddings()(hidden))
+    config = hf.config.get_text_config()
     if scaling := getattr(config, "logits_scaling", None):  # Granite
         output = output / scaling
     if scale := getattr(config, "logit_scale", None):  # Cohere
         output = output * scale
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+    if multiplier := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
+        output = output * multiplier
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    if cap := cap or getattr(config, "logits_soft_cap", None):  # RecurrentGemma
         output = torch.tanh(output / cap) * cap
     return output
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 and float64 as they are, anything shorter as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _SelectedLogProb(torch.autograd.Function):
@@ -135,16 +144,17 @@ class _SelectedLogProb(torch.autograd.Function):
 
 def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Scores [A] of the answers: the scalar head on each answer's last token, in float32."""
-    return _scalar_head(model, hidden_states(model, batch)[batch.last_index])
+    return scalar_head(model, hidden_states(model, batch)[batch.last_index])
 
 
 def token_values(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Values [N] of the states before each answer token, in float32."""
-    return _scalar_head(model, hidden_states(model, batch)[batch.source_index])
+    return scalar_head(model, hidden_states(model, batch)[batch.source_index])
 
 
-def _scalar_head(model: LoadedModel, hidden: Tensor) -> Tensor:
+def scalar_head(model: LoadedModel, hidden: Tensor) -> Tensor:
+    """The float32 outputs [N] of a scorer's head on hidden states [N, D]."""
     head: nn.Module = model.hf.score  # type: ignore[assignment]
     with torch.autocast(model.device.type, enabled=False):
-        scores: Tensor = head(hidden.float())
+        scores: Tensor = head(at_least_float32(hidden))
     return scores.squeeze(-1)

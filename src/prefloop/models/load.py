@@ -1,17 +1,17 @@
-"""Loading: any Hugging Face causal LM as a policy, and its sequence-classification form as a scorer.
+"""Loading: any Hugging Face causal LM as a policy, its sequence-classification form as a scorer.
 
-Weights are float32 masters; bfloat16 is autocast around the forward pass. Dropout is off. Each model
-passes a self-test: what does not give the same numbers packed as one by one takes padded batches.
+Weights are float32 masters; bfloat16 is autocast around the forward pass. Dropout is off. What does
+not give the same numbers packed as one by one takes padded batches.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,13 +22,9 @@ from transformers import (
 )
 
 from prefloop.config import UserError
-from prefloop.data.batches import TokenBatch, pack
-from prefloop.data.tokenize import Example
+from prefloop.data.tokenize import stop_token_ids
+from prefloop.models import adapters, selftest
 from prefloop.runs import model_path
-from prefloop.models import adapters, attention
-
-log = logging.getLogger("prefloop")
-SELF_TEST_TOLERANCE = 1e-3  # of the largest absolute value; rounding stays a hundred times below
 
 
 @dataclass(eq=False)
@@ -40,6 +36,7 @@ class LoadedModel:
     device: torch.device
     packed: bool  # False: fails the self-test, takes padded batches
     source: str
+    max_length: int | None = None  # longest sequence with exact positions, where there is a bound
 
     @property
     def hf(self) -> PreTrainedModel:
@@ -47,9 +44,23 @@ class LoadedModel:
         return adapters.unwrap(self.module)
 
     @property
+    def base(self) -> nn.Module:
+        """The Transformers model without its head."""
+        found: nn.Module = self.hf.base_model
+        return getattr(self.hf, "model", found) if found is self.hf else found
+
+    @property
     def is_scorer(self) -> bool:
         """True for a reward or value model (one label), False for a policy."""
         return hasattr(self.hf, "score")
+
+    def check_length(self, tokens: int) -> None:
+        """UserError for a sequence that the model's positions do not carry."""
+        if self.max_length is not None and tokens > self.max_length:
+            raise UserError(
+                f"{self.source}: a sequence of {tokens} tokens, but its positions are exact up to "
+                f"{self.max_length} only; lower --max-length"
+            )
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that take gradients."""
@@ -82,8 +93,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_path(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: no tokenizer found ({_first_line(error)}); save the tokenizer into the model's "
-            "folder with tokenizer.save_pretrained"
+            f"{path}: no tokenizer found ({_first_line(error)}); save the tokenizer into the "
+            "model's folder with tokenizer.save_pretrained"
         ) from error
 
 
@@ -96,11 +107,12 @@ def load_policy(
     gradient_checkpointing: bool = False,
 ) -> LoadedModel:
     """A causal LM with its tokenizer; `lora_rank` > 0 adds fresh adapters and freezes the rest."""
+    path = model_path(path)
+    if is_scorer_folder(path):
+        raise UserError(f"{path}: a sequence classifier, not a language model; give a policy")
     tokenizer = load_tokenizer(path)
     module = _from_pretrained(AutoModelForCausalLM, path)
-    return _ready(
-        module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing
-    )
+    return _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
 
 
 def load_scorer(
@@ -116,23 +128,31 @@ def load_scorer(
 
     A new head is drawn with standard deviation 1/sqrt(width + 1) (lm-human-preferences).
     """
+    path = model_path(path)
+    trained = is_scorer_folder(path)
     tokenizer = load_tokenizer(path)
     module = _from_pretrained(AutoModelForSequenceClassification, path, num_labels=1)
     if not hasattr(module, "score"):
         raise UserError(f"{path}: {type(module).__name__} has no scalar `score` head")
-    if not is_scorer_folder(path):
-        head: nn.Linear = module.score
+    if not trained:
+        head: Any = module.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
-        _set_distinct_pad(module, tokenizer)
-    return _ready(
-        module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing
-    )
+    _set_distinct_pad(module, tokenizer)
+    return _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
 
 
 def is_scorer_folder(path: str) -> bool:
-    """Whether the folder or hub id holds a sequence classifier."""
-    config = AutoConfig.from_pretrained(model_path(path))
+    """Whether the folder or hub id holds a sequence classifier; UserError if it holds no model."""
+    path = model_path(path)
+    try:
+        if adapters.is_adapter_folder(path):
+            return adapters.is_scorer_adapter(path)
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a model folder or hub id that Transformers knows ({_first_line(error)})"
+        ) from error
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 
@@ -141,16 +161,25 @@ def _first_line(error: BaseException) -> str:
 
 
 def _from_pretrained(kind: Any, path: str, **options: Any) -> PreTrainedModel:
-    path = model_path(path)
+    """The model in float32, an adapter merged; UserError if a weight is missing."""
+    options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
         if adapters.is_adapter_folder(path):
-            return adapters.load_merged(kind, path, dtype=torch.float32, **options)
-        return kind.from_pretrained(path, dtype=torch.float32, **options)  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError) as error:
+            module, info = adapters.load_merged(kind, path, **options)
+        else:
+            module, info = kind.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{path}: not a model folder or hub id that Transformers can load as "
-            f"{kind.__name__.removeprefix('AutoModelFor')} ({_first_line(error)})"
+            f"{path}: Transformers cannot load it as {kind.__name__.removeprefix('AutoModelFor')} "
+            f"({_first_line(error)})"
         ) from error
+    missing = [key for key in info["missing_keys"] if not key.startswith("score.")]
+    if missing or info["mismatched_keys"]:
+        raise UserError(
+            f"{path}: weights missing, such as {[*missing, *info['mismatched_keys']][0]}"
+        )
+    assert isinstance(module, PreTrainedModel)
+    return module
 
 
 def _ready(
@@ -163,17 +192,17 @@ def _ready(
     gradient_checkpointing: bool,
 ) -> LoadedModel:
     disable_dropout(module)
-    module.to(device)  # type: ignore[arg-type]
-    packed = passes_self_test(module)
-    if not packed:
-        log.warning("%s takes padded batches: packed attention is not exact for it", source)
+    module.to(device).eval()  # type: ignore[arg-type]
+    model = LoadedModel(
+        module, tokenizer, device, False, source, max_length=selftest.longest_exact(module)
+    )
+    selftest.choose_path(model)
     if gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-    wrapped: nn.Module = module
     if lora_rank:
-        wrapped = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
-    wrapped.train()
-    return LoadedModel(wrapped, tokenizer, device, packed, source)
+        model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
+    model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only
+    return model
 
 
 def disable_dropout(module: nn.Module) -> None:
@@ -181,8 +210,8 @@ def disable_dropout(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(part, name, None), float):
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
 
 
@@ -191,67 +220,18 @@ def _set_distinct_pad(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
     Transformers scores the last token that is not padding, so pad = eos would move the score.
     """
-    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
-        unused = [t for t in tokenizer.get_added_vocab() if "pad" in t.lower() or "reserved" in t]
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in ends:
+    used = stop_token_ids(tokenizer) | {tokenizer.bos_token_id, None}
+    if tokenizer.pad_token_id in used:
+        embeddings: Any = module.get_input_embeddings()
+        rows = len(embeddings.weight)
+        added = {t: n for t, n in tokenizer.get_added_vocab().items() if n not in used and n < rows}
+        unused = [t for t in added if "pad" in t.lower() or "reserved" in t.lower()]
+        if tokenizer.unk_token_id not in used:
             unused.append(str(tokenizer.unk_token))
         if unused:
             tokenizer.pad_token = unused[0]
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-            if len(tokenizer) > module.get_input_embeddings().num_embeddings:
-                module.resize_token_embeddings(len(tokenizer))
+            if len(tokenizer) > rows:
+                module.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     module.config.pad_token_id = tokenizer.pad_token_id
-
-
-@torch.no_grad()
-def passes_self_test(module: PreTrainedModel) -> bool:
-    """Switches the model to packed attention if it then gives the numbers of one-by-one forwards.
-
-    The test batch is two prompts with two answers each, some sharing tokens at other positions.
-    """
-    device = next(module.parameters()).device
-    vocabulary = module.get_input_embeddings().num_embeddings
-    batch = pack(_test_examples(vocabulary)).to(device)
-    module.eval()
-    alone = torch.cat([_forward(module, batch, rows, {}) for rows in batch.paths()])
-    before = module.config._attn_implementation
-    try:
-        module.set_attn_implementation(attention.NAME)
-        plan = attention.PackedPlan(batch.segments, device)
-        packed = _forward(module, batch, list(range(batch.tokens)), {"attention_plan": plan})
-        packed = torch.cat([packed[rows] for rows in batch.paths()])
-        scale = alone.abs().max()
-        if bool((packed - alone).abs().max() <= SELF_TEST_TOLERANCE * scale):
-            return True
-    except (NotImplementedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        log.debug("packed self-test: %s", error)
-    module.set_attn_implementation(before)
-    return False
-
-
-def _test_examples(vocabulary: int) -> list[Example]:
-    def tokens(seed: int, length: int) -> tuple[int, ...]:
-        return tuple((seed + 7 * i * i + 3 * i) % min(vocabulary, 997) for i in range(length))
-
-    examples = []
-    for number, (prompt, answers) in enumerate([(5, (3, 6)), (4, (7, 2))]):
-        parts = tuple(tokens(11 * number + 31 * i + 1, n) for i, n in enumerate(answers))
-        masks = tuple((True,) * n for n in answers)
-        examples.append(
-            Example(tokens(5, prompt), parts, masks, index=number, where="the self-test")
-        )
-    return examples
-
-
-def _forward(
-    module: PreTrainedModel, batch: TokenBatch, rows: list[int], options: dict[str, Any]
-) -> Tensor:
-    base = module.base_model
-    return base(  # type: ignore[no-any-return]
-        input_ids=batch.input_ids[rows].unsqueeze(0),
-        position_ids=batch.position_ids[rows].unsqueeze(0),
-        use_cache=False,
-        **options,
-    ).last_hidden_state[0]
