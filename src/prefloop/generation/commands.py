@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -46,16 +47,14 @@ def sample(config: SampleConfig) -> Path:
     return config.output
 
 
-def generate(config: GenerateConfig) -> list[str]:
-    """Prints an answer to each prompt, or writes them into --output; returns them."""
-    if bool(config.prompt) == (config.data is not None):
-        raise UserError("give the prompts by --prompt or by --data, one of the two")
+def generate(config: GenerateConfig) -> Path | None:
+    """Prints an answer to each prompt, or writes them into --output."""
+    if config.output is not None:
+        _check_output(config.output)
     counts = RowCounts(read=len(config.prompt))
     prompts = [Prompt(text, f"--prompt {number}") for number, text in enumerate(config.prompt, 1)]
     if config.data is not None:
         prompts = formats.load(config.data, "prompt", counts)
-    if config.output is not None:
-        _check_output(config.output)
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, 1, counts)
     texts = [decode_answer(model.tokenizer, samples[0].tokens) for _, samples in answered]
@@ -65,7 +64,7 @@ def generate(config: GenerateConfig) -> list[str]:
     else:
         print("\n\n".join(texts))
     print(counts.summary(), file=sys.stderr)
-    return texts
+    return config.output
 
 
 def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = None) -> None:
@@ -91,30 +90,26 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
             del history[:2]
             ids = encode_prompt(model.tokenizer, (*system, *history)) if history else []
         if history:
-            stream = _Stream(model, out)
-            engine.generate([ids], 1, sampling, config.seed + turn, on_tokens=stream.show)
-            history.append(Message("assistant", stream.end()))
+            text = _told(engine, ids, sampling, config.seed + turn, out)
+            history.append(Message("assistant", text))
 
 
-class _Stream:
-    """Prints an answer as it grows, holding back bytes that are not yet a whole character."""
+def _told(engine: Engine, ids: list[int], sampling: Sampling, seed: int, out: TextIO) -> str:
+    """An answer, printed as it grows but for bytes that are not yet a whole character."""
+    drawn: list[int] = []
+    shown = ""
 
-    def __init__(self, model: LoadedModel, out: TextIO) -> None:
-        self.model, self.out = model, out
-        self.ids: list[int] = []
-        self.shown = ""
+    def show(tokens: Tensor, end: str = "") -> None:
+        nonlocal shown
+        drawn.extend(tokens.tolist())
+        text = decode_answer(engine.model.tokenizer, drawn)
+        if end or not text.endswith("\ufffd"):
+            print(text[len(shown) :], end=end, file=out, flush=True)
+            shown = text
 
-    def show(self, tokens: Tensor) -> None:
-        self.ids.append(int(tokens[0]))
-        text = decode_answer(self.model.tokenizer, self.ids)
-        if not text.endswith("\ufffd"):
-            print(text[len(self.shown) :], end="", file=self.out, flush=True)
-            self.shown = text
-
-    def end(self) -> str:
-        text = decode_answer(self.model.tokenizer, self.ids)
-        print(text[len(self.shown) :], file=self.out, flush=True)
-        return text
+    engine.generate([ids], 1, sampling, seed, on_tokens=show)
+    show(torch.tensor([]), end="\n")
+    return shown
 
 
 def _lines(source: TextIO, out: TextIO) -> Iterator[str]:

@@ -124,15 +124,10 @@ class Engine:
     def _check(self, prompts: Prompts, n: int, sampling: Sampling) -> None:
         if n < 1:
             raise UserError(f"n = {n} samples per prompt: give at least 1")
-        limit = getattr(self.model.hf.config, "max_position_embeddings", None)
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"prompt {number} has no tokens: give at least one, such as BOS")
-            if limit and len(prompt) + sampling.max_new_tokens > limit:
-                raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens; with max_new_tokens = "
-                    f"{sampling.max_new_tokens} it exceeds the model's {limit} positions"
-                )
+            self.model.check_length(len(prompt) + sampling.max_new_tokens)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -157,7 +152,7 @@ class Engine:
 
     def _base(self, rows: Tensor, positions: Tensor, plan: PackedPlan | DecodePlan) -> Tensor:
         """Last hidden states [T, D] of a stream of tokens [T]."""
-        output = self.model.hf.base_model(
+        output = self.model.base(
             input_ids=rows.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_plan=plan,
@@ -238,7 +233,7 @@ class Engine:
 
         A batch is copies of one prompt, so nothing needs padding; ended rows run on unread.
         """
-        device, base = self.model.device, self.model.hf.base_model
+        device, base = self.model.device, self.model.base
         for index, prompt in enumerate(prompts):
             for first in range(0, n, self.max_concurrent):
                 active = [Request(index, s) for s in range(n)[first : first + self.max_concurrent]]
