@@ -10,13 +10,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefloop import config as c
 from prefloop.settings import validate
 
+if TYPE_CHECKING:
+    from prefloop.evaluation.report import Comparison
+    from prefloop.runs import Run
 
-def sft(config: c.SFTConfig) -> Any:
+
+def sft(config: c.SFTConfig) -> Run:
     """Fine-tune a model on demonstrations."""
     validate(config)
     from prefloop.training.sft import run
@@ -24,7 +28,7 @@ def sft(config: c.SFTConfig) -> Any:
     return run(config)
 
 
-def reward(config: c.RewardConfig) -> Any:
+def reward(config: c.RewardConfig) -> Run:
     """Train a reward model on rankings or pairs."""
     validate(config)
     from prefloop.training.reward import run
@@ -32,7 +36,7 @@ def reward(config: c.RewardConfig) -> Any:
     return run(config)
 
 
-def dpo(config: c.DPOConfig) -> Any:
+def dpo(config: c.DPOConfig) -> Run:
     """Train a policy directly on preferences (DPO, IPO, KTO, SimPO, ORPO ...)."""
     validate(config)
     from prefloop.training.preference import run
@@ -40,7 +44,7 @@ def dpo(config: c.DPOConfig) -> Any:
     return run(config)
 
 
-def ppo(config: c.PPOConfig) -> Any:
+def ppo(config: c.PPOConfig) -> Run:
     """Train a policy against a reward model or a function."""
     validate(config)
     from prefloop.training.ppo import run
@@ -48,7 +52,7 @@ def ppo(config: c.PPOConfig) -> Any:
     return run(config)
 
 
-def sample(config: c.SampleConfig) -> Any:
+def sample(config: c.SampleConfig) -> Path:
     """Sample several answers to each prompt, ready to be ranked."""
     validate(config)
     from prefloop.generation.commands import sample as run
@@ -56,7 +60,7 @@ def sample(config: c.SampleConfig) -> Any:
     return run(config)
 
 
-def generate(config: c.GenerateConfig) -> Any:
+def generate(config: c.GenerateConfig) -> Path | None:
     """Answer prompts."""
     validate(config)
     from prefloop.generation.commands import generate as run
@@ -64,15 +68,15 @@ def generate(config: c.GenerateConfig) -> Any:
     return run(config)
 
 
-def chat(config: c.ChatConfig) -> Any:
+def chat(config: c.ChatConfig) -> None:
     """Talk with a model on the terminal."""
     validate(config)
     from prefloop.generation.commands import chat as run
 
-    return run(config)
+    run(config)
 
 
-def compare(config: c.CompareConfig) -> Any:
+def compare(config: c.CompareConfig) -> Comparison:
     """Compare models with the SFT model: one HTML page and a table."""
     validate(config)
     from prefloop.evaluation.compare import compare as run
@@ -80,7 +84,7 @@ def compare(config: c.CompareConfig) -> Any:
     return run(config)
 
 
-def winrate(config: c.WinrateConfig) -> Any:
+def winrate(config: c.WinrateConfig) -> dict[str, Any]:
     """Win rate of one file of answers against another."""
     validate(config)
     from prefloop.evaluation.winrate import run
@@ -88,7 +92,7 @@ def winrate(config: c.WinrateConfig) -> Any:
     return run(config)
 
 
-def demo(config: c.DemoConfig) -> Any:
+def demo(config: c.DemoConfig) -> Comparison:
     """The whole loop on a real model, with a report at the end."""
     validate(config)
     from prefloop.recipes.sentiment import demo as run
@@ -96,20 +100,20 @@ def demo(config: c.DemoConfig) -> Any:
     return run(config)
 
 
-def run(config: c.RunConfig) -> Any:
+def run(config: c.RunConfig) -> None:
     """Run a pipeline of commands; skip what has not changed."""
     validate(config)
     from prefloop.recipes.pipeline import run as run_pipeline
 
-    return run_pipeline(config, COMMANDS)
+    run_pipeline(config, COMMANDS)
 
 
-def check(config: c.CheckConfig) -> Any:
+def check(config: c.CheckConfig) -> None:
     """Audit rows and a chat template without training."""
     validate(config)
     from prefloop.training.check import check as run
 
-    return run(config)
+    run(config)
 
 
 def fetch_model(config: c.FetchModelConfig) -> Path:
@@ -127,7 +131,7 @@ def fetch_model(config: c.FetchModelConfig) -> Path:
 
 
 def show(result: Any) -> None:
-    """Print what a command gave back: a run's directory, a path, or numbers."""
+    """Print what a command gave back: its run's directory, a path, or numbers."""
     if isinstance(result, dict):
         print(json.dumps(result, indent=2))
     elif result is not None:
