@@ -152,6 +152,7 @@ def test_without_a_reward_model_there_is_no_column_for_it(comparison: Comparison
         headings = [column.header for column in terminal_table(shown).columns]
         assert ("RM" in headings) is expected
     console.print(terminal_table(comparison))
+    assert "PPO & no KL: KL (40.0 nats > 10)" in console.export_text()
 
 
 def test_costs_stand_beside_their_runs(comparison: Comparison) -> None:

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.table import Table
 
 from prefloop.evaluation.health import Sign, Vitals
@@ -191,13 +192,18 @@ COST_HEADINGS = (
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """The main table for the terminal."""
-    table = Table(title=f"{comparison.prompts} held-out prompts")
-    chosen = columns(comparison)
-    for heading in ("Way", *(column.heading for column in chosen)):
+    """The main table for the terminal: intervals under their means, signs under the table."""
+    signs = [f"{w.name}: {s.name} ({s.text})" for w in comparison.ways for s in w.signs]
+    caption = "\n".join(
+        ["Signs of reward hacking:", *signs] if signs else ["No signs of reward hacking"]
+    )
+    title = f"{comparison.prompts} held-out prompts"
+    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE, padding=(0, 1))
+    shown = columns(comparison)[:-1]
+    for heading in ("Way", *(column.heading for column in shown)):
         table.add_column(heading, overflow="fold")
     for way in comparison.ways:
-        table.add_row(way.name, *(column.cell(way) for column in chosen))
+        table.add_row(way.name, *(column.cell(way).replace(" [", "\n[") for column in shown))
     return table
 
 
