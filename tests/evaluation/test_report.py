@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from dataclasses import replace
@@ -147,7 +148,7 @@ def test_the_same_comparison_gives_the_same_page(comparison: Comparison) -> None
 
 def test_without_a_reward_model_there_is_no_column_for_it(comparison: Comparison) -> None:
     ways = tuple(replace(w, vitals=replace(w.vitals, proxy=None)) for w in comparison.ways)
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, file=io.StringIO(), record=True)
     for shown, expected in ((comparison, True), (replace(comparison, ways=ways), False)):
         headings = [column.header for column in terminal_table(shown).columns]
         assert ("RM" in headings) is expected
