@@ -114,7 +114,7 @@ def _parse(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
         return [Unpaired(pair.prompt, answer, label, where) for answer, label in answers]
     found = [f"`{name}`" + (" (null)" if row[name] is None else "") for name in row]
     columns = ", ".join(found) or "none"
-    raise UserError(f"{where}: columns {columns}; a {kind} row needs {ACCEPTED[kind]}")
+    raise UserError(f"{where}: columns {columns}; {kind} rows need {ACCEPTED[kind]}")
 
 
 def _has(row: Row, *names: str) -> bool:

@@ -33,7 +33,7 @@ from prefloop.training import ppo, preference, reward, sft
 
 log = logging.getLogger("prefloop")
 MODEL = "smollm2-135m-instruct"
-KL_COEF = 0.05  # of the PPO run that has a penalty
+KL_COEF = 0.1  # of the PPO run that has a penalty
 GOLD = "prefloop.recipes.sentiment_data:gold_reward"
 
 
@@ -41,14 +41,14 @@ GOLD = "prefloop.recipes.sentiment_data:gold_reward"
 class Scale:
     """The demo's numbers; `quick` only shows that everything runs."""
 
-    sft_steps: int = 0  # 0: one pass
-    ranked_prompts: int = 500
-    annotators: int = 3
+    sft_steps: int = 0  # 0: what the epochs take
+    ranked_prompts: int = 800
+    annotators: int = 19  # as many as rated a real sentence, on average
     reward_steps: int = 0
     dpo_steps: int = 0
-    ppo_prompts: int = 32  # an optimiser step's
-    ppo_iterations: int = 14
-    compared_prompts: int = 200
+    ppo_prompts: int = 8  # an optimiser step's
+    ppo_iterations: int = 20
+    compared_prompts: int = 400
     max_new_tokens: int = 24
 
 
@@ -115,7 +115,7 @@ class Plan:
         )
 
     def reward(self) -> RewardConfig:
-        """One pass over the rankings; a tenth of the prompts is held out."""
+        """Two passes over the rankings; a tenth of the prompts is held out."""
         return RewardConfig(
             model=self.policy,
             data=str(self.rankings),
@@ -123,15 +123,19 @@ class Plan:
             seed=self.seed,
             max_steps=self.scale.reward_steps,
             eval_fraction=0.1,
-            batch_size=16,
-            lr=3e-5,
+            epochs=2,
+            batch_size=8,
+            lr=6e-5,
             center_coefficient=0.01,
             max_length=128,
         )
 
     def ppo(self, name: str, kl_coef: float) -> PPOConfig:
-        """The two PPO runs differ in the KL penalty only."""
-        passes = 2
+        """The two PPO runs differ in the KL penalty only.
+
+        The other answers to the prompt are the baseline (RLOO): a critic would double the cost.
+        """
+        passes, minibatches = 2, 2
         return PPOConfig(
             model=self.policy,
             data=str(self.data / "ppo.jsonl"),
@@ -139,12 +143,14 @@ class Plan:
             reward_model=str(self.output / "reward"),
             seed=self.seed,
             kl_coef=kl_coef,
-            max_steps=self.scale.ppo_iterations * passes,
+            max_steps=self.scale.ppo_iterations * passes * minibatches,
             ppo_epochs=passes,
+            num_minibatches=minibatches,
             batch_size=self.scale.ppo_prompts,
-            samples_per_prompt=2,
+            samples_per_prompt=4,
+            advantage="rloo",
             max_new_tokens=self.scale.max_new_tokens,
-            lr=1e-5,
+            lr=8e-5,
             max_length=128,
         )
 
@@ -156,9 +162,9 @@ class Plan:
             output=self.output / "dpo",
             seed=self.seed,
             max_steps=self.scale.dpo_steps,
-            batch_size=16,
+            batch_size=8,
             beta=0.1,
-            lr=1e-5,
+            lr=3e-5,
             max_length=128,
         )
 
