@@ -121,8 +121,8 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
     done, total_tokens = _resume(method, optimizer, run)
     everything = [p for group in parameters.values() for p in group]
     with Interrupt() as interrupt, Progress(method.total_steps, done) as progress:
+        began = time.perf_counter()
         for number, step in enumerate(method.steps(done), start=done + 1):
-            began = time.perf_counter()
             # 2. Counts of the whole step first, so that each sum is divided once.
             counts = distributed.sum_mapping(_total(method.counts(b) for b in step.batches), device)
             # 3. Loss and gradients, micro-batch by micro-batch.
@@ -163,6 +163,7 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
                 raise KeyboardInterrupt
             if last:
                 break
+            began = time.perf_counter()
     # 6. The result.
     if distributed.rank() == 0:
         method.export(run.directory)
@@ -180,7 +181,9 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
         distributed.barrier()
         if distributed.rank() > 0:
             return run, device
-    return Run.open(config, command), device
+    run = Run.open(config, command)
+    run.record["device"] = str(device)
+    return run, device
 
 
 def model_options(config: TrainingConfig) -> ModelOptions:
