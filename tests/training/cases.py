@@ -10,7 +10,7 @@ from tests.training.small import train
 # With a large epsilon AdamW's update is nearly linear in the gradient, so that weights which agree
 # after some steps mean gradients that agree, the smallest too.
 LINEAR: dict[str, Any] = {"adam_eps": 1.0, "lr": 0.05, "max_grad_norm": 100.0, "batch_size": 4}
-ROLLOUTS = {"batch_size": 3, "ppo_epochs": 2, "max_steps": 4, "eval_data": None}
+ROLLOUTS = {"batch_size": 3, "ppo_epochs": 2, "max_steps": 3, "eval_data": None}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),

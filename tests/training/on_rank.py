@@ -1,6 +1,7 @@
 """One rank of several: runs cases, and tells of the first error in a file of its own.
 
-`python -m tests.training.on_rank WORLD OUTPUT CASE...` with torchrun's variables set.
+`python -m tests.training.on_rank WORLD OUTPUT JOB...` with torchrun's variables set. A job is the
+name of a case, or JSON: settings of a run (`command`, `to`), or `copy`: [from, to, step].
 """
 
 import json
@@ -9,22 +10,36 @@ import sys
 import traceback
 from pathlib import Path
 
+from prefloop import distributed
+from prefloop.config import UserError
 from tests.training.cases import run_case
-from tests.training.small import train
+from tests.training.small import only_checkpoint, train
+
+
+def work(world: Path, output: Path, job: str) -> None:
+    if not job.startswith("{"):
+        return run_case(job, world, output / job)
+    asked = json.loads(job)
+    if "copy" in asked:
+        source, target, step = asked["copy"]
+        if distributed.rank() == 0:
+            only_checkpoint(output / source, output / target, step)
+        return distributed.barrier()
+    to = asked.pop("to")
+    try:
+        train(asked.pop("command"), world, output / to, **asked)
+    except UserError as error:
+        (output / f"{to}-told-{distributed.rank()}").write_text(str(error))
+    return None
 
 
 def main() -> None:
-    world, output, *names = sys.argv[1:]
-    rank = os.environ["RANK"]
+    world, output, *jobs = sys.argv[1:]
     try:
-        for name in names:
-            if name.startswith("{"):
-                asked = json.loads(name)
-                train(asked.pop("command"), Path(world), Path(output) / asked.pop("to"), **asked)
-            else:
-                run_case(name, Path(world), Path(output) / name)
+        for job in jobs:
+            work(Path(world), Path(output), job)
     except BaseException:
-        (Path(output) / f"error-{rank}").write_text(traceback.format_exc())
+        (Path(output) / f"error-{os.environ['RANK']}").write_text(traceback.format_exc())
         raise
 
 

@@ -47,7 +47,7 @@ def write_world(folder: Path) -> None:
     def text(least: int, most: int) -> str:
         return " ".join(draw.choice(WORDS) for _ in range(draw.randint(least, most)))
 
-    asked = [text(1, 4) for _ in range(13)]
+    asked = [text(1, 4) for _ in range(9)]
     shapes = [[[0], [1]], [[2], [0, 1]], [[1], [0], [3, 2]], [[0, 3], [1, 2]], [[2], [1], [0]]]
     rankings = []
     for number, prompt in enumerate(asked):

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,19 @@ from tests.training.cases import CASES, run_case
 from tests.training.small import (
     assert_close_runs,
     assert_same_run,
-    flags,
     lines,
     only_checkpoint,
     python,
-    settings,
     train,
 )
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 280  # after which a hang is a failure
 PER_RANK = ("length_p95", "distinct_2")  # means of the ranks' own, and so documented
-MIXED = {"batch_size": 5, "ppo_epochs": 3, "num_minibatches": 2, "kl_target": 0.01, "max_steps": 9}
+MIXED = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2, "kl_target": 0.01, "max_steps": 5}
 
 
-def on_ranks(count, *words, timeout=280):
+def on_ranks(count, *words):
     """Starts the ranks as torchrun does; each process sums with one thread."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -43,33 +43,35 @@ def on_ranks(count, *words, timeout=280):
             python(*words),
             cwd=ROOT,
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(count)
     ]
-    try:
-        return [(p.returncode, err) for p in ranks for _, err in [p.communicate(timeout=timeout)]]
-    finally:
-        for process in ranks:
-            process.kill()
-
-
-def assert_all_done(outcomes, folder):
-    told = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert [code for code, _ in outcomes] == [0] * len(outcomes), (told, outcomes)
+    killer = threading.Timer(SECONDS, lambda: [process.kill() for process in ranks])
+    killer.start()
+    outcomes = [(process.communicate()[1], process.returncode) for process in ranks]
+    killer.cancel()
+    return outcomes
 
 
 @pytest.fixture(scope="module")
 def two_ranks(world, tmp_path_factory):
-    """Every case on two ranks, and a PPO run that saves; all in one start of two processes."""
+    """Every case and what else needs two ranks, all in one start of two processes."""
     folder = tmp_path_factory.mktemp("two")
     saving = {"save_every": 1, "keep_checkpoints": 99}
-    mixed = json.dumps({"command": "ppo", "to": "mixed"} | saving | MIXED)
-    assert_all_done(
-        on_ranks(2, "-m", "tests.training.on_rank", str(world), str(folder), *CASES, mixed), folder
+    jobs = [
+        {"command": "ppo", "to": "mixed"} | saving | MIXED,
+        {"copy": ["mixed", "again", 3]},
+        {"command": "ppo", "to": "again"} | MIXED,
+        {"command": "ppo", "to": "few", "batch_size": 1},
+    ]
+    outcomes = on_ranks(
+        2, "-m", "tests.training.on_rank", str(world), str(folder), *CASES, *map(json.dumps, jobs)
     )
+    told = [path.read_text() for path in sorted(folder.glob("error-*"))]
+    assert [code for _, code in outcomes] == [0, 0], (told, outcomes)
     return folder
 
 
@@ -85,7 +87,7 @@ def one_rank(world, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", [40, 1])
 def test_micro_batches_change_nothing(name, tokens, world, one_rank, tmp_path):
-    """13 rows in steps of 4: 1 x 4, about 2 x 2, 4 x 1; the last step holds one row."""
+    """9 rows in steps of 4: 1 x 4, about 2 x 2, 4 x 1; the last step holds one row."""
     run_case(name, world, tmp_path / "run", micro_batch_tokens=tokens)
     assert_close_runs(one_rank / name, tmp_path / "run")
 
@@ -104,35 +106,27 @@ def test_the_runs_learn_something(one_rank):
         assert ("eval/loss" in rows[-1]) == (not name.startswith("ppo"))
 
 
-def test_ppo_on_two_ranks_goes_on_in_mid_iteration(world, two_ranks, tmp_path):
-    """Each rank finds its own rollouts again: step 8 is the second of an iteration of six."""
-    whole = two_ranks / "mixed"
-    assert len(lines(whole)) == 9
-    only_checkpoint(whole, tmp_path / "again", 8)
-    again = json.dumps({"command": "ppo", "to": "again"} | MIXED)
-    outcomes = on_ranks(2, "-m", "tests.training.on_rank", str(world), str(tmp_path), again)
-    assert_all_done(outcomes, tmp_path)
-    assert_same_run(whole, tmp_path / "again")
+def test_ppo_on_two_ranks_goes_on_in_mid_iteration(two_ranks):
+    """Each rank finds its own rollouts again: step 3 is in an iteration of four."""
+    assert len(lines(two_ranks / "mixed")) == 5
+    assert_same_run(two_ranks / "mixed", two_ranks / "again")
 
 
-def test_a_checkpoint_of_two_ranks_loads_on_one(world, two_ranks, tmp_path):
-    """The first step after it is the same where the minibatch is the whole iteration's."""
-    for step, tail in ((6, 1), (8, 0)):
-        only_checkpoint(two_ranks / "mixed", tmp_path / f"{step}", step)
-        train("ppo", world, tmp_path / f"{step}", **MIXED)
-        mine, whole = lines(tmp_path / f"{step}"), lines(two_ranks / "mixed")
-        assert len(mine) == 9
-        assert mine[:step] == whole[:step]
-        if tail:  # a new iteration: the same prompts, seeds and weights, so the same samples
-            for key in ("objective/kl", "objective/scores", "length_mean"):
-                assert mine[step][key] == pytest.approx(whole[step][key], rel=1e-4)
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_checkpoint_of_two_ranks_loads_on_one(step, world, two_ranks, tmp_path):
+    """From step 4 an iteration begins: the same weights, prompts and seeds, so the same samples."""
+    only_checkpoint(two_ranks / "mixed", tmp_path / "one", step)
+    train("ppo", world, tmp_path / "one", **MIXED)
+    mine, whole = lines(tmp_path / "one"), lines(two_ranks / "mixed")
+    assert len(mine) == len(whole) == 5
+    assert mine[:step] == whole[:step]
+    if step == 4:
+        for key in ("objective/kl", "objective/scores", "length_mean", "kl_coef"):
+            assert mine[4][key] == pytest.approx(whole[4][key], rel=1e-4)
 
 
-def test_too_few_prompts_for_the_ranks_is_told_by_all(world, tmp_path):
-    words = flags(settings("ppo", world, tmp_path / "run", batch_size=1))
-    outcomes = on_ranks(2, "-m", "prefloop", "ppo", *words)
-    assert [code for code, _ in outcomes] == [2, 2]
-    for _, said in outcomes:
-        assert said.count("\n") == 1
-        assert "too few" in said
-    assert not (tmp_path / "run").exists()
+def test_too_few_prompts_for_the_ranks_is_told_by_all(two_ranks):
+    assert len(list(two_ranks.glob("few-told-?"))) == 2
+    for path in two_ranks.glob("few-told-?"):
+        assert "1 prompts an iteration are too few for --num-minibatches 1" in path.read_text()
+    assert not (two_ranks / "few").exists()

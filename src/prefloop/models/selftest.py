@@ -110,6 +110,8 @@ def _check_head(model: LoadedModel, ids: Tensor) -> None:
     """The head on hidden states against the model's own output."""
     hidden = _alone(model, ids)
     own = model.hf(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
+    if not bool(own.isfinite().all()):
+        raise UserError(f"{model.source}: its output is not finite; look for a broken weight")
     if model.is_scorer:
         same = _equal(heads.scalar_head(model, hidden[-1:]), own, HEAD_TOLERANCE)
     else:
