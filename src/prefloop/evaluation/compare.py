@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -122,6 +123,7 @@ def _prepare(config: CompareConfig) -> Task:
     records = records[: config.max_prompts or None]
     room = config.max_length - config.max_new_tokens
     examples = tokenize(records, sft.tokenizer, room, config.truncation, counts)
+    print(counts.summary(), file=sys.stderr)
     prompt_of = {record.where: record.prompt for record in records}
     prompts = [prompt_of[example.where] for example in examples]
     prompt_ids = [list(example.prompt) for example in examples]
