@@ -289,8 +289,8 @@ def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) 
     count = min(config.batch_size * parts, len(prompts.examples))
     if count < parts * world:
         raise UserError(
-            f"{config.data}: {count} prompts an iteration are too few for --num-minibatches {parts} "
-            f"on {world} process(es); lower it, raise --batch-size, or give more prompts"
+            f"{config.data}: {count} prompts an iteration are too few for --num-minibatches "
+            f"{parts} on {world} process(es); lower it, raise --batch-size, or give more prompts"
         )
     if 0 < len(eval_prompts.examples) < world:
         raise UserError(
