@@ -144,15 +144,19 @@ def pack(examples: Sequence[Example]) -> TokenBatch:
             last.append(rows[-1])
             answer_example.append(number)
             answer_segment.append(len(segments) - 1)
+
+    def long(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long)
+
     return TokenBatch(
-        input_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
+        input_ids=long(ids),
+        position_ids=long(positions),
         segments=tuple(segments),
-        target_ids=torch.tensor(targets, dtype=torch.long),
-        source_index=torch.tensor(sources, dtype=torch.long),
-        target_answer=torch.tensor(target_answer, dtype=torch.long),
-        last_index=torch.tensor(last),
-        answer_example=torch.tensor(answer_example),
+        target_ids=long(targets),
+        source_index=long(sources),
+        target_answer=long(target_answer),
+        last_index=long(last),
+        answer_example=long(answer_example),
         answer_segment=tuple(answer_segment),
         examples=tuple(examples),
     )

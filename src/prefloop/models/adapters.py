@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.config import PeftConfig
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 
 def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
@@ -25,10 +26,7 @@ def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
         task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if scorer else None,
     )
-    with (
-        warnings.catch_warnings()
-    ):  # PEFT still asks by the old name of is_activation_checkpointing
-        warnings.simplefilter("ignore", FutureWarning)
+    with _quiet():
         wrapped = get_peft_model(module, config)
     assert isinstance(wrapped, PeftModel)
     return wrapped
@@ -65,6 +63,20 @@ def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, 
     """The base model named by an adapter folder, with the adapter merged in, and how it loaded."""
     config = PeftConfig.from_pretrained(path)
     base, info = kind.from_pretrained(config.base_model_name_or_path, **options)
-    merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+    if (Path(path) / "config.json").exists():  # a scorer's: its pad token, its mean score
+        own = AutoConfig.from_pretrained(path)
+        if own.vocab_size != base.config.vocab_size:
+            base.resize_token_embeddings(own.vocab_size)
+        base.config = own
+    with _quiet():
+        merged = PeftModel.from_pretrained(base, path).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     return merged, info
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT still asks by the old name of `is_activation_checkpointing`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from prefloop.models import adapters
 from prefloop.models.load import LoadedModel
+from prefloop.runs import model_path
 
 
 def export_model(model: LoadedModel, folder: Path) -> None:
@@ -23,9 +24,11 @@ def export_model(model: LoadedModel, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     module: Any = model.module
-    if isinstance(module, PeftModel) and adapters.is_adapter_folder(model.source):
+    if isinstance(module, PeftModel) and adapters.is_adapter_folder(model_path(model.source)):
         module = copy.deepcopy(module).merge_and_unload()
     module.save_pretrained(str(temporary))
+    if model.is_scorer:  # with an adapter too: its pad token, its mean score
+        model.hf.config.save_pretrained(str(temporary))
     model.tokenizer.save_pretrained(str(temporary))
     for file in temporary.iterdir():
         with open(file, "rb") as handle:

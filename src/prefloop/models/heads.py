@@ -73,12 +73,14 @@ def head_log_probs(
     targets: Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
+    logit_bytes: int = LOGIT_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenLogProbs:
     """Log-probs of `targets` [N] under the model's own head on hidden states [N, D]."""
     row_bytes = 4 * model.hf.get_output_embeddings().weight.shape[0]
-    recompute = torch.is_grad_enabled() and len(targets) * row_bytes > LOGIT_BYTES
+    recompute = torch.is_grad_enabled() and len(targets) * row_bytes > logit_bytes
     keep_all = torch.is_grad_enabled() and not recompute
-    size = max(1, len(targets) if keep_all else CHUNK_BYTES // row_bytes)
+    size = max(1, len(targets) if keep_all else chunk_bytes // row_bytes)
     log_probs: list[Tensor] = []
     entropies: list[Tensor] = []
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
@@ -126,18 +128,18 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class _SelectedLogProb(torch.autograd.Function):
-    """log_softmax(logits)[target] that keeps the logits alone and makes one matrix going back."""
+    """log_softmax(scores)[target] that keeps one matrix and makes one more going back."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
-        normaliser = scores.logsumexp(-1)
-        ctx.save_for_backward(scores, normaliser, targets)
-        return scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
+        log_p = scores.log_softmax(-1)
+        ctx.save_for_backward(log_p, targets)
+        return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        scores, normaliser, targets = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = (scores - normaliser.unsqueeze(-1)).exp_().mul_(-grads[0].unsqueeze(-1))
+        log_p, targets = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = log_p.exp().mul_(-grads[0].unsqueeze(-1))
         grad.scatter_add_(-1, targets.unsqueeze(-1), grads[0].unsqueeze(-1))
         return grad, None
 

@@ -198,7 +198,7 @@ def _ready(
     )
     selftest.choose_path(model)
     if gradient_checkpointing:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        module.activation_checkpointing_enable({"use_reentrant": False})
     if lora_rank:
         model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
     model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only

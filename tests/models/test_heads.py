@@ -1,0 +1,117 @@
+"""Log-probs, entropies, scores and values from hidden states."""
+
+import pytest
+import torch
+from torch.distributions import Categorical
+
+from prefloop.data.batches import pack
+from prefloop.models import heads
+from tests.models.plain import (
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    loaded,
+    plain_log_probs,
+    random_examples,
+    tiny_scorer,
+    with_plain_twin,
+)
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@torch.no_grad()
+def test_temperature_and_entropy(temperature):
+    model, plain = with_plain_twin(tiny_model("gpt2"))
+    (example,) = random_examples([(3, (6,))])
+    example = type(example)(example.prompt, example.answers, ((True,) * 6,))
+    ids = torch.tensor([[*example.prompt, *example.answers[0]]])
+    actions = Categorical(logits=plain(input_ids=ids).logits[0, 2:8] / temperature)
+    ours = heads.answer_log_probs(model, pack([example]), temperature, entropy=True)
+    assert_close(ours.log_probs, actions.log_prob(ids[0, 3:]), 1e-5)
+    assert ours.entropy is not None
+    assert_close(ours.entropy, actions.entropy(), 1e-5)
+    assert heads.answer_log_probs(model, pack([example]), temperature).entropy is None
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 7, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recomputed_chunks_equal_logits_kept(tokens_at_once, temperature):
+    """Memory decides how the head runs, never what comes out."""
+    model = loaded(tiny_model("gemma3"))
+    batch = pack(random_examples())
+
+    def run(**sizes):
+        hidden = heads.hidden_states(model, batch)[batch.source_index]
+        return heads.head_log_probs(model, hidden, batch.target_ids, temperature, True, **sizes)
+
+    sizes = {"logit_bytes": 0, "chunk_bytes": 4 * 268 * tokens_at_once}
+    kept, chunked = run(), run(**sizes)
+    assert_close(chunked.log_probs, kept.log_probs, 1e-6)
+    assert kept.entropy is not None and chunked.entropy is not None
+    assert_close(chunked.entropy, kept.entropy, 1e-6)
+    assert not kept.entropy.requires_grad and not chunked.entropy.requires_grad
+    ours = gradients(model.hf, chunked.log_probs)
+    assert_same_gradients(ours, gradients(model.hf, kept.log_probs), 1e-5)
+    with torch.no_grad():
+        assert_close(run(**sizes).log_probs, kept.log_probs, 1e-6)
+
+
+def test_gradient_of_the_selected_log_prob():
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(5, 11, dtype=torch.float64, generator=generator)
+    targets = torch.tensor([0, 10, 3, 3, 7])
+    selected = heads._SelectedLogProb.apply
+    expected = scores.log_softmax(-1)[torch.arange(5), targets]
+    assert_close(selected(scores, targets), expected, 1e-14)
+    scores.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: selected(x, targets), scores)
+
+
+def test_log_probs_of_large_logits():
+    """log(1/4 * 3), and -log(1 + e) far from zero: an offset must not eat the digits."""
+    scores = torch.tensor([[0.0, 1.0986123], [1048576.0, 1048577.0]])
+    ours = heads._SelectedLogProb.apply(scores, torch.tensor([1, 0]))
+    assert_close(ours, torch.tensor([-0.28768207, -1.3132617]), 1e-6)
+
+
+def test_bfloat16_autocast_keeps_the_softmax_in_float32():
+    """Off by bf16 logits only: the log-softmax of the very same logits is float32's.
+
+    In bf16 a log-prob near -5.6 (268 tokens) would be a multiple of 2^-5, and off by up to 2^-6.
+    """
+    model, plain = with_plain_twin(tiny_model("llama"))
+    batch, examples = pack(random_examples()), random_examples()
+    exact = plain_log_probs(plain, examples).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = heads.hidden_states(model, batch)[batch.source_index]
+        logits = heads.logits(model, hidden)
+        ours = heads.head_log_probs(model, hidden, batch.target_ids).log_probs
+        half = model.hf.lm_head(hidden)
+    assert half.dtype == torch.bfloat16
+    assert logits.dtype == ours.dtype == torch.float32
+    picked = half.double().log_softmax(-1).gather(-1, batch.target_ids[:, None]).squeeze(-1)
+    assert float((ours.double() - picked).detach().abs().max()) < 2e-6
+    assert float((ours - exact).detach().abs().mean()) < 0.05 * float(exact.abs().mean())
+
+
+def test_bfloat16_autocast_keeps_scores_in_float32():
+    model = loaded(tiny_scorer("llama"))
+    batch = pack(random_examples())
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = heads.hidden_states(model, batch)[batch.last_index]
+        scores = heads.scalar_head(model, hidden)
+    assert scores.dtype == torch.float32
+    expected = hidden.float() @ model.hf.score.weight[0]
+    assert_close(scores, expected, 1e-5)
+
+
+def test_no_loss_tokens_at_all():
+    """An example whose whole answer is masked gives no numbers and no gradient."""
+    model = loaded(tiny_model("llama"))
+    (example,) = random_examples([(3, (2,))])
+    example = type(example)(example.prompt, example.answers, ((False, False),))
+    ours = heads.answer_log_probs(model, pack([example]), entropy=True)
+    assert ours.log_probs.shape == (0,)
+    ours.log_probs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.hf.parameters())
