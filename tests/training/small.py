@@ -168,9 +168,11 @@ def perturbed(model: LoadedModel, scale: float = 0.1, seed: int = 0) -> LoadedMo
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.trainable():
-            parameter += scale * torch.randn(parameter.shape, generator=generator) * parameter.std(
-                correction=0
-            ).clamp(min=0.1)
+            parameter += (
+                scale
+                * torch.randn(parameter.shape, generator=generator)
+                * parameter.std(correction=0).clamp(min=0.1)
+            )
     return model
 
 

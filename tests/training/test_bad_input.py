@@ -41,7 +41,12 @@ DATA = {  # name: command, the file's bytes, flags, what the line says
     "type": ("sft", b'{"prompt": 3, "completion": "a"}\n', [], ["rows.jsonl:1:", "`prompt`"]),
     "empty": ("sft", b"", [], ["rows.jsonl:", "no rows"]),
     "empty for ppo": ("ppo", b"", [], ["rows.jsonl:", "no rows"]),
-    "too long": ("sft", text_of(SFT_ROWS), ["--max-length", "8"], ["rows.jsonl:1:", "--truncation"]),
+    "too long": (
+        "sft",
+        text_of(SFT_ROWS),
+        ["--max-length", "8"],
+        ["rows.jsonl:1:", "--truncation"],
+    ),
     "prompt too long": (
         "ppo",
         b'{"prompt": "a boat took the bath"}\n',

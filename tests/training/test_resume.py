@@ -172,7 +172,12 @@ def test_killed_goes_on_to_the_same_bits(name, world, tmp_path):
 
 
 def test_a_function_as_reward_is_found_again(world, tmp_path):
-    changes = {"reward_function": f"{REWARDS}:by_length", "batch_size": 4, "save_every": 1, "keep_checkpoints": 9}
+    changes = {
+        "reward_function": f"{REWARDS}:by_length",
+        "batch_size": 4,
+        "save_every": 1,
+        "keep_checkpoints": 9,
+    }
     train("ppo", world, tmp_path / "whole", **changes)
     only_checkpoint(tmp_path / "whole", tmp_path / "again", 2)
     train("ppo", world, tmp_path / "again", **changes)
