@@ -115,7 +115,7 @@ class Plan:
         )
 
     def reward(self) -> RewardConfig:
-        """Two passes over the rankings; a tenth of the prompts is held out."""
+        """One pass over the rankings (a second one overfits); a tenth of the prompts is held out."""
         return RewardConfig(
             model=self.policy,
             data=str(self.rankings),
@@ -123,7 +123,6 @@ class Plan:
             seed=self.seed,
             max_steps=self.scale.reward_steps,
             eval_fraction=0.1,
-            epochs=2,
             batch_size=8,
             lr=6e-5,
             center_coefficient=0.01,
