@@ -139,7 +139,7 @@ def test_ppo_reports_the_enumerated_kl_and_objective(
 
     A reference that moved along with the policy would report a KL of 0.
     """
-    here, beta, count = world(stopping), 0.5, 2048
+    here, beta, count = world(stopping), 0.5, 512
     config = PPOConfig(
         **w.ppo_settings(folders[stopping], tmp_path, stopping, beta, prompts=4),
         batch_size=4,

@@ -4,8 +4,8 @@ Four prompts, 8 tokens, answers of 5 tokens (or of up to 5, the stop token being
 answer can be listed, so of any policy the exact J = E[r] - beta KL(pi || pi_ref) is known, and so is
 the best one, pi* = pi_ref exp(r / beta) / Z with J* = beta E_x[log Z(x)].
 
-Rewards have mean 0 and standard deviation 1 under pi_ref, prompt by prompt: so J(pi_ref) = 0, and
-J / J* says how much of what can be gained was gained. The enumeration uses plain Transformers, and of the
+Under pi_ref the rewards of a prompt's answers have mean 0: so J(pi_ref) = 0, and J / J* says how
+much of what can be gained was gained. The enumeration uses plain Transformers, and of the
 code under test only the weights it trained.
 """
 
@@ -33,6 +33,7 @@ PROMPTS = ("ab", "cdg", "f", "bgea")
 LENGTH = 5
 STOP = 7  # "h", in the world whose answers may stop
 SHARPNESS = 1.5  # of pi_ref, over a random model's
+SPREAD = 1.5  # standard deviation of the rewards of pi_ref's answers to a prompt
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def world(stopping: bool = False) -> World:
     log_ref = World(stopping, answers, lengths, empty, empty).log_probs(reference_model())
     reward = _raw_reward(answers, lengths)
     reward -= (log_ref.exp() * reward).sum(1, keepdim=True)
-    reward /= (log_ref.exp() * reward.square()).sum(1, keepdim=True).sqrt()
+    reward *= SPREAD / (log_ref.exp() * reward.square()).sum(1, keepdim=True).sqrt()
     return World(stopping, answers, lengths, log_ref, reward)
 
 

@@ -1,0 +1,132 @@
+"""Five classic bugs, put into a copy of the source one at a time: each must make the suite fail.
+
+    python -m tests.mutations
+
+Says of each which test caught it. Fails if the unpatched copy does not pass, if a bug goes
+unnoticed, or if the text that a bug replaces no longer stands in the source exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FAILED = 1  # pytest's exit status for tests that failed, and for nothing else
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old` becomes `new` in `file`; some of the fast `tests` must notice."""
+
+    name: str
+    file: str  # under src/prefloop
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+EXACT = "tests/oracle/test_exact.py"
+BUGS = (
+    Bug(
+        "swapped chosen and rejected",
+        "data/batches.py",
+        "(first + w, first + l) for w in above",
+        "(first + l, first + w) for w in above",
+        ("tests/parity/test_end_to_end.py::test_dpo",),
+    ),
+    Bug(
+        "mean for sum of log-probs",
+        "training/preference.py",
+        "log_probs = segment_sum(tokens, batch.target_answer, batch.answers)",
+        "log_probs = segment_sum(tokens, batch.target_answer, batch.answers) / torch.bincount("
+        "batch.target_answer)",
+        ("tests/parity/test_end_to_end.py::test_dpo",),
+    ),
+    Bug(
+        "reference not frozen",
+        "training/ppo.py",
+        "frozen = copy.deepcopy(policy.module).requires_grad_(False)",
+        "frozen = policy.module",
+        (f"{EXACT}::test_ppo_reports_the_enumerated_kl_and_objective",),
+    ),
+    Bug(
+        "reward one token late",
+        "losses/ppo.py",
+        "is_last = mask & (tokens_left == 1)",
+        "is_last = torch.nn.functional.pad(mask & (tokens_left == 1), (1, -1))",
+        ("tests/losses/test_ppo.py",),
+    ),
+    Bug(
+        "answers of one prompt see each other",
+        "data/batches.py",
+        "segments[add(answer, prompt, len(example.prompt))]",
+        "segments[add(answer, len(segments) - 1, len(example.prompt))]",
+        (f"{EXACT}::test_answers_that_share_a_prompt_have_the_enumerated_log_probs",),
+    ),
+)
+
+
+def patched(bug: Bug, tree: Path) -> tuple[Path, str]:
+    """The file in the copy that the bug changes, and its text with the bug."""
+    path = tree / "src/prefloop" / bug.file
+    text = path.read_text(encoding="utf-8")
+    if (found := text.count(bug.old)) != 1:
+        raise SystemExit(f"{bug.name}: {bug.file} holds {found} times, not once: {bug.old}")
+    return path, text.replace(bug.old, bug.new)
+
+
+def run_tests(tree: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """The fast ones of these tests in the copy, whose pyproject.toml puts its own src first."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tree / "src"), str(tree)])
+    return subprocess.run(
+        [*command, *tests], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def main() -> None:
+    """Patches, runs, tells."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("src", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__", "mutations")
+            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        # 1. Every bug applies, and without any the tests pass.
+        for bug in BUGS:
+            patched(bug, tree)
+        began = time.monotonic()
+        result = run_tests(tree, tuple(dict.fromkeys(test for bug in BUGS for test in bug.tests)))
+        if result.returncode:
+            raise SystemExit(f"the tests fail without any bug:\n{result.stdout}{result.stderr}")
+        print(f"no bug: passed in {time.monotonic() - began:.0f} s", flush=True)
+        # 2. With any one bug they fail.
+        missed = []
+        for bug in BUGS:
+            path, text = patched(bug, tree)
+            right = path.read_text(encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
+            began = time.monotonic()
+            result = run_tests(tree, bug.tests)
+            path.write_text(right, encoding="utf-8")
+            caught = re.findall(r"^FAILED (\S+)", result.stdout, re.MULTILINE)
+            if result.returncode != FAILED or not caught:
+                missed.append(bug.name)
+                print(result.stdout + result.stderr)
+            told = f"caught by {caught[0]}" if caught else "NOT CAUGHT"
+            print(f"{bug.name}: {told} in {time.monotonic() - began:.0f} s", flush=True)
+        if missed:
+            raise SystemExit(f"not caught: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
