@@ -148,8 +148,8 @@ def test_parquet_holds_messages_and_nulls(tmp_path: Path) -> None:
     ("kind", "row", "told"),
     [
         ("preference", {"question": "p", "good": "a"}, "columns `question`, `good`; preference rows"),
-        ("demonstration", {"prompt": "p", "completion": None}, r"`completion` \(null\); a demonst"),
-        ("demonstration", {"text": "p"}, "needs `prompt`.`completion`, or `messages`"),
+        ("demonstration", {"prompt": "p", "completion": None}, r"`completion` \(null\); demonstration rows"),
+        ("demonstration", {"text": "p"}, "need `prompt`.`completion`, or `messages`"),
         ("preference", {"prompt": "p", "completions": ["a", "b"]}, "`prompt`.`completions`.`tiers"),
         (
             "demonstration",
