@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.config import PeftConfig
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
@@ -22,11 +23,12 @@ def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
         exclude_modules=["score"] if scorer else None,
         task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if scorer else None,
     )
-    with _quiet():
+    with quiet():
         wrapped = get_peft_model(module, config)
     assert isinstance(wrapped, PeftModel)
     return wrapped
@@ -66,17 +68,21 @@ def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, 
     if (Path(path) / "config.json").exists():  # a scorer's: its pad token, its mean score
         own = AutoConfig.from_pretrained(path)
         if own.vocab_size != base.config.vocab_size:
-            base.resize_token_embeddings(own.vocab_size)
+            base.resize_token_embeddings(own.vocab_size, mean_resizing=False)
+        own._attn_implementation = base.config._attn_implementation
         base.config = own
-    with _quiet():
-        merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+    config.task_type = None  # a policy's adapter may become a critic's start
+    with quiet():
+        merged = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
+    merged.requires_grad_(True)  # PEFT froze it
     return merged, info
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """PEFT still asks by the old name of `is_activation_checkpointing`."""
+def quiet() -> Iterator[None]:
+    """Without PEFT's warnings of what is as it should be."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # an old name of is_activation_checkpointing
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
         yield

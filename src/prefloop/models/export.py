@@ -26,7 +26,8 @@ def export_model(model: LoadedModel, folder: Path) -> None:
     module: Any = model.module
     if isinstance(module, PeftModel) and adapters.is_adapter_folder(model_path(model.source)):
         module = copy.deepcopy(module).merge_and_unload()
-    module.save_pretrained(str(temporary))
+    with adapters.quiet():
+        module.save_pretrained(str(temporary))
     if model.is_scorer:  # with an adapter too: its pad token, its mean score
         model.hf.config.save_pretrained(str(temporary))
     model.tokenizer.save_pretrained(str(temporary))

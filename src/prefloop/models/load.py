@@ -7,6 +7,7 @@ not give the same numbers packed as one by one takes padded batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -200,6 +201,7 @@ def _ready(
     if gradient_checkpointing:
         module.activation_checkpointing_enable({"use_reentrant": False})
     if lora_rank:
+        module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
         model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
     model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only
     return model
