@@ -1,0 +1,422 @@
+"""PPO end to end: steps, ratios, rewards, penalties, what scores and what is trained."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from prefloop.config import UserError
+from prefloop.data.batches import pack
+from prefloop.data.tokenize import Example, encode_answer, encode_prompt
+from prefloop.generation.engine import Engine
+from prefloop.generation.sampler import Sampling
+from prefloop.losses import ppo as losses
+from prefloop.models.export import export_model
+from prefloop.models.heads import answer_log_probs
+from prefloop.models.load import load_scorer
+from prefloop.records import read_rows
+from prefloop.training import loop
+from prefloop.training.ppo import build
+from tests.parity.plain import token_log_probs
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.small import (
+    CPU,
+    REWARDS,
+    assert_close_runs,
+    checkpoint,
+    config,
+    lines,
+    policy,
+    train,
+    weights,
+    write_rows,
+)
+
+LENGTH = {"reward_function": f"{REWARDS}:by_length"}
+
+
+def built(world, tmp_path, **changes):
+    settings = config("ppo", world, tmp_path / "built", **changes)
+    run, device = loop.start(settings, "ppo")
+    return build(settings, device, run)
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"advantage": "grpo"}], ids=str)
+def test_the_first_step_of_an_iteration_has_ratio_1(temperature, changes, world, tmp_path):
+    """What samples, what recomputes and what trains are one model, at one temperature."""
+    changes = changes | {"temperature": temperature, "batch_size": 3, "samples_per_prompt": 2}
+    train("ppo", world, tmp_path / "run", ppo_epochs=2, lr=1e-2, **changes)
+    rows = lines(tmp_path / "run")
+    assert len(rows) == 3 * 2
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["val/ratio"] == pytest.approx(1, abs=1e-6)
+        assert first["policy/approxkl_avg"] <= 1e-9
+        assert first["policy/clipfrac_avg"] == 0
+        assert second["policy/approxkl_avg"] > 1e-6
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[-2]["objective/kl"] != pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree_on_log_probs(temperature, world):
+    model = policy(world)
+    prompts = [(9, 40), (60, 61, 62)]
+    sampling = Sampling(max_new_tokens=8, temperature=temperature, stop_token_ids={2})
+    groups = Engine(model).generate(prompts, 3, sampling, seed=0)
+    for prompt, group in zip(prompts, groups, strict=True):
+        for sample in group:
+            example = Example(prompt, (sample.tokens,), ((True,) * len(sample.tokens),))
+            ours = answer_log_probs(model, pack([example]), temperature).log_probs
+            torch.testing.assert_close(ours.detach(), torch.tensor(sample.log_probs))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "minibatches", "passes"), [(1, 1, 1.0), (3, 2, 1.0), (2, 3, 2.0)]
+)
+def test_the_number_of_optimiser_steps(epochs, minibatches, passes, world, tmp_path):
+    """9 prompts, 1 a step: iterations x ppo_epochs x num_minibatches, each a real update."""
+    output = tmp_path / "run"
+    changes = {"ppo_epochs": epochs, "num_minibatches": minibatches, "epochs": passes}
+    changes |= {"lr": 1e-5}  # so that clipping leaves a gradient to every step
+    train("ppo", world, output, batch_size=1, save_every=1, keep_checkpoints=1, **changes, **LENGTH)
+    iterations = math.ceil(9 * passes / minibatches)
+    total = iterations * epochs * minibatches
+    assert [line["step"] for line in lines(output)] == list(range(1, total + 1))
+    assert sum("objective/kl" in line for line in lines(output)) == iterations
+    state = checkpoint(output, total - 1)["optimizer"]["state"]
+    assert {float(s["step"]) for s in state.values()} == {total - 1}
+    assert all(line["grad_norm"] > 0 for line in lines(output))
+
+
+def test_every_sample_is_seen_once_a_pass(world, tmp_path):
+    """The minibatches of a pass are a partition of the iteration's prompts, shuffled anew."""
+    ppo = built(world, tmp_path, batch_size=2, num_minibatches=4, ppo_epochs=2, **LENGTH)
+    orders = []
+    for number, step in enumerate(ppo.steps(0)):
+        if number % 4 == 0:
+            orders.append([])
+        orders[-1] += [e.prompt for item in step.batches for e in item.batch.examples]
+        if number == 7:
+            break
+    prompts = [e.prompt for e in ppo.rollouts.examples]
+    assert len(prompts) == 8
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(prompts)
+    assert orders[0] != orders[1]
+
+
+def test_target_kl_leaves_the_remaining_passes(world, tmp_path):
+    """Skipped steps change no weight, and the next iteration trains again."""
+    output = tmp_path / "run"
+    changes = {"ppo_epochs": 3, "num_minibatches": 2, "batch_size": 2, "target_kl": 1e-4}
+    train("ppo", world, output, save_every=1, keep_checkpoints=99, lr=1e-2, **changes)
+    rows = lines(output)
+    assert len(rows) == 3 * 6
+    skipped = [row["step"] for row in rows if "policy/approxkl_avg" not in row]
+    assert skipped
+    assert 1 not in skipped and 7 not in skipped and 13 not in skipped
+    for row in rows[:-1]:
+        step = row["step"]
+        if step == 1:
+            continue
+        before, after = (checkpoint(output, s)["models"] for s in (step - 1, step))
+        same = all(
+            torch.equal(before[model][name], tensor)
+            for model in after
+            for name, tensor in after[model].items()
+        )
+        assert same == (step in skipped)
+        if step in skipped:  # by the last step that measured it, in this iteration
+            last = max(s for s in range(1, step) if s not in skipped)
+            assert rows[last - 1]["policy/approxkl_avg"] > 1e-4
+            assert (last - 1) // 6 == (step - 1) // 6
+
+
+# --- rewards -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "moves"), [(1e-3, 1), (1e3, -1)])
+def test_adaptive_kl_moves_towards_its_target(target, moves, world, tmp_path):
+    """beta x (1 +- 0.2 x 6 answers / 60) an iteration, the error clipped at 0.2."""
+    changes = {"kl_target": target, "kl_horizon": 60.0, "batch_size": 3, "samples_per_prompt": 2}
+    changes |= {"lr": 1e-2, "epochs": 2.0}
+    train("ppo", world, tmp_path / "run", **changes)
+    betas = [row["kl_coef"] for row in lines(tmp_path / "run") if "kl_coef" in row]
+    kls = [row["objective/kl"] for row in lines(tmp_path / "run") if "kl_coef" in row]
+    expected = 0.05
+    for beta, kl in zip(betas, kls, strict=True):
+        assert beta == pytest.approx(expected)
+        error = min(max(kl / target - 1, -0.2), 0.2)
+        expected *= 1 + error * 6 / 60
+    assert (betas[-1] - betas[0]) * moves > 0
+
+
+def test_missing_eos_penalty_replaces_the_score(world, tmp_path):
+    """A function gives 1 to all; answers that did not stop count -5 instead."""
+    changes = {"reward_function": f"{REWARDS}:constant", "missing_eos_penalty": -5.0}
+    changes |= {"samples_per_prompt": 8, "max_new_tokens": 40, "batch_size": 9, "ppo_epochs": 1}
+    train("ppo", world, tmp_path / "run", **changes)
+    (row,) = lines(tmp_path / "run")
+    stopped = row["val/num_eos_tokens"]
+    assert 0 < stopped < 72
+    assert row["truncated"] == pytest.approx(1 - stopped / 72)
+    assert row["objective/scores"] == pytest.approx((stopped - 5 * (72 - stopped)) / 72)
+    for sample in lines(tmp_path / "run", "samples.jsonl"):
+        assert sample["score"] == 1.0  # as the function gave it
+
+
+def test_rollouts_by_hand(world, tmp_path):
+    """Scores, rewards, advantages and returns of one iteration from plain Transformers' numbers."""
+    changes = {"samples_per_prompt": 2, "kl_coef": 0.3, "temperature": 0.8, "batch_size": 3}
+    changes |= {"ref_model": str(world / "reference"), "reward_clip": 0.5, "value_model": None}
+    ppo = built(world, tmp_path, **changes)
+    step = next(iter(ppo.steps(0)))
+    rollouts = ppo.rollouts
+    models = [AutoModelForCausalLM.from_pretrained(world / n) for n in ("model", "reference")]
+    scorer = AutoModelForSequenceClassification.from_pretrained(world / "rm")
+    answers = [(e.prompt, answer) for e in rollouts.examples for answer in e.answers]
+    assert len(answers) == 6
+    wide, mask = rollouts.mask.shape[1], rollouts.mask
+    new, old, values = torch.zeros(3, 6, wide)
+    scores = torch.zeros(6)
+    with torch.no_grad():
+        for i, (prompt, answer) in enumerate(answers):
+            size = len(answer)
+            assert mask[i].tolist() == [True] * size + [False] * (wide - size)
+            new[i, :size] = token_log_probs(models[0], prompt, answer, 0.8)
+            old[i, :size] = token_log_probs(models[1], prompt, answer, 0.8)
+            ids = torch.tensor([[*prompt, *answer]])
+            states = scorer.score(scorer.model(ids).last_hidden_state)[0, :, 0]
+            values[i, :size] = states[len(prompt) - 1 : -1]
+            scores[i] = states[-1].clamp(-0.5, 0.5)
+    for mine, plain in zip(
+        (rollouts.log_probs, rollouts.ref_log_probs, rollouts.values),
+        (new, old, values),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+    rewards = losses.token_rewards(scores, new, old, mask, 0.3)
+    advantages = losses.gae(rewards, values, mask, gamma=1.0, lam=0.95)
+    torch.testing.assert_close(rollouts.returns, (advantages + values) * mask, rtol=1e-4, atol=1e-4)
+    real = advantages[mask]
+    white = (real - real.mean()) / (real.var() + 1e-8).sqrt()
+    torch.testing.assert_close(rollouts.advantages[mask], white, rtol=1e-4, atol=1e-4)
+    assert rollouts.advantages[~mask].eq(0).all()
+    kl = ((new - old) * mask).sum(1).mean()
+    assert step.metrics["objective/kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert step.metrics["objective/scores"] == pytest.approx(scores.mean().item(), rel=1e-4)
+    assert step.metrics["objective/rlhf_reward"] == pytest.approx(
+        (scores.mean() - 0.3 * kl).item(), rel=1e-4
+    )
+    explained = 1 - (rollouts.returns - values)[mask].var() / rollouts.returns[mask].var()
+    assert step.metrics["val/explained_variance"] == pytest.approx(explained.item(), abs=1e-4)
+
+
+def test_whitened_rewards_keep_their_mean(world, tmp_path):
+    plain = built(world, tmp_path / "a", batch_size=9, gamma=0.0, **LENGTH)
+    white = built(world, tmp_path / "b", batch_size=9, gamma=0.0, whiten_rewards=True, **LENGTH)
+    found = []
+    for ppo in (plain, white):
+        next(iter(ppo.steps(0)))
+        found.append(ppo.rollouts.returns[ppo.rollouts.mask])  # with gamma 0 the rewards
+    assert found[1].mean().item() == pytest.approx(found[0].mean().item(), abs=1e-5)
+    assert found[1].std().item() == pytest.approx(1, abs=1e-5)
+    assert found[0].std().item() != pytest.approx(1, abs=1e-2)
+
+
+def test_the_ptx_term_by_hand(world, tmp_path):
+    """ptx_coef x the mean over the SFT rows' answer tokens, in every step."""
+    rows = [row for _, row in read_rows(world / "sft.jsonl")][:2]
+    data = str(write_rows(tmp_path / "sft.jsonl", rows))
+    changes = {"sft_data": data, "ptx_coef": 0.7, "batch_size": 3, "ppo_epochs": 2}
+    train("ppo", world, tmp_path / "run", **changes, **LENGTH)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    plain = AutoModelForCausalLM.from_pretrained(world / "model")
+    total = size = 0
+    for row in rows:
+        ids = (
+            encode_prompt(tokenizer, row["prompt"]),
+            encode_answer(tokenizer, row["prompt"], row["completion"]),
+        )
+        with torch.no_grad():
+            total -= float(token_log_probs(plain, *ids).sum())
+        size += len(ids[1])
+    found = lines(tmp_path / "run")
+    # A step takes 3 rows of the 2, so one of them twice; both orders are by the seed.
+    assert all("loss/ptx" in row for row in found)
+    ptx = built(world, tmp_path, **changes, **LENGTH)
+    step = next(iter(ptx.steps(0)))
+    batch = [item for item in step.batches if item.log_probs is None]
+    nll = tokens = 0.0
+    for item in batch:
+        for example in item.batch.examples:
+            with torch.no_grad():
+                nll -= float(token_log_probs(plain, example.prompt, example.answers[0]).sum())
+            tokens += len(example.answers[0])
+    assert sum(len(item.batch.examples) for item in batch) == 3
+    assert found[0]["loss/ptx"] == pytest.approx(0.7 * nll / tokens, rel=1e-5)
+    assert found[0]["loss"] == pytest.approx(
+        sum(v for k, v in found[0].items() if k.startswith("loss/")), rel=1e-5
+    )
+    assert total / size > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [("raises", "ink"), ("one_too_few", "2 scores for 3"), ("not_a_number", "finite")],
+)
+def test_a_wrong_reward_function_is_the_users_error(function, expected, world, tmp_path):
+    changes = {"reward_function": f"{REWARDS}:{function}", "batch_size": 3}
+    with pytest.raises(UserError, match=expected):
+        train("ppo", world, tmp_path / "run", **changes)
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def other_reward_model(folder):
+    """A scorer whose tokenizer has another token, so that ids do not carry over."""
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.add_tokens(["boat"])
+    base = folder / "base"
+    tiny_model("qwen3", vocab_size=len(tokenizer), seed=5).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    scorer = load_scorer(str(base), CPU, seed=3)
+    scorer.hf.config.reward_mean = 0.25
+    export_model(scorer, folder / "rm")
+    return str(folder / "rm")
+
+
+def test_a_reward_model_with_another_tokenizer_scores_the_text(world, tmp_path):
+    path = other_reward_model(tmp_path)
+    train("ppo", world, tmp_path / "run", reward_model=path, batch_size=9, ppo_epochs=1)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    plain = AutoModelForSequenceClassification.from_pretrained(path)
+    samples = lines(tmp_path / "run", "samples.jsonl")
+    assert len(samples) == 4
+    for sample in samples:
+        ids = encode_prompt(tokenizer, sample["prompt"])
+        ids += encode_answer(tokenizer, sample["prompt"], sample["completion"])
+        score = plain(torch.tensor([ids])).logits.item() - 0.25
+        assert sample["score"] == pytest.approx(score, abs=1e-5)
+
+
+def test_the_critic_starts_from_the_reward_model(world, tmp_path):
+    critic = built(world, tmp_path / "a").critic.hf.state_dict()
+    rm = AutoModelForSequenceClassification.from_pretrained(world / "rm").state_dict()
+    assert critic.keys() == rm.keys()
+    assert all(torch.equal(critic[name], rm[name]) for name in rm)
+    # With a function, or a model with another tokenizer, from the policy with a new head.
+    base = AutoModelForCausalLM.from_pretrained(world / "model").model.state_dict()
+    other = {"reward_model": other_reward_model(tmp_path)}
+    for number, changes in enumerate((LENGTH, other)):
+        critic = built(world, tmp_path / str(number), **changes).critic.hf
+        for name, tensor in critic.model.state_dict().items():
+            assert torch.equal(tensor, base[name])
+        assert critic.score.weight.abs().sum() > 0
+
+
+def test_the_critic_learns_at_its_own_rate_and_is_exported(world, tmp_path):
+    train("ppo", world, tmp_path / "run", batch_size=3, value_lr=1e-2, save_every=1)
+    groups = checkpoint(tmp_path / "run", 11)["optimizer"]["param_groups"]
+    assert sorted({group["lr"] for group in groups}) == [1e-3, 1e-2]
+    value = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "value_model")
+    rm = AutoModelForSequenceClassification.from_pretrained(world / "rm")
+    assert value.config.num_labels == 1
+    assert not torch.equal(value.score.weight, rm.score.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "value_model").eos_token == "<eos>"
+
+
+def test_the_reward_model_and_the_reference_stay_as_they_were(world, tmp_path):
+    """The reference is a copy in memory: frozen, while the policy moves."""
+    ppo = built(world, tmp_path, batch_size=3, lr=1e-2)
+    before = {
+        name: tensor.clone() for name, tensor in ppo.sampler.reference.hf.state_dict().items()
+    }
+    settings = ppo.config
+    run, _ = loop.start(settings, "ppo")
+    with run:
+        loop.train(ppo, settings, run)
+    after = ppo.sampler.reference.hf.state_dict()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    moved = ppo.policy.hf.state_dict()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in moved.items())
+    assert not any(p.requires_grad for p in ppo.sampler.reference.module.parameters())
+
+
+def test_a_policy_with_adapters_is_its_own_reference(world, tmp_path):
+    """Adapters off equals the base model named outright as the reference."""
+    changes = {"lora_rank": 2, "batch_size": 3, "lr": 1e-2, "ppo_epochs": 2}
+    train("ppo", world, tmp_path / "off", **changes)
+    train("ppo", world, tmp_path / "named", ref_model=str(world / "model"), **changes)
+    assert_close_runs(tmp_path / "off", tmp_path / "named", tolerance=1e-4)
+    assert abs(lines(tmp_path / "off")[-2]["objective/kl"]) > 1e-3
+    assert built(world, tmp_path, lora_rank=2).sampler.reference is None
+    assert any("lora" in name for name in weights(tmp_path / "off"))
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_group_baselines_have_no_critic(advantage, world, tmp_path):
+    changes = {"advantage": advantage, "samples_per_prompt": 2, "batch_size": 3}
+    train("ppo", world, tmp_path / "run", save_every=1, **changes)
+    assert set(checkpoint(tmp_path / "run", 11)["models"]) == {"policy"}
+    assert not (tmp_path / "run" / "value_model").exists()
+    for row in lines(tmp_path / "run"):
+        assert not {"loss/value_avg", "val/clipfrac_avg", "grad_norm/value"} & row.keys()
+        assert "val/explained_variance" not in row
+        assert math.isfinite(row["loss"])
+
+
+def test_group_advantages_by_hand(world, tmp_path):
+    """RLOO: the score less beta x KL, minus the other sample's, on every token of the answer."""
+    changes = {"advantage": "rloo", "samples_per_prompt": 2, "batch_size": 3, "kl_coef": 0.2}
+    ppo = built(world, tmp_path, ref_model=str(world / "reference"), **changes, **LENGTH)
+    step = next(iter(ppo.steps(0)))
+    r = ppo.rollouts
+    scores = [
+        len(ppo.policy.tokenizer.decode(list(a), skip_special_tokens=True)) / 10
+        for e in r.examples
+        for a in e.answers
+    ]
+    kl = ((r.log_probs - r.ref_log_probs) * r.mask).sum(1)
+    net = torch.tensor(scores) - 0.2 * kl
+    expected = (net - net.view(3, 2).flip(1).flatten())[:, None] * r.mask
+    torch.testing.assert_close(r.advantages, expected, rtol=1e-4, atol=1e-5)
+    assert step.samples[0].keys() == {"prompt", "completion", "score"}
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"advantage": "rloo"}, {"lora_rank": 4, "lr": 3e-2}], ids=str
+)
+def test_it_earns_more_reward(changes, world, tmp_path):
+    """Longer text earns more; without a KL penalty a few dozen steps show it."""
+    long = {"lr": 1e-2, "epochs": 15.0, "ppo_epochs": 2, "batch_size": 9, "kl_coef": 0.0}
+    long |= {"samples_per_prompt": 4, "max_new_tokens": 8} | LENGTH | changes
+    train("ppo", world, tmp_path / "run", **long)
+    scores = [
+        row["objective/scores"] for row in lines(tmp_path / "run") if "objective/scores" in row
+    ]
+    assert sum(scores[-3:]) / 3 > scores[0] + 0.1
+
+
+def test_held_out_prompts_are_answered_and_change_nothing(world, tmp_path):
+    """Evaluation draws with seeds of its own: the training steps are the same without it."""
+    changes = {"batch_size": 3, "max_steps": 4, "ppo_epochs": 1}
+    train("ppo", world, tmp_path / "a", **changes)
+    held_out = {"eval_data": str(world / "prompts.jsonl"), "eval_every": 2}
+    train("ppo", world, tmp_path / "b", **changes, **held_out)
+    rows = lines(tmp_path / "b")
+    assert [("eval/objective/scores" in row) for row in rows] == [False, True, False, True]
+    kept = [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows]
+    assert kept == lines(tmp_path / "a")
+    record = json.loads((tmp_path / "b" / "run.json").read_text())
+    assert record["rows"]["eval_data"]["used"] == 9
