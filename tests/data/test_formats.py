@@ -147,8 +147,16 @@ def test_parquet_holds_messages_and_nulls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "row", "told"),
     [
-        ("preference", {"question": "p", "good": "a"}, "columns `question`, `good`; preference rows"),
-        ("demonstration", {"prompt": "p", "completion": None}, r"`completion` \(null\); demonstration rows"),
+        (
+            "preference",
+            {"question": "p", "good": "a"},
+            "columns `question`, `good`; preference rows",
+        ),
+        (
+            "demonstration",
+            {"prompt": "p", "completion": None},
+            r"`completion` \(null\); demonstration rows",
+        ),
         ("demonstration", {"text": "p"}, "need `prompt`.`completion`, or `messages`"),
         ("preference", {"prompt": "p", "completions": ["a", "b"]}, "`prompt`.`completions`.`tiers"),
         (

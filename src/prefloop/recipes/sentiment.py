@@ -115,7 +115,7 @@ class Plan:
         )
 
     def reward(self) -> RewardConfig:
-        """One pass over the rankings (a second one overfits); a tenth of the prompts is held out."""
+        """One pass over the rankings (a second overfits); a tenth of the prompts is held out."""
         return RewardConfig(
             model=self.policy,
             data=str(self.rankings),
