@@ -13,7 +13,6 @@ from torch import Tensor
 
 from prefloop.config import PPOConfig
 from prefloop.data.batches import to_batches
-from prefloop.data.tokenize import Example
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling

@@ -1,8 +1,8 @@
 """A world small enough to know everything in it.
 
-Four prompts, 8 tokens, answers of 5 tokens (or of up to 5, the stop token being one of the 8): every
-answer can be listed, so of any policy the exact J = E[r] - beta KL(pi || pi_ref) is known, and so is
-the best one, pi* = pi_ref exp(r / beta) / Z with J* = beta E_x[log Z(x)].
+Four prompts, 8 tokens, answers of 5 tokens (or of up to 5, the stop token being one of the 8):
+every answer can be listed, so of any policy the exact J = E[r] - beta KL(pi || pi_ref) is known, and
+so is the best one, pi* = pi_ref exp(r / beta) / Z with J* = beta E_x[log Z(x)].
 
 Under pi_ref the rewards of a prompt's answers have mean 0: so J(pi_ref) = 0, and J / J* says how
 much of what can be gained was gained. The enumeration uses plain Transformers, and of the
@@ -15,7 +15,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,20 @@ class World:
     log_ref: Tensor  # [P, L] log pi_ref(y|x)
     reward: Tensor  # [P, L] r(x, y)
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
         """The answers as letters; the stop token is not printed."""
         letters = ("".join(LETTERS[token] for token in ids) for ids in self.tokens)
         return [text.removesuffix(LETTERS[STOP]) if self.stopping else text for text in letters]
 
-    @property
+    @cached_property
     def tokens(self) -> list[tuple[int, ...]]:
         """The answers as token ids."""
         rows = zip(self.answers.tolist(), self.lengths.tolist(), strict=True)
         return [tuple(ids[:n]) for ids, n in rows]
 
     def log_probs(self, model: PreTrainedModel) -> Tensor:
-        """log pi(y|x) [P, L] in float64, by plain forward passes over every prefix of four tokens."""
+        """log pi(y|x) [P, L] in float64, by plain forwards over every prefix of four tokens."""
         prefixes = torch.tensor(list(itertools.product(range(8), repeat=LENGTH - 1)))
         row = (self.answers[:, :-1] * torch.tensor([512, 64, 8, 1])).sum(1)
         alive = torch.arange(LENGTH) < self.lengths[:, None]
@@ -117,13 +117,13 @@ def world(stopping: bool = False) -> World:
 
 
 def _raw_reward(answers: Tensor, lengths: Tensor) -> Tensor:
-    """[P, L]: what each letter earns at its place, after its neighbour, and with this prompt."""
+    """[P, L]: what each letter earns at its place, with this prompt, and after its neighbour."""
     generator = torch.Generator().manual_seed(5)
     sizes = ((LENGTH, 8), (8, 8), (len(PROMPTS), 8))
     place, pair, own = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
     alive = torch.arange(LENGTH) < lengths[:, None]
     shared = (place[torch.arange(LENGTH), answers] * alive).sum(1)
-    shared += (pair[answers[:, :-1], answers[:, 1:]] * alive[:, 1:]).sum(1)
+    shared += 0.5 * (pair[answers[:, :-1], answers[:, 1:]] * alive[:, 1:]).sum(1)
     return torch.stack([shared + (letters[answers] * alive).sum(1) for letters in own])
 
 
