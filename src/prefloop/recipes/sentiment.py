@@ -48,7 +48,7 @@ class Scale:
     dpo_steps: int = 0
     ppo_prompts: int = 8  # an optimiser step's
     ppo_iterations: int = 20
-    compared_prompts: int = 400
+    compared_prompts: int = 250
     max_new_tokens: int = 24
 
 
@@ -163,7 +163,7 @@ class Plan:
             max_steps=self.scale.dpo_steps,
             batch_size=8,
             beta=0.1,
-            lr=3e-5,
+            lr=8e-5,
             max_length=128,
         )
 
