@@ -164,6 +164,8 @@ def _trained_adapters(model: LoadedModel, scale: float = 0.3) -> None:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # the base is no folder
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file")
 def test_lora(tmp_path: Path) -> None:
     model = policy(lora_rank=2)
     model.module.train()

@@ -84,7 +84,7 @@ def test_the_engine_draws_from_the_enumerated_policy(
         mean = (probs * known).sum(1, keepdim=True)
         error = ((probs * (known - mean).square()).sum(1) / count).sqrt()
         found = known.gather(1, numbers).mean(1)
-        assert bool(((found - mean.squeeze(1)).abs() <= 4 * error).all())
+        assert bool(((found - mean.squeeze(1)).abs() <= 4 * error + 1e-9).all())
 
 
 def sampled(here: World, policy: LoadedModel, count: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """A world small enough to know everything in it.
 
 Four prompts, 8 tokens, answers of 5 tokens (or of up to 5, the stop token being one of the 8):
-every answer can be listed, so of any policy the exact J = E[r] - beta KL(pi || pi_ref) is known, and
-so is the best one, pi* = pi_ref exp(r / beta) / Z with J* = beta E_x[log Z(x)].
+every answer can be listed, so of any policy the exact J = E[r] - beta KL(pi || pi_ref) is known,
+and so is the best one, pi* = pi_ref exp(r / beta) / Z with J* = beta E_x[log Z(x)].
 
 Under pi_ref the rewards of a prompt's answers have mean 0: so J(pi_ref) = 0, and J / J* says how
 much of what can be gained was gained. The enumeration uses plain Transformers, and of the
@@ -117,13 +117,13 @@ def world(stopping: bool = False) -> World:
 
 
 def _raw_reward(answers: Tensor, lengths: Tensor) -> Tensor:
-    """[P, L]: what each letter earns at its place, with this prompt, and after its neighbour."""
+    """[P, L]: what each letter earns after its neighbour, with this prompt, and at its place."""
     generator = torch.Generator().manual_seed(5)
-    sizes = ((LENGTH, 8), (8, 8), (len(PROMPTS), 8))
-    place, pair, own = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
+    sizes = ((8, 8), (LENGTH, 8), (len(PROMPTS), 8))
+    pair, place, own = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
     alive = torch.arange(LENGTH) < lengths[:, None]
-    shared = (place[torch.arange(LENGTH), answers] * alive).sum(1)
-    shared += 0.5 * (pair[answers[:, :-1], answers[:, 1:]] * alive[:, 1:]).sum(1)
+    shared = (pair[answers[:, :-1], answers[:, 1:]] * alive[:, 1:]).sum(1)
+    shared += 0.3 * (place[torch.arange(LENGTH), answers] * alive).sum(1)
     return torch.stack([shared + (letters[answers] * alive).sum(1) for letters in own])
 
 

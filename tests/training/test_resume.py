@@ -26,7 +26,7 @@ PPO = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2}
 RUNS = {  # name: command, settings of a run of some steps
     "sft": ("sft", {"batch_size": 2, "lora_rank": 0}),
     "reward": ("reward", {"batch_size": 3, "epochs": 2.0}),
-    "reward-lora": ("reward", {"batch_size": 3, "lora_rank": 2}),
+    "reward-lora": ("reward", {"batch_size": 3, "epochs": 2.0, "lora_rank": 2}),
     "dpo": ("dpo", {"batch_size": 3, "epochs": 2.0}),
     "kto": ("dpo", {"batch_size": 3, "loss": "kto", "data": "pairs.jsonl"}),
     "ppo": ("ppo", PPO | {"kl_target": 0.01, "kl_horizon": 20.0, "samples_per_prompt": 2}),
@@ -103,9 +103,9 @@ def test_a_named_checkpoint_is_gone_on_from(world, tmp_path):
 # --- processes that are shot ---------------------------------------------------------------------
 
 LONG = {  # name: command, settings of a run that lasts long enough to be hit
-    "sft": ("sft", {"batch_size": 1, "epochs": 6.0}),
-    "reward": ("reward", {"batch_size": 1, "epochs": 6.0}),
-    "dpo": ("dpo", {"batch_size": 1, "epochs": 6.0}),
+    "sft": ("sft", {"batch_size": 1, "epochs": 15.0}),
+    "reward": ("reward", {"batch_size": 1, "epochs": 15.0}),
+    "dpo": ("dpo", {"batch_size": 1, "epochs": 15.0}),
     "ppo": (
         "ppo",
         {"batch_size": 2, "ppo_epochs": 3, "num_minibatches": 2, "epochs": 6.0},
@@ -167,7 +167,7 @@ def test_interrupted_goes_on_to_the_same_bits(name, world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_killed_goes_on_to_the_same_bits(name, world, tmp_path):
-    """Three saves in two passes of PPO: some fall in mid-iteration."""
+    """A save every 5 steps, which for PPO (6 an iteration) is in mid-iteration."""
     check_interruption(name, signal.SIGKILL, world, tmp_path, save_every=5)
 
 
@@ -175,6 +175,7 @@ def test_a_function_as_reward_is_found_again(world, tmp_path):
     changes = {
         "reward_function": f"{REWARDS}:by_length",
         "batch_size": 4,
+        "epochs": 4.0,
         "save_every": 1,
         "keep_checkpoints": 9,
     }
