@@ -175,9 +175,8 @@ def test_a_function_as_reward_is_found_again(world, tmp_path):
     changes = {
         "reward_function": f"{REWARDS}:by_length",
         "batch_size": 4,
-        "epochs": 4.0,
         "save_every": 1,
-        "keep_checkpoints": 9,
+        "keep_checkpoints": 99,
     }
     train("ppo", world, tmp_path / "whole", **changes)
     only_checkpoint(tmp_path / "whole", tmp_path / "again", 2)
