@@ -237,6 +237,8 @@ def write_guide_world(folder):
     write_rows(folder / "demonstrations.jsonl", [row | {"completion": " a bath"} for row in asked])
     write_rows(folder / "prompts.jsonl", asked)
     write_rows(folder / "held-out.jsonl", [{"prompt": f"oath {n}"} for n in range(4)])
+    ranked = [row | {"chosen": " a bath", "rejected": " the thin ant"} for row in asked]
+    write_rows(folder / "held-out-rankings.jsonl", ranked)
 
 
 @pytest.mark.slow

@@ -102,7 +102,13 @@ def test_every_configuration_has_a_command():
         for name, value in vars(config_module).items()
         if name.endswith("Config") and inspect.isclass(value)
     }
-    assert declared - set(CONFIGS) == {config_module.TrainingConfig, config_module.PolicyConfig}
+    shared = {
+        config_module.TrainingConfig,
+        config_module.InferenceConfig,
+        config_module.PolicyConfig,
+        config_module.PromptsConfig,
+    }
+    assert declared - set(CONFIGS) == shared
 
 
 @pytest.mark.parametrize("name", COMMANDS)

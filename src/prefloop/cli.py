@@ -83,7 +83,7 @@ def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
 def overview(commands: Mapping[str, Command], prefix: str = "") -> str:
     """The help of `prefloop --help`: every command with one line."""
     lines = [
-        f"  {name:<18}{(command.function.__doc__ or '').splitlines()[0]}"
+        f"  {name:<23}{(command.function.__doc__ or '').splitlines()[0]}"
         for name, command in commands.items()
         if name.startswith(prefix)
     ]

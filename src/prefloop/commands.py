@@ -92,6 +92,14 @@ def winrate(config: c.WinrateConfig) -> dict[str, Any]:
     return run(config)
 
 
+def reward_quality(config: c.RewardQualityConfig) -> dict[str, Any]:
+    """How far a reward model can be trusted: accuracy, calibration, length bias, ceiling."""
+    validate(config)
+    from prefloop.evaluation.calibration import run
+
+    return run(config)
+
+
 def demo(config: c.DemoConfig) -> Comparison:
     """The whole loop on a real model, with a report at the end."""
     validate(config)
@@ -171,6 +179,7 @@ COMMANDS = {
     "chat": Command(c.ChatConfig, chat),
     "compare": Command(c.CompareConfig, compare, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
+    "evaluate reward-model": Command(c.RewardQualityConfig, reward_quality),
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "check": Command(c.CheckConfig, check),
     "fetch-model": Command(c.FetchModelConfig, fetch_model, positional="name"),

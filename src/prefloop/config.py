@@ -112,8 +112,6 @@ class RewardConfig(TrainingConfig):
     """c of the term c * mean(score^2) that keeps scores around 0 (0.01 is usual)."""
     tie_parameter: float = 1.5
     """rao-kupper: threshold theta > 1; davidson: nu > 0."""
-    lr: float = 1e-5
-    """Peak learning rate."""
 
 
 DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
@@ -214,7 +212,19 @@ class PPOConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
+class InferenceConfig:
+    """What the commands that run models without training them share."""
+
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward passes."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(InferenceConfig):
     """What the commands that speak with one model share."""
 
     model: str
@@ -227,18 +237,24 @@ class PolicyConfig:
     """Sample from the smallest set of tokens with at least this probability."""
     top_k: int = 0
     """Sample from the k likeliest tokens; 0 from all."""
-    max_length: int = 1024
-    """Most tokens of a prompt with its answer."""
     seed: int = 0
     """Seed of sampling."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward passes."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(PolicyConfig):
+class PromptsConfig:
+    """What the commands that answer many prompts share."""
+
+    max_prompts: int = 0
+    """Use only the first n prompts; 0 uses all."""
+    truncation: Truncation = "error"
+    """What to do with longer prompts."""
+    max_concurrent: int = 64
+    """Answers generated at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(PromptsConfig, PolicyConfig):
     """Sample several answers to each prompt, ready to be ranked."""
 
     data: str
@@ -247,16 +263,10 @@ class SampleConfig(PolicyConfig):
     """JSONL of {prompt, completions, ...}, one line a prompt."""
     samples_per_prompt: int = 4
     """Answers per prompt."""
-    max_prompts: int = 0
-    """Use only the first n prompts; 0 uses all."""
-    truncation: Truncation = "error"
-    """What to do with longer prompts."""
-    max_concurrent: int = 64
-    """Answers generated at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(PolicyConfig):
+class GenerateConfig(PromptsConfig, PolicyConfig):
     """Answer prompts, on the terminal or into a file."""
 
     prompt: tuple[str, ...] = ()
@@ -265,12 +275,6 @@ class GenerateConfig(PolicyConfig):
     """Rows with a `prompt`."""
     output: Path | None = None
     """JSONL of {prompt, completion}; by default the answers are printed."""
-    max_prompts: int = 0
-    """Use only the first n prompts; 0 uses all."""
-    truncation: Truncation = "error"
-    """What to do with longer prompts."""
-    max_concurrent: int = 64
-    """Answers generated at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +286,7 @@ class ChatConfig(PolicyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(PromptsConfig, InferenceConfig):
     """Compare models with the SFT model on the same prompts: one HTML page and a table."""
 
     sft: str
@@ -300,30 +304,18 @@ class CompareConfig:
     """The reward model that PPO was trained against; adds its scores and best-of-n."""
     best_of: int = 4
     """n of best-of-n: answers of the SFT model among which --reward-model chooses; 1 leaves it."""
-    max_prompts: int = 0
-    """Use only the first n prompts; 0 uses all."""
     samples_per_prompt: int = 1
     """Answers per prompt and model."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     temperature: float = 1.0
     """Sampling temperature."""
-    max_length: int = 1024
-    """Most tokens of a prompt with its answer."""
-    truncation: Truncation = "error"
-    """What to do with longer prompts."""
-    max_concurrent: int = 64
-    """Answers generated at once."""
     seed: int = 0
     """Seed of sampling and of the bootstrap."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward passes."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WinrateConfig:
+class WinrateConfig(InferenceConfig):
     """Win rate of one file of answers against another, with a 95 % interval."""
 
     answers: Path
@@ -334,16 +326,28 @@ class WinrateConfig:
     """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
     output: Path | None = None
     """JSON file of the numbers; they are printed in any case."""
-    max_length: int = 1024
-    """Most tokens of a prompt with its answer, when the judge is a model."""
     micro_batch_tokens: int = 8192
     """Most tokens in one forward pass of a judge that is a model."""
     seed: int = 0
     """Seed of the bootstrap over prompts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of a judge that is a model."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardQualityConfig(InferenceConfig):
+    """How far a reward model can be trusted, on preferences it was not trained on."""
+
+    reward_model: str
+    """Sequence-classification folder, run directory or hub id with one label."""
+    data: str
+    """Held-out rankings or pairs."""
+    agreement: float | None = None
+    """How often two labellers order a pair alike (0.5 to 1): adds the ceiling of the accuracy."""
+    output: Path | None = None
+    """JSON file of the numbers; they are printed in any case."""
+    truncation: Truncation = "error"
+    """What to do with longer rows."""
+    micro_batch_tokens: int = 8192
+    """Most tokens in one forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ INTERVALS = {  # name: (lowest, highest, is the lowest allowed, is the highest a
     "gamma": (0.0, 1.0, True, True),
     "gae_lambda": (0.0, 1.0, True, True),
     "top_p": (0.0, 1.0, False, True),
+    "agreement": (0.5, 1.0, True, True),
 }
 ONLY_WITH = {  # a setting that only some values of another one read: it must not be set in vain
     "label_smoothing": ("loss", ("sigmoid", "robust")),

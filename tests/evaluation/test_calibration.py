@@ -1,9 +1,18 @@
+import json
 from math import exp, log
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from prefloop.commands import reward_quality
+from prefloop.config import RewardQualityConfig, UserError
 from prefloop.evaluation.calibration import calibrate, ceiling
+from prefloop.evaluation.judges import load_judge
+from prefloop.models.export import export_model
+from prefloop.models.load import load_scorer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def test_by_hand() -> None:
@@ -50,3 +59,49 @@ def test_errors() -> None:
         ceiling(0.4)
     with pytest.raises(ValueError, match="no pairs"):
         calibrate([], [], [], [])
+
+
+def reward_model(folder: Path) -> str:
+    tiny_model().save_pretrained(folder / "policy")
+    tiny_tokenizer(chat=False).save_pretrained(folder / "policy")
+    export_model(load_scorer(str(folder / "policy"), torch.device("cpu")), folder / "rm")
+    return str(folder / "rm")
+
+
+def test_a_reward_model_on_rankings(tmp_path: Path) -> None:
+    """Against the pairs counted by hand from scores of the answers one by one."""
+    model = reward_model(tmp_path)
+    rows = [
+        {"prompt": "a", "completions": [" boat", " at", " thin ant"], "tiers": [[2], [0, 1]]},
+        {"prompt": "the", "chosen": " oath", "rejected": " in the bath"},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RewardQualityConfig(
+        reward_model=model,
+        data=str(data),
+        agreement=0.82,
+        output=tmp_path / "quality.json",
+        device="cpu",
+    )
+    found = reward_quality(config)
+    judge = load_judge(model, device="cpu")
+    ant, boat, at, oath, bath = judge(
+        ["a", "a", "a", "the", "the"], [" thin ant", " boat", " at", " oath", " in the bath"]
+    )
+    deltas = [ant - boat, ant - at, oath - bath]
+    assert (found["pairs"], found["tied_pairs"], found["rankings"]) == (3, 1, 2)
+    assert found["accuracy"] == pytest.approx(sum(delta > 0 for delta in deltas) / 3)
+    assert found["log_loss"] == pytest.approx(sum(log(1 + exp(-d)) for d in deltas) / 3, abs=1e-5)
+    assert found["always_longer_accuracy"] == pytest.approx(2 / 3)
+    assert found["ceiling"] == pytest.approx((0.82, 0.9))
+    assert json.loads((tmp_path / "quality.json").read_text())["accuracy"] == found["accuracy"]
+
+
+def test_rankings_without_an_order_are_an_error(tmp_path: Path) -> None:
+    model = reward_model(tmp_path)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completions": [" b", " c"], "tiers": [[0, 1]]}\n')
+    config = RewardQualityConfig(reward_model=model, data=str(data), device="cpu")
+    with pytest.raises(UserError, match=r"rows\.jsonl"):
+        reward_quality(config)

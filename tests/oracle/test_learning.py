@@ -18,8 +18,7 @@ from prefloop.training.preference import Preference
 from tests.oracle import world as w
 from tests.oracle.world import World, kl, world
 
-BETAS = pytest.mark.parametrize("beta", [1.0, 0.5, pytest.param(0.25, marks=pytest.mark.slow)])
-NOT_YET = pytest.mark.xfail(reason="bounds not yet reached at every beta", strict=False)
+SLOW = {"marks": pytest.mark.slow}
 RANKED = 8  # answers in a ranking
 LEARNING: dict[str, Any] = {"lr_schedule": "cosine", "warmup": 0.02, "keep_checkpoints": 9}
 
@@ -61,8 +60,14 @@ def learn_ppo(folder: Path, beta: float, stopping: bool = False, **settings: Any
     every = settings["max_steps"] // 4
     config = PPOConfig(
         **w.ppo_settings(w.save_reference(folder / "ref", stopping), folder, stopping, beta, 32),
-        **{"save_every": every, "batch_size": 8, "samples_per_prompt": 16, "num_minibatches": 4},
-        **{"ppo_epochs": 2, "lr": 1e-3, **LEARNING, **settings},
+        save_every=every,
+        batch_size=8,
+        samples_per_prompt=32,
+        num_minibatches=4,
+        ppo_epochs=2,
+        lr=1e-3,
+        **LEARNING,
+        **settings,
     )
     return reached(world(stopping), ppo.run(config), beta, every)
 
@@ -89,9 +94,13 @@ def learn_dpo(folder: Path, beta: float, **settings: Any) -> Reached:
         output=folder / "run",
         device="cpu",
         beta=beta,
-        **{"batch_size": 64, "save_every": every, "lr": 2e-3, **LEARNING, **settings},
+        batch_size=256,
+        save_every=every,
+        lr=2e-3,
+        **LEARNING,
+        **settings,
     )
-    examples = rankings(here, count=config.max_steps * 64 // 4)  # each is seen once
+    examples = rankings(here, count=config.max_steps * 256 // 4)  # each is seen once
     run, device = loop.start(config, "dpo")
     with run:
         policy = load_policy(config.model, device)
@@ -100,44 +109,42 @@ def learn_dpo(folder: Path, beta: float, **settings: Any) -> Reached:
     return reached(here, run, beta, every)
 
 
-@NOT_YET
-@BETAS
+@pytest.mark.parametrize("beta", [1.0, 0.5, pytest.param(0.25, **SLOW)])
 def test_ppo(beta: float, tmp_path: Path) -> None:
-    result = learn_ppo(tmp_path, beta, max_steps=320)
+    result = learn_ppo(tmp_path, beta, max_steps=800)
     assert result.share >= 0.95, result
     assert 0.75 <= result.kl_share <= 1.25, result
 
 
-@NOT_YET
-@BETAS
-def test_dpo(beta: float, tmp_path: Path) -> None:
-    result = learn_dpo(tmp_path, beta, max_steps=200)
+@pytest.mark.parametrize(
+    ("beta", "steps"), [(1.0, 400), pytest.param(0.5, 400, **SLOW), pytest.param(0.25, 800, **SLOW)]
+)
+def test_dpo(beta: float, steps: int, tmp_path: Path) -> None:
+    """The smaller beta is, the further the optimum lies from the answers that were ranked."""
+    result = learn_dpo(tmp_path, beta, max_steps=steps)
     assert result.share >= 0.88, result
     assert 0.75 <= result.kl_share <= 1.25, result
     assert result.correlation >= 0.95, result
     assert 0.9 <= result.slope <= 1.1, result
 
 
-@NOT_YET
 @pytest.mark.slow
 def test_ppo_where_answers_may_stop(tmp_path: Path) -> None:
-    result = learn_ppo(tmp_path, 0.5, stopping=True, max_steps=320)
+    result = learn_ppo(tmp_path, 0.5, stopping=True, max_steps=800)
     assert result.share >= 0.95, result
     assert 0.75 <= result.kl_share <= 1.25, result
 
 
-@NOT_YET
 @pytest.mark.slow
 def test_rloo(tmp_path: Path) -> None:
-    result = learn_ppo(tmp_path, 0.5, advantage="rloo", max_steps=320)
+    result = learn_ppo(tmp_path, 0.5, advantage="rloo", max_steps=800)
     assert result.share >= 0.95, result
     assert 0.75 <= result.kl_share <= 1.25, result
 
 
-@NOT_YET
 @pytest.mark.slow
 def test_plackett_luce_dpo(tmp_path: Path) -> None:
-    result = learn_dpo(tmp_path, 0.5, loss="plackett-luce", max_steps=200)
+    result = learn_dpo(tmp_path, 0.5, loss="plackett-luce", max_steps=400)
     assert result.share >= 0.88, result
     assert result.correlation >= 0.95, result
     assert 0.9 <= result.slope <= 1.1, result

@@ -393,7 +393,6 @@ def test_group_advantages_by_hand(world, tmp_path):
 # --- what comes out ------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="not yet run to its end", strict=False)
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"advantage": "rloo"}], ids=str)
 def test_it_earns_more_reward(changes, world, tmp_path):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prefloop.config import RewardQualityConfig, UserError
+from prefloop.records import RowCounts, write_atomic
 
 Array = NDArray[np.float64]
 
@@ -88,3 +95,37 @@ def _bins(key: Array, right: Array, delta: Array, count: int) -> tuple[Bin, ...]
         for part in parts
         if len(part)
     )
+
+
+def run(config: RewardQualityConfig) -> dict[str, Any]:
+    """`prefloop evaluate reward-model`: score every answer once, then compare all strict pairs."""
+    import torch
+
+    from prefloop.data import formats
+    from prefloop.data.batches import to_batches
+    from prefloop.data.tokenize import tokenize
+    from prefloop.models.heads import answer_scores
+    from prefloop.models.load import autocast, load_reward_model, pick_device
+
+    model = load_reward_model(config.reward_model, pick_device(config.device))
+    records = formats.load(config.data, "preference", counts := RowCounts())
+    examples = tokenize(records, model.tokenizer, config.max_length, config.truncation, counts)
+    print(counts.summary(), file=sys.stderr)
+    pairs: list[tuple[float, float, int, int]] = []
+    with torch.no_grad(), autocast(model.device, config.dtype):
+        for batch in to_batches(examples, config.micro_batch_tokens, model.device):
+            scores = answer_scores(model, batch).tolist()
+            lengths = [len(answer) for example in batch.examples for answer in example.answers]
+            for w, l in zip(*(side.tolist() for side in batch.pairs()), strict=True):
+                pairs.append((scores[w], scores[l], lengths[w], lengths[l]))
+    if not pairs:
+        raise UserError(f"{config.data}: all answers are tied; give rankings with an order")
+    better, worse, better_lengths, worse_lengths = zip(*pairs, strict=True)
+    result = asdict(calibrate(better, worse, better_lengths, worse_lengths))
+    result["rankings"] = len(examples)
+    result["tied_pairs"] = sum(comb(len(tier), 2) for e in examples for tier in e.tiers)
+    if config.agreement is not None:
+        result["ceiling"] = ceiling(config.agreement)
+    if config.output is not None:
+        write_atomic(config.output, json.dumps(result, indent=2) + "\n")
+    return result

@@ -23,7 +23,7 @@ from prefloop.evaluation.winrate import Interval, mean_score, win_rate
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.models.load import LoadedModel, autocast, load_policy, pick_device
 from prefloop.records import RowCounts, Text, text_to_json, write_atomic, write_jsonl
 from prefloop.settings import as_dict
 
@@ -186,7 +186,7 @@ def _sequence_log_probs(
         for index, (prompt, row) in enumerate(zip(task.prompt_ids, answers, strict=True))
     ]
     sums: list[float] = []
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with autocast(model.device, config.dtype):
         for group in micro_batches(examples, SCORING_TOKENS):
             batch = pack(group).to(model.device)
             log_probs = answer_log_probs(model, batch, config.temperature or 1.0).log_probs

@@ -32,11 +32,9 @@ def load_judge(
     """The judge that `source` names: `module:function`, or a reward model's folder or hub id."""
     if FUNCTION.fullmatch(source) and not Path(source).exists():
         return function_judge(source)
-    from prefloop.models.load import is_scorer_folder, load_scorer, pick_device
+    from prefloop.models.load import load_reward_model, pick_device
 
-    model = load_scorer(source, pick_device(device))
-    if not is_scorer_folder(source):
-        raise UserError(f"{source}: a language model, not a reward model; train one on rankings")
+    model = load_reward_model(source, pick_device(device))
     return model_judge(model, dtype, max_length, micro_batch_tokens)
 
 
@@ -83,6 +81,7 @@ def model_judge(model: LoadedModel, dtype: str, max_length: int, micro_batch_tok
     from prefloop.data.batches import micro_batches, pack
     from prefloop.data.tokenize import Example, encode_answer, encode_prompt
     from prefloop.models.heads import answer_scores
+    from prefloop.models.load import autocast
 
     def encode(prompt: Text, completion: str, index: int) -> Example:
         head = tuple(encode_prompt(model.tokenizer, prompt))
@@ -101,13 +100,12 @@ def model_judge(model: LoadedModel, dtype: str, max_length: int, micro_batch_tok
         )
 
     mean = float(getattr(model.hf.config, "reward_mean", 0.0))  # of its training answers
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def judge(prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
         pairs = enumerate(zip(prompts, completions, strict=True))
         examples = [encode(prompt, completion, i) for i, (prompt, completion) in pairs]
         scores: list[float] = []
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(model.device, dtype):
             for group in micro_batches(examples, micro_batch_tokens):
                 scores += answer_scores(model, pack(group).to(model.device)).tolist()
         return [score - mean for score in scores]

@@ -88,6 +88,11 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:0") from None
 
 
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """bfloat16 compute over float32 weights, or nothing where `dtype` is float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id."""
     try:
@@ -141,6 +146,15 @@ def load_scorer(
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
     _set_distinct_pad(module, tokenizer)
     return _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
+
+
+def load_reward_model(path: str, device: torch.device) -> LoadedModel:
+    """A trained reward model to score with; UserError for a language model."""
+    if not is_scorer_folder(path):
+        raise UserError(
+            f"{path}: a language model, not a reward model; train one with prefloop reward"
+        )
+    return load_scorer(path, device)
 
 
 def is_scorer_folder(path: str) -> bool:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefloop.config import TrainingConfig
-
-
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """bfloat16 compute over float32 master weights, or nothing."""
-    if dtype == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
 
 
 def build_optimizer(

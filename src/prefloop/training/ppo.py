@@ -26,7 +26,7 @@ from prefloop.losses import ppo as losses
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs, token_values
-from prefloop.models.load import LoadedModel, is_scorer_folder, load_policy, load_scorer
+from prefloop.models.load import LoadedModel, load_policy, load_reward_model, load_scorer
 from prefloop.runs import Run
 from prefloop.training import loop
 from prefloop.training.loop import LossSums, Step
@@ -251,12 +251,7 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
         raise UserError("ppo needs one of --reward-model and --reward-function")
     value_start = config.value_model or config.model
     if config.reward_model is not None:
-        if not is_scorer_folder(config.reward_model):
-            raise UserError(
-                f"--reward-model {config.reward_model}: a language model, not a reward model; "
-                "train one with prefloop reward"
-            )
-        reward_model = load_scorer(config.reward_model, device)
+        reward_model = load_reward_model(config.reward_model, device)
         if reward_model.tokenizer.get_vocab() == policy.tokenizer.get_vocab():
             scorer = token_scorer(reward_model, config)
             value_start = config.value_model or config.reward_model
