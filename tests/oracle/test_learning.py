@@ -18,6 +18,7 @@ from prefloop.training.preference import Preference
 from tests.oracle import world as w
 from tests.oracle.world import World, kl, world
 
+pytestmark = pytest.mark.timeout(900)
 SLOW = {"marks": pytest.mark.slow}
 RANKED = 8  # answers in a ranking
 LEARNING: dict[str, Any] = {"lr_schedule": "cosine", "warmup": 0.02, "keep_checkpoints": 9}
