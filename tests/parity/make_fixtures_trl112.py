@@ -20,7 +20,10 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from tests.parity import models, rows
 
-ROLLOUT = ("logprobs", "ref_logprobs", "values", "scores", "rewards", "advantages", "returns")
+ROLLOUT = (
+    *("logprobs", "ref_logprobs", "kl", "values", "scores"),
+    *("rewards", "advantages", "returns"),
+)
 EPOCHS = {
     "approxkl": "approxkl_stats",
     "clipfrac": "pg_clipfrac_stats",
@@ -33,6 +36,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stop": {"stop_token": "eos"},
     "length": {},
     "whitened": {"whiten_rewards": True},
+    "discounted": {
+        **{"gamma": 0.9, "lam": 0.8, "kl_coef": 0.1, "vf_coef": 0.5},
+        **{"cliprange": 0.1, "cliprange_value": 0.3},
+    },
 }
 
 
@@ -84,6 +91,7 @@ class Spy(TrainerCallback):
 
 def ppo(**options: Any) -> dict[str, Any]:
     """One iteration of two epochs over eight sampled answers."""
+    transformers.set_seed(0)  # PPOTrainer leaves NumPy's, which orders the rows, unset
     tokenizer = models.text_tokenizer()
     tokenizer.padding_side = "left"
     config = PPOConfig(
@@ -146,6 +154,8 @@ def main() -> None:
     }
     for name, options in VARIANTS.items():
         content[name] = rounded(ppo(**options))
+    k3 = ppo(kl_estimator="k3")["rollout"]
+    content["k3"] = rounded({name: k3[name] for name in ("logprobs", "ref_logprobs", "kl")})
     models.write("ppo", content)
 
 

@@ -70,18 +70,28 @@ def ids(dataset: Dataset, columns: Iterable[str]) -> list[dict[str, list[int]]]:
 
 
 def sft() -> dict[str, Any]:
-    """Plain text and chats, in one micro-batch and in three."""
+    """Plain text, its answers alone or all of it, and chats; in one micro-batch and in three."""
     chats = [{"prompt": c["prompt"], "completion": c["chosen"]} for c in rows.CHATS]
     out: dict[str, Any] = {}
-    for name, data, tokenizer in (
-        ("text", rows.DEMONSTRATIONS, models.text_tokenizer()),
-        ("chat", chats, models.chat_tokenizer()),
+    for name, data, tokenizer, options in (
+        ("text", rows.DEMONSTRATIONS, models.text_tokenizer(), {}),
+        ("all", rows.DEMONSTRATIONS, models.text_tokenizer(), {"completion_only_loss": False}),
+        ("chat", chats, models.chat_tokenizer(), {}),
+        (
+            "conversation",
+            rows.CONVERSATIONS,
+            models.marked_chat_tokenizer(),
+            {"assistant_only_loss": True},
+        ),
     ):
 
-        def trainer(size: int, data: Any = data, tokenizer: Any = tokenizer) -> trl.SFTTrainer:
+        def trainer(
+            size: int, data: Any = data, tokenizer: Any = tokenizer, options: Any = options
+        ) -> trl.SFTTrainer:
+            steps = len(data) // size
             return trl.SFTTrainer(
                 models.causal_lm(models.POLICY),
-                settings(trl.SFTConfig, size, gradient_accumulation_steps=len(data) // size),
+                settings(trl.SFTConfig, size, gradient_accumulation_steps=steps, **options),
                 train_dataset=Dataset.from_list([dict(row) for row in data]),
                 processing_class=tokenizer,
             )
@@ -97,21 +107,24 @@ def sft() -> dict[str, Any]:
 
 
 def reward() -> dict[str, Any]:
-    """Plain, with a margin column, with the centring term."""
+    """Plain, with a margin column, with the centring term, with pad = EOS."""
     out: dict[str, Any] = {"scorer": models.fingerprint(models.scorer(models.SCORER))}
     with_margin = [
         {**row, "margin": p.margin} for row, p in zip(rows.PREFERENCES, rows.PAIRS, strict=True)
     ]
-    for name, data, coefficient in (
-        ("plain", rows.PREFERENCES, None),
-        ("margin", with_margin, None),
-        ("centring", rows.PREFERENCES, 0.01),
+    pad_is_eos = models.text_tokenizer()
+    pad_is_eos.pad_token = pad_is_eos.eos_token
+    for name, data, coefficient, tokenizer in (
+        ("plain", rows.PREFERENCES, None, models.text_tokenizer()),
+        ("margin", with_margin, None, models.text_tokenizer()),
+        ("centring", rows.PREFERENCES, 0.01, models.text_tokenizer()),
+        ("pad_is_eos", rows.PREFERENCES, None, pad_is_eos),
     ):
         trainer = trl.RewardTrainer(
             models.scorer(models.SCORER),
             settings(trl.RewardConfig, len(data), center_rewards_coefficient=coefficient),
             train_dataset=Dataset.from_list([dict(row) for row in data]),
-            processing_class=models.text_tokenizer(),
+            processing_class=tokenizer,
         )
         out["tokens"] = ids(trainer.train_dataset, ("chosen_ids", "rejected_ids"))
         out[name] = {"rows": of_each_row(trainer), "step": one_step(trainer)}
@@ -126,6 +139,8 @@ DPO = {
     "ipo": {"loss_type": ["ipo"]},
     "hinge": {"loss_type": ["hinge"]},
 }
+# Alone in its batch a row has nothing to be sorted with, and aot is conservative DPO.
+CDPO = {"loss_type": ["aot"], "label_smoothing": 0.1}
 CPO = {
     "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5, "beta": 2.0},
     "simpo_sft": {"loss_type": "simpo", "cpo_alpha": 0.5, "simpo_gamma": 0.5, "beta": 2.0},
@@ -140,13 +155,16 @@ def preference() -> dict[str, Any]:
         "reference": models.fingerprint(models.causal_lm(models.REFERENCE)),
     }
     text = Dataset.from_list([dict(row) for row in rows.PREFERENCES])
-    size = len(text)
+    everything = len(text)
 
-    def dpo(data: Dataset, tokenizer: Any, **options: Any) -> trl.DPOTrainer:
+    def dpo(
+        data: Dataset, tokenizer: Any, size: int = everything, **options: Any
+    ) -> trl.DPOTrainer:
+        steps = everything // size
         return trl.DPOTrainer(
             models.causal_lm(models.POLICY),
             models.causal_lm(models.REFERENCE),
-            settings(trl.DPOConfig, size, beta=0.1, **options),
+            settings(trl.DPOConfig, size, beta=0.1, gradient_accumulation_steps=steps, **options),
             train_dataset=data,
             processing_class=tokenizer,
         )
@@ -156,6 +174,8 @@ def preference() -> dict[str, Any]:
         trainer = dpo(text, models.text_tokenizer(), **options)
         out["tokens"] = ids(trainer.train_dataset, columns)
         out[name] = {"options": options, "rows": of_each_row(trainer), "step": one_step(trainer)}
+    alone = dpo(text, models.text_tokenizer(), size=1, **CDPO)
+    out["cdpo"] = {"options": CDPO, "rows": of_each_row(alone), "step": one_step(alone)}
     chat = dpo(Dataset.from_list(list(rows.CHATS)), models.chat_tokenizer())
     out["chat"] = {
         "tokens": ids(chat.train_dataset, columns),
@@ -165,14 +185,14 @@ def preference() -> dict[str, Any]:
     for name, options in CPO.items():
         trainer = CPOTrainer(
             models.causal_lm(models.POLICY),
-            settings(CPOConfig, size, **{"beta": 0.1, **options}),
+            settings(CPOConfig, everything, **{"beta": 0.1, **options}),
             train_dataset=text,
             processing_class=models.text_tokenizer(),
         )
         out[name] = {"options": options, "rows": of_each_row(trainer), "step": one_step(trainer)}
     trainer = ORPOTrainer(
         models.causal_lm(models.POLICY),
-        settings(ORPOConfig, size, beta=0.1),
+        settings(ORPOConfig, everything, beta=0.1),
         train_dataset=text,
         processing_class=models.text_tokenizer(),
     )

@@ -35,6 +35,14 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer(template=LLAMA2)
 
 
+def marked_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with its answers marked, which TRL needs to train on every assistant turn."""
+    answer = " {{ message['content'] }} {{ eos_token }}"
+    assert answer in LLAMA2
+    marked = "{% generation %}" + answer + "{% endgeneration %}"
+    return tiny_tokenizer(template=LLAMA2.replace(answer, marked))
+
+
 def causal_lm(seed: int) -> PreTrainedModel:
     """A tiny Llama whose EOS logit is drawn wider, so that some sampled answers stop."""
     model = tiny_model("llama", seed=seed, eos_token_id=EOS)

@@ -39,6 +39,17 @@ def _turn(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
 
+CONVERSATIONS = tuple(
+    {
+        "messages": [
+            *_turn("user", first.prompt),
+            *_turn("assistant", first.chosen.strip()),
+            *_turn("user", second.prompt),
+            *_turn("assistant", second.chosen.strip()),
+        ]
+    }
+    for first, second in zip(PAIRS, PAIRS[1:] + PAIRS[:1], strict=True)
+)
 CHATS: tuple[dict[str, Any], ...] = tuple(
     {
         "prompt": _turn("user", p.prompt),

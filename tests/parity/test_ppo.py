@@ -14,12 +14,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefloop.losses import gae, moments, policy_loss, token_rewards, value_loss, whiten
+from prefloop.losses import (
+    gae,
+    k1,
+    k3,
+    moments,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from tests.parity import models, plain
 
 FIXTURE = models.read("ppo")
-VARIANTS = ("stop", "length", "whitened")
-TEMPERATURE, KL_COEF, CLIP, VF_COEF = 0.7, 0.05, 0.2, 0.1
+VARIANTS = ("stop", "length", "whitened", "discounted")
+TEMPERATURE = 0.7
+DEFAULTS = {
+    **{"kl_coef": 0.05, "gamma": 1.0, "lam": 0.95},
+    **{"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1},
+}
 
 
 class Rollout(NamedTuple):
@@ -38,6 +51,11 @@ def rollout(variant: str) -> Rollout:
     }
     places = torch.arange(trl["logprobs"].shape[1])
     return Rollout(trl, places <= trl["last"][:, None], places <= trl["last"][:, None] + 1)
+
+
+def settings(variant: str, *names: str) -> dict[str, float]:
+    options = {**DEFAULTS, **FIXTURE[variant]["options"]}
+    return {name: options[name] for name in names}
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -73,15 +91,30 @@ def test_log_probs_values_and_scores(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_kl_of_each_token(variant: str) -> None:
+    trl, mask, _ = rollout(variant)
+    close(k1(trl["logprobs"] - trl["ref_logprobs"]) * mask, trl["kl"])
+
+
+def test_k3_of_each_token() -> None:
+    trl = {name: torch.tensor(values) for name, values in FIXTURE["k3"].items()}
+    close(k3(trl["logprobs"] - trl["ref_logprobs"]), trl["kl"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_rewards_advantages_and_returns(variant: str) -> None:
     trl, mask, mask_p1 = rollout(variant)
     rewards = token_rewards(
-        trl["scores"], trl["logprobs"], trl["ref_logprobs"], mask_p1, kl_coef=KL_COEF
+        trl["scores"],
+        trl["logprobs"],
+        trl["ref_logprobs"],
+        mask_p1,
+        **settings(variant, "kl_coef"),
     )
     if variant == "whitened":
         rewards = whitened(rewards, mask_p1, shift_mean=False)
     close(rewards, trl["rewards"])
-    advantages = gae(rewards, trl["values"], mask_p1, gamma=1.0, lam=0.95)
+    advantages = gae(rewards, trl["values"], mask_p1, **settings(variant, "gamma", "lam"))
     close(advantages + trl["values"], trl["returns"])
     close(whitened(advantages, mask), trl["advantages"])
 
@@ -90,7 +123,9 @@ def test_trl_112_adds_the_score_one_position_late_after_a_stop_token() -> None:
     trl, mask, _ = rollout("stop")
     stopped = trl["last"] < mask.shape[1] - 1
     assert stopped.sum() == 3
-    ours = token_rewards(trl["scores"], trl["logprobs"], trl["ref_logprobs"], mask, kl_coef=KL_COEF)
+    ours = token_rewards(
+        trl["scores"], trl["logprobs"], trl["ref_logprobs"], mask, **settings("stop", "kl_coef")
+    )
     for b in range(len(ours)):
         last = int(trl["last"][b])
         moved = trl["rewards"][b].clone()
@@ -108,7 +143,10 @@ def test_losses(variant: str, epoch: int) -> None:
     step = FIXTURE[variant]["epochs"][epoch]
     log_probs, values = torch.tensor(step["log_probs"]), torch.tensor(step["values"])
     policy = policy_loss(
-        log_probs[mask], trl["logprobs"][mask], trl["advantages"][mask], cliprange=CLIP
+        log_probs[mask],
+        trl["logprobs"][mask],
+        trl["advantages"][mask],
+        **settings(variant, "cliprange"),
     )
     close(policy.sum / policy.count, torch.tensor(step["policy_loss"]))
     close(policy.clipfrac_sum / policy.count, torch.tensor(step["clipfrac"]))
@@ -116,7 +154,10 @@ def test_losses(variant: str, epoch: int) -> None:
     padding = mask.numel() - policy.count
     close((policy.ratio_sum + padding) / mask.numel(), torch.tensor(step["ratio"]))
     value = value_loss(
-        values[mask_p1], trl["values"][mask_p1], trl["returns"][mask_p1], cliprange_value=CLIP
+        values[mask_p1],
+        trl["values"][mask_p1],
+        trl["returns"][mask_p1],
+        **settings(variant, "cliprange_value"),
     )
     close(value.sum / mask_p1.sum(), torch.tensor(step["value_loss"]))
     close(value.clipfrac_sum / mask_p1.sum(), torch.tensor(step["value_clipfrac"]))
@@ -131,7 +172,12 @@ def test_gradients_of_the_first_step(variant: str) -> None:
 
     policy = models.causal_lm(models.POLICY)
     log_probs = torch.cat([plain.token_log_probs(policy, *text, TEMPERATURE) for text in texts])
-    loss = policy_loss(log_probs, trl["logprobs"][mask], trl["advantages"][mask], cliprange=CLIP)
+    loss = policy_loss(
+        log_probs,
+        trl["logprobs"][mask],
+        trl["advantages"][mask],
+        **settings(variant, "cliprange"),
+    )
     (loss.sum / loss.count).backward()
     assert models.grad_norm(policy) == pytest.approx(step["policy_grad_norm"], rel=1e-5)
 
@@ -141,9 +187,12 @@ def test_gradients_of_the_first_step(variant: str) -> None:
         for text, row in zip(texts, mask_p1, strict=True)
     ]
     value = value_loss(
-        torch.cat(values), trl["values"][mask_p1], trl["returns"][mask_p1], cliprange_value=CLIP
+        torch.cat(values),
+        trl["values"][mask_p1],
+        trl["returns"][mask_p1],
+        **settings(variant, "cliprange_value"),
     )
-    (VF_COEF * value.sum / mask_p1.sum()).backward()
+    (settings(variant, "vf_coef")["vf_coef"] * value.sum / mask_p1.sum()).backward()
     assert models.grad_norm(critic) == pytest.approx(step["critic_grad_norm"], rel=1e-5)
 
 
@@ -152,13 +201,13 @@ def test_metrics(variant: str) -> None:
     trl, mask, _ = rollout(variant)
     metrics: dict[str, Any] = FIXTURE[variant]["metrics"]
     kl = ((trl["logprobs"] - trl["ref_logprobs"]) * mask).sum(1).mean()
-    score = trl["scores"].mean()
+    score, kl_coef = trl["scores"].mean(), settings(variant, "kl_coef")["kl_coef"]
     ours = {
         "objective/kl": kl,
         "objective/entropy": -(trl["logprobs"] * mask).sum(1).mean(),
         "objective/scores": score,
-        "objective/non_score_reward": -KL_COEF * kl,
-        "objective/rlhf_reward": score - KL_COEF * kl,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
     }
     for name, value in ours.items():
         assert value.item() == pytest.approx(metrics[name], rel=1e-5)

@@ -15,6 +15,7 @@ from prefloop.losses import (
     ipo_loss,
     kto_loss,
     orpo_loss,
+    plackett_luce_dpo_loss,
     robust_loss,
     sft_loss,
     sigmoid_loss,
@@ -25,7 +26,6 @@ from tests.parity import models, plain, rows
 FIXTURE = models.read("preference")
 KTO = models.read("kto")
 BETA = 0.1
-NONE = torch.zeros(len(rows.PAIRS))
 
 
 class Forward(NamedTuple):
@@ -42,6 +42,18 @@ class Forward(NamedTuple):
     @property
     def four(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.chosen, self.rejected, self.ref_chosen, self.ref_rejected
+
+    def row(self, number: int) -> Forward:
+        """That row alone."""
+        one = slice(number, number + 1)
+        return self._replace(
+            chosen_tokens=self.chosen_tokens[one],
+            chosen=self.chosen[one],
+            rejected=self.rejected[one],
+            ref_chosen=self.ref_chosen[one],
+            ref_rejected=self.ref_rejected[one],
+            lengths=(self.lengths[0][one], self.lengths[1][one]),
+        )
 
     @property
     def nll(self) -> Tensor:
@@ -78,6 +90,7 @@ def mean(total: Total) -> Tensor:
 
 DPO: dict[str, Callable[[Forward], Tensor]] = {
     "sigmoid": lambda f: mean(sigmoid_loss(*f.four, beta=BETA)),
+    "cdpo": lambda f: mean(sigmoid_loss(*f.four, beta=BETA, label_smoothing=0.1)),
     "sigmoid_sft": lambda f: mean(sigmoid_loss(*f.four, beta=BETA)) + 0.5 * f.nll,
     "robust": lambda f: mean(robust_loss(*f.four, beta=BETA, label_smoothing=0.1)),
     "hinge": lambda f: mean(hinge_loss(*f.four, beta=BETA)),
@@ -87,7 +100,11 @@ DPO: dict[str, Callable[[Forward], Tensor]] = {
     "simpo": lambda f: mean(simpo_loss(f.chosen, f.rejected, *f.lengths, beta=2.0, gamma=0.5)),
     "simpo_sft": lambda f: DPO["simpo"](f) + 0.5 * f.nll,
     "cdpo_without_reference": lambda f: mean(
-        sigmoid_loss(f.chosen, f.rejected, NONE, NONE, beta=BETA, label_smoothing=0.1)
+        sigmoid_loss(
+            *(f.chosen, f.rejected, torch.zeros_like(f.chosen), torch.zeros_like(f.rejected)),
+            beta=BETA,
+            label_smoothing=0.1,
+        )
     ),
 }
 
@@ -95,9 +112,25 @@ DPO: dict[str, Callable[[Forward], Tensor]] = {
 @pytest.mark.parametrize("name", [*DPO, "chat"])
 def test_loss_and_gradient(name: str) -> None:
     f = forward(FIXTURE["chat" if name == "chat" else "sigmoid"].get("tokens", FIXTURE["tokens"]))
-    loss = DPO["sigmoid" if name == "chat" else name](f)
+    of = DPO["sigmoid" if name == "chat" else name]
+    loss = of(f)
     loss.backward()
     step = FIXTURE[name]["step"]
+    assert loss.item() == pytest.approx(step["loss"], rel=1e-5)
+    assert models.grad_norm(f.policy) == pytest.approx(step["grad_norm"], rel=1e-5)
+    for number, row in enumerate(FIXTURE[name]["rows"]):
+        assert of(f.row(number)).item() == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_plackett_luce_of_two_answers_is_sigmoid() -> None:
+    """TRL has no losses over rankings."""
+    f = forward(FIXTURE["tokens"])
+    policy = torch.stack([f.chosen, f.rejected], 1)
+    reference = torch.stack([f.ref_chosen, f.ref_rejected], 1)
+    tiers = torch.tensor([[0, 1]] * len(policy))
+    loss = mean(plackett_luce_dpo_loss(policy, reference, tiers, beta=BETA))
+    loss.backward()
+    step = FIXTURE["sigmoid"]["step"]
     assert loss.item() == pytest.approx(step["loss"], rel=1e-5)
     assert models.grad_norm(f.policy) == pytest.approx(step["grad_norm"], rel=1e-5)
 
@@ -120,7 +153,7 @@ def test_metrics_and_log_probs_of_each_row() -> None:
 
 
 def test_trl_116_ignores_label_smoothing_of_sigmoid() -> None:
-    """So cDPO is compared with CPOTrainer, which knows it but has no reference."""
+    """So cDPO is compared with `aot`, and with CPOTrainer, which has no reference."""
     assert FIXTURE["sigmoid_smoothed"]["options"]["label_smoothing"] == 0.1
     assert FIXTURE["sigmoid_smoothed"]["step"] == FIXTURE["sigmoid"]["step"]
 
@@ -139,9 +172,13 @@ def test_orpo() -> None:
     assert loss.item() == pytest.approx(step["loss"], rel=1e-5)
     assert models.grad_norm(f.policy) == pytest.approx(step["grad_norm"], rel=1e-5)
     for number, row in enumerate(FIXTURE["orpo"]["rows"]):
-        one = slice(number, number + 1)
-        alone = orpo_loss(f.chosen[one], f.rejected[one], *(n[one] for n in f.lengths)).sum
+        one = f.row(number)
+        alone = orpo_loss(one.chosen, one.rejected, *one.lengths).sum
         assert alone.item() == pytest.approx(-row["log_odds_ratio"], rel=1e-5)
+        per_token = one.chosen / one.lengths[0], one.rejected / one.lengths[1]
+        for name, value in zip(("chosen", "rejected"), per_token, strict=True):
+            assert value.item() == pytest.approx(row[f"logps/{name}"], rel=1e-5)
+            assert BETA * value.item() == pytest.approx(row[f"rewards/{name}"], rel=1e-5)
 
 
 def test_kto() -> None:
@@ -158,7 +195,7 @@ def test_kto() -> None:
         kl = (sums(policy, "KL_completion_ids") - sums(reference, "KL_completion_ids")).mean()
     labels = torch.tensor([row["label"] for row in rows.UNPAIRED])
     step = KTO["step"]
-    assert kl.item() == pytest.approx(step["kl"], rel=1e-4)  # a small mean of large sums
+    assert kl.item() == pytest.approx(step["kl"], abs=1e-5)  # a small mean of large sums
     loss = mean(kto_loss(log_probs, ref, labels, kl, beta=BETA, **KTO["options"]))
     loss.backward()
     assert loss.item() == pytest.approx(step["loss"], rel=1e-5)

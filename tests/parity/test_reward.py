@@ -54,7 +54,23 @@ def test_centring() -> None:
     squares = centering_loss(scores, TIERS).sum
     leads = (scores[:, 0] - scores[:, 1]).square().sum()
     whole = (loss + 0.01 * (2 * squares - leads)) / count
+    for number, row in enumerate(FIXTURE["centring"]["rows"]):
+        one = slice(number, number + 1)
+        lead = (scores[one, 0] - scores[one, 1]).square().sum()
+        term = 2 * centering_loss(scores[one], TIERS[one]).sum - lead
+        alone = bradley_terry_loss(scores[one], TIERS[one]).sum + 0.01 * term
+        assert alone.item() == pytest.approx(row["loss"], rel=1e-5)
     whole.backward()
     step = FIXTURE["centring"]["step"]
     assert whole.item() == pytest.approx(step["loss"], rel=1e-5)
     assert models.grad_norm(model) == pytest.approx(step["grad_norm"], rel=1e-5)
+
+
+def test_trl_116_scores_the_token_before_eos_where_pad_is_eos() -> None:
+    """So everything else is compared with a pad token of its own."""
+    model = models.scorer(models.SCORER)
+    for tokens, row in zip(FIXTURE["tokens"], FIXTURE["pad_is_eos"]["rows"], strict=True):
+        assert tokens["chosen_ids"][-1] == tokens["rejected_ids"][-1] == models.EOS
+        shifted = [plain.score(model, tokens[k][:-1]).item() for k in tokens]
+        theirs = [row["min_reward"], row["max_reward"]]
+        assert sorted(shifted) == pytest.approx(theirs, rel=1e-5, abs=1e-5)

@@ -105,7 +105,8 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     from prefloop.data.batches import to_batches
     from prefloop.data.tokenize import tokenize
     from prefloop.models.heads import answer_scores
-    from prefloop.models.load import autocast, load_reward_model, pick_device
+    from prefloop.models.load import load_reward_model, pick_device
+    from prefloop.models.precision import autocast
 
     model = load_reward_model(config.reward_model, pick_device(config.device))
     records = formats.load(config.data, "preference", counts := RowCounts())

@@ -23,7 +23,8 @@ from prefloop.evaluation.winrate import Interval, mean_score, win_rate
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, autocast, load_policy, pick_device
+from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.models.precision import autocast
 from prefloop.records import RowCounts, Text, text_to_json, write_atomic, write_jsonl
 from prefloop.settings import as_dict
 

@@ -81,7 +81,7 @@ def model_judge(model: LoadedModel, dtype: str, max_length: int, micro_batch_tok
     from prefloop.data.batches import micro_batches, pack
     from prefloop.data.tokenize import Example, encode_answer, encode_prompt
     from prefloop.models.heads import answer_scores
-    from prefloop.models.load import autocast
+    from prefloop.models.precision import autocast
 
     def encode(prompt: Text, completion: str, index: int) -> Example:
         head = tuple(encode_prompt(model.tokenizer, prompt))

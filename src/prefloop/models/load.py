@@ -25,6 +25,7 @@ from transformers import (
 from prefloop.config import UserError
 from prefloop.data.tokenize import stop_token_ids
 from prefloop.models import adapters, selftest
+from prefloop.models.precision import speed_up_float32
 from prefloop.runs import model_path
 
 
@@ -86,11 +87,6 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:0") from None
-
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """bfloat16 compute over float32 weights, or nothing where `dtype` is float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -206,6 +202,8 @@ def _ready(
     lora_alpha: float,
     gradient_checkpointing: bool,
 ) -> LoadedModel:
+    if device.type == "cpu":
+        speed_up_float32()
     disable_dropout(module)
     module.to(device).eval()  # type: ignore[arg-type]
     model = LoadedModel(

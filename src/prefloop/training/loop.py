@@ -19,7 +19,8 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig, UserError
-from prefloop.models.load import LoadedModel, ModelOptions, autocast, pick_device
+from prefloop.models.load import LoadedModel, ModelOptions, pick_device
+from prefloop.models.precision import autocast
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
 from prefloop.training.progress import Progress

@@ -15,7 +15,8 @@ from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, autocast, load_policy
+from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.precision import autocast
 
 
 def mismatched(examples: list[Example]) -> list[Example]:

@@ -23,7 +23,8 @@ from prefloop.losses import ppo as losses
 from prefloop.losses.kl import k1
 from prefloop.models import adapters
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
-from prefloop.models.load import LoadedModel, autocast
+from prefloop.models.load import LoadedModel
+from prefloop.models.precision import autocast
 from prefloop.records import Text, text_to_json
 from prefloop.training.rows import Prompts
 
