@@ -49,7 +49,7 @@ def commands_in(text):
 
 def split_command(words):
     """The command's name and its flags."""
-    name = " ".join(words[:2]) if words[0] == "evaluate" else words[0]
+    name = " ".join(words[:2]) if words[0] in ("evaluate", "label") else words[0]
     return name, words[len(name.split()) :]
 
 

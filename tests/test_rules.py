@@ -10,6 +10,7 @@ from typing import get_type_hints
 import pytest
 
 from prefloop import config as config_module
+from prefloop import config_labelling
 from prefloop.commands import COMMANDS
 from prefloop.settings import INTERVALS, NOT_NEGATIVE, ONLY_WITH, POSITIVE, as_dict, build
 
@@ -17,11 +18,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prefloop"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+SETTINGS_FILES = ("config.py", "config_labelling.py")
 CONFIGS = [command.config for command in COMMANDS.values()]
 FIELDS = sorted({field.name for config in CONFIGS for field in fields(config)})
 
 # The ratchet. A number goes up only with a reason, in the commit that needs it.
-MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 400, 60, 8_000
+# The package: 8,000 for the methods, and 4,000 for the labelling server.
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 400, 60, 12_000
 ANY_NUMBER = {"missing_eos_penalty"}
 """Settings that may be any finite number."""
 
@@ -38,7 +41,12 @@ def name_of(path):
     return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def is_migration(path):
+    """A list of statements that is written once and never edited."""
+    return "migrations" in path.parts
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if not is_migration(p)], ids=name_of)
 def test_files_and_functions_stay_small(path):
     assert line_count(path) <= MAX_FILE
     for node in ast.walk(TREES[path]):
@@ -52,11 +60,20 @@ def test_the_package_stays_small():
     assert sum(map(filled_line_count, SOURCES)) <= MAX_PACKAGE
 
 
+def test_all_sql_is_in_the_store():
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                found = any(n.split(".")[0] in ("sqlalchemy", "alembic", "sqlite3") for n in names)
+                assert not found or "store" in path.parts, path
+
+
 def test_every_setting_is_read():
     """As `config.name` or `self.config.name`, outside the files that only declare and check."""
     read = set()
     for path, tree in TREES.items():
-        if path.name in ("config.py", "settings.py"):
+        if path.name in (*SETTINGS_FILES, "settings.py"):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
@@ -68,8 +85,8 @@ def test_every_setting_is_read():
 
 def test_every_setting_is_documented():
     """A text stands under each field: it is the flag's help."""
-    tree = TREES[PACKAGE / "config.py"]
-    for node in ast.walk(tree):
+    nodes = [n for name in SETTINGS_FILES for n in ast.walk(TREES[PACKAGE / name])]
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign):
@@ -99,7 +116,7 @@ def test_every_configuration_loads(config):
 def test_every_configuration_has_a_command():
     declared = {
         value
-        for name, value in vars(config_module).items()
+        for name, value in {**vars(config_module), **vars(config_labelling)}.items()
         if name.endswith("Config") and inspect.isclass(value)
     }
     shared = {
@@ -107,6 +124,8 @@ def test_every_configuration_has_a_command():
         config_module.InferenceConfig,
         config_module.PolicyConfig,
         config_module.PromptsConfig,
+        config_labelling.StoreConfig,
+        config_labelling.ProjectConfig,
     }
     assert declared - set(CONFIGS) == shared
 

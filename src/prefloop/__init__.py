@@ -12,6 +12,8 @@ from prefloop.commands import (
     dpo,
     fetch_model,
     generate,
+    label_add_user,
+    label_import,
     ppo,
     reward,
     reward_quality,
@@ -37,6 +39,7 @@ from prefloop.config import (
     UserError,
     WinrateConfig,
 )
+from prefloop.config_labelling import LabelAddUserConfig, LabelImportConfig
 
 __all__ = [
     "ChatConfig",
@@ -46,6 +49,8 @@ __all__ = [
     "DemoConfig",
     "FetchModelConfig",
     "GenerateConfig",
+    "LabelAddUserConfig",
+    "LabelImportConfig",
     "PPOConfig",
     "RewardConfig",
     "RewardQualityConfig",
@@ -61,6 +66,8 @@ __all__ = [
     "dpo",
     "fetch_model",
     "generate",
+    "label_add_user",
+    "label_import",
     "ppo",
     "reward",
     "reward_quality",

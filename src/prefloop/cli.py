@@ -59,11 +59,11 @@ def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
         print("prefloop", version("prefloop"))
         return DONE
     name = words[0]
-    if name == "evaluate":
-        name = " ".join(words[:2])
+    if name in ("evaluate", "label"):
         if words[1:] in ([], ["-h"], ["--help"]):
-            print(overview(commands, "evaluate "))
+            print(overview(commands, f"{name} "))
             return DONE
+        name = " ".join(words[:2])
     if name not in commands:
         known = nearest(name, commands) or "; see prefloop --help"
         raise UserError(f"no command `{name}`{known}")

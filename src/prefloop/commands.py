@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefloop import config as c
+from prefloop import config_labelling as l
 from prefloop.settings import validate
 
 if TYPE_CHECKING:
@@ -100,6 +101,22 @@ def reward_quality(config: c.RewardQualityConfig) -> dict[str, Any]:
     return run(config)
 
 
+def label_import(config: l.LabelImportConfig) -> dict[str, Any]:
+    """Put prompts with answers into a project, to be ranked or already ranked."""
+    validate(config)
+    from prefloop.labelling.imports import run
+
+    return run(config)
+
+
+def label_add_user(config: l.LabelAddUserConfig) -> str:
+    """Add a labeller and print the personal link."""
+    validate(config)
+    from prefloop.labelling.users import run
+
+    return run(config)
+
+
 def demo(config: c.DemoConfig) -> Comparison:
     """The whole loop on a real model, with a report at the end."""
     validate(config)
@@ -180,6 +197,8 @@ COMMANDS = {
     "compare": Command(c.CompareConfig, compare, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
     "evaluate reward-model": Command(c.RewardQualityConfig, reward_quality),
+    "label import": Command(l.LabelImportConfig, label_import),
+    "label add-user": Command(l.LabelAddUserConfig, label_add_user),
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "check": Command(c.CheckConfig, check),
     "fetch-model": Command(c.FetchModelConfig, fetch_model, positional="name"),

@@ -20,7 +20,8 @@ C = TypeVar("C")
 POSITIVE = frozenset(
     "epochs batch_size micro_batch_tokens lr adam_eps max_length log_every keep_checkpoints beta "
     "tie_parameter kl_horizon cliprange cliprange_value ppo_epochs num_minibatches "
-    "samples_per_prompt max_new_tokens max_concurrent best_of".split()
+    "samples_per_prompt max_new_tokens max_concurrent best_of "
+    "need overlap_need lease_minutes".split()
 )
 NOT_NEGATIVE = frozenset(
     "max_steps seed warmup weight_decay max_grad_norm lora_rank lora_alpha eval_every save_every "
@@ -37,6 +38,10 @@ INTERVALS = {  # name: (lowest, highest, is the lowest allowed, is the highest a
     "gae_lambda": (0.0, 1.0, True, True),
     "top_p": (0.0, 1.0, False, True),
     "agreement": (0.5, 1.0, True, True),
+    "overlap": (0.0, 1.0, True, True),
+    "gold_share": (0.0, 0.5, True, True),
+    "repeat_share": (0.0, 0.5, True, True),
+    "random_share": (0.2, 1.0, True, True),
 }
 ONLY_WITH = {  # a setting that only some values of another one read: it must not be set in vain
     "label_smoothing": ("loss", ("sigmoid", "robust")),

@@ -75,7 +75,7 @@ def load(source: str, kind: Kind, counts: RowCounts) -> list[Any]:
     """
     records: list[Record] = []
     for where, row in _rows(source):
-        found = _parse(row, where, kind)
+        found = parse_row(row, where, kind)
         counts.read += max(1, len(found))
         records += [item for item in found if not isinstance(item, str)]
         for reason in found:
@@ -87,7 +87,7 @@ def load(source: str, kind: Kind, counts: RowCounts) -> list[Any]:
     return records
 
 
-def _parse(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
+def parse_row(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
     """The records of one row; a string is the reason why the row gives none."""
     if kind == "demonstration" and _has(row, "messages"):
         return [_conversation(row, where)]

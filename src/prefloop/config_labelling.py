@@ -1,0 +1,72 @@
+"""Settings of `prefloop label ...`, as config.py holds those of the other commands. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Mode = Literal["ranking", "pairwise", "rating"]
+Strategy = Literal["random", "uncertainty", "gap"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """What all `label` commands share."""
+
+    store: str
+    """SQLite file, or a database URL (postgresql+psycopg://USER@HOST/NAME)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectConfig(StoreConfig):
+    """What the commands about one project share."""
+
+    project: str = "main"
+    """Name of the project: tasks with one mode and one set of guidelines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelImportConfig(ProjectConfig):
+    """Put prompts with answers into a project, to be ranked or already ranked."""
+
+    data: str
+    """Rows of `prefloop sample`, rankings or pairs; or an Argilla or Label Studio export."""
+    gold: bool = False
+    """The rows' `tiers` are known to be right: hidden tests of the labellers."""
+    labeller: str = "import"
+    """Who gave the rows' `tiers`, where the rows do not say it themselves."""
+    mode: Mode = "ranking"
+    """What labellers do: rank K answers, choose between two, or rate each from 1 to 7."""
+    guidelines: Path | None = None
+    """Markdown file of the guidelines shown beside each task."""
+    need: int = 1
+    """Labellers needed for a task."""
+    overlap: float = 0.15
+    """Share of the prompts that more labellers see, so that agreement can be measured."""
+    overlap_need: int = 2
+    """Labellers needed for a task of those prompts."""
+    gold_share: float = 0.05
+    """Share of hand-outs that are gold tasks, while a labeller has any left."""
+    repeat_share: float = 0.03
+    """Share of hand-outs that show a labeller an own earlier task again."""
+    strategy: Strategy = "random"
+    """Which task comes first: any, the one reward models disagree on, or the largest gap."""
+    random_share: float = 0.2
+    """Share of hand-outs that are random whatever the strategy (at least 0.2)."""
+    lease_minutes: float = 30.0
+    """Minutes without a sign of life after which a task goes to somebody else."""
+    seed: int = 0
+    """Seed of the overlap, of the task order, and of the order of the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelAddUserConfig(StoreConfig):
+    """Add a labeller, or give one a new link, and print the personal link."""
+
+    name: str
+    """Name of the labeller."""
+    role: Literal["labeller", "admin"] = "labeller"
+    """Admins also see progress and quality, adjudicate, and export."""
+    url: str = "http://127.0.0.1:8000"
+    """Address under which labellers reach the server."""

@@ -1,0 +1,250 @@
+"""`prefloop label import`: prompts with answers into the store, to be ranked or already ranked."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from prefloop.config import UserError
+from prefloop.config_labelling import LabelImportConfig
+from prefloop.data.formats import parse_row
+from prefloop.labelling.outside import read_outside
+from prefloop.labelling.store import Store, Transaction, key_of
+from prefloop.records import Ranking, RowCounts, text_to_json
+
+MOST_ANSWERS = 9
+"""Answers of a task: they are ranked with the keys 1 to 9."""
+OWN = frozenset(
+    "prompt completions tiers chosen rejected judged finish_reasons log_probs model weights seed "
+    "sampling scores priority labeller margin".split()
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row: a prompt's answers with what is known of their making, and who ranked them how."""
+
+    ranking: Ranking  # its tiers mean nothing where `judged` is empty
+    judged: Sequence[tuple[str, Sequence[Sequence[int]]]]  # labeller, tiers
+    row: Mapping[str, Any]
+
+
+def run(config: LabelImportConfig) -> dict[str, Any]:
+    """Import a file into a project, made or changed as the settings say, all of it or nothing."""
+    # 1. Read and check every row.
+    counts = RowCounts()
+    items = [_item(row, where, config) for where, row in read_outside(config.data, counts)]
+    if not items:
+        raise UserError(f"{config.data}: it holds no rows")
+    guidelines = _guidelines(config.guidelines)
+    # 2. Write.
+    store = Store(config.store)
+    try:
+        with store.write() as t:
+            project_id = t.put_project(config.project, config.mode, guidelines, _settings(config))
+            made = sum(_put(t, project_id, item, config, counts) for item in items)
+            told = {"tasks": made, "dropped": counts.dropped}
+            t.log("import", None, project=config.project, data=config.data, **told)
+    finally:
+        store.close()
+    return {"project": config.project, "rows": len(items), "tasks": made, "dropped": counts.dropped}
+
+
+def _settings(config: LabelImportConfig) -> dict[str, object]:
+    """What hand-out goes by."""
+    return {
+        "gold_share": config.gold_share,
+        "repeat_share": config.repeat_share,
+        "strategy": config.strategy,
+        "random_share": config.random_share,
+        "lease_minutes": config.lease_minutes,
+        "seed": config.seed,
+    }
+
+
+def _guidelines(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--guidelines {path}: cannot be read ({error}); give a text file"
+        ) from error
+
+
+def _item(row: Mapping[str, Any], where: str, config: LabelImportConfig) -> Item:
+    """A row with its answers, checked."""
+    if row.get("completions") is not None and row.get("prompt") is not None:
+        listed = row["completions"]
+        count = len(listed) if isinstance(listed, list) else 0
+        tiers = row.get("tiers")
+        given = tiers if tiers is not None else [list(range(count))]
+        columns = {"prompt": row["prompt"], "completions": listed, "tiers": given}
+        found = parse_row(columns, where, "preference")
+    else:
+        found, tiers = parse_row(row, where, "preference"), [[0], [1]]
+    ranking = found[0]
+    if not isinstance(ranking, Ranking):
+        raise UserError(f"{where}: {ranking}; remove the row")
+    judged = [(str(said["labeller"]), said["tiers"]) for said in row.get("judged") or ()]
+    if tiers is not None:
+        judged.append((str(row.get("labeller") or config.labeller), ranking.tiers))
+    if config.gold and len(judged) != 1:
+        raise UserError(f"{where}: a gold row needs `tiers`, once; add them")
+    count = len(ranking.completions)
+    if not 2 <= count <= MOST_ANSWERS:
+        raise UserError(f"{where}: {count} answers; labellers rank 2 to {MOST_ANSWERS}")
+    for name in ("finish_reasons", "log_probs"):
+        if row.get(name) is not None and len(row[name]) != count:
+            raise UserError(f"{where}: `{name}` has {len(row[name])} values for {count} answers")
+    _scores(row, count, where, config.strategy)
+    return Item(ranking, judged, {**row, "where": where})
+
+
+def _scores(row: Mapping[str, Any], count: int, where: str, strategy: str) -> list[list[float]]:
+    """One list of scores a reward model, each with a finite number an answer."""
+    given = row.get("scores")
+    if given is None:
+        if strategy != "random":
+            raise UserError(f"{where}: --strategy {strategy} needs `scores` of reward models")
+        return []
+    models = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
+    for scores in models:
+        right = isinstance(scores, list) and len(scores) == count
+        if not right or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
+            raise UserError(
+                f"{where}: `scores` must hold {count} numbers, or such a list a reward model"
+            )
+    if strategy == "uncertainty" and len(models) < 2:
+        raise UserError(f"{where}: --strategy uncertainty needs `scores` of two reward models")
+    return [[float(s) for s in scores] for scores in models]
+
+
+def uncertainty_and_gap(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """How much reward models disagree on a task, and the largest difference that they predict.
+
+    Uncertainty: over pairs of answers, the mean of the standard deviation over models of the
+    difference of their scores. Gap: highest minus lowest mean score.
+
+    >>> uncertainty_and_gap([[0.0, 2.0], [0.0, 4.0]])
+    (1.0, 3.0)
+    """
+    if not scores:
+        return 0.0, 0.0
+    means = [sum(column) / len(scores) for column in zip(*scores, strict=True)]
+    spreads = []
+    for a, b in combinations(range(len(means)), 2):
+        differences = [model[a] - model[b] for model in scores]
+        mean = sum(differences) / len(differences)
+        spreads.append(math.sqrt(sum((d - mean) ** 2 for d in differences) / len(differences)))
+    return sum(spreads) / len(spreads), max(means) - min(means)
+
+
+def _put(
+    t: Transaction, project_id: int, item: Item, config: LabelImportConfig, counts: RowCounts
+) -> int:
+    """Write a row's prompt, answers and tasks; how many tasks are new."""
+    ranking, row = item.ranking, item.row
+    completions = [text_to_json(completion) for completion in ranking.completions]
+    kept = _distinct(completions) if not item.judged else list(range(len(completions)))
+    if len(kept) < len(completions):
+        counts.drop("answer equal to another one")
+    if len(kept) < 2:
+        counts.drop("row whose answers are all equal")
+        return 0
+    extra = {name: value for name, value in row.items() if name not in OWN and name != "where"}
+    prompt = text_to_json(ranking.prompt)
+    # In pairwise mode every pair of answers is a task of its own.
+    groups = list(combinations(kept, 2)) if config.mode == "pairwise" else [tuple(kept)]
+    prompt_id, made = 0, 0
+    ids: dict[int, int] = {}
+    for group in groups:
+        kind = "gold" if config.gold else "real"
+        key = key_of(kind, prompt, [completions[i] for i in group])
+        judged = [(name, _restricted(tiers, group)) for name, tiers in item.judged]
+        known = t.task_by_key(project_id, key)
+        if known is None:
+            prompt_id = prompt_id or t.put_prompt(project_id, prompt, extra)
+            ids = ids or _put_responses(t, prompt_id, completions, row)
+            values = _task_values(config, row, group, key, prompt, judged)
+            mine = {"project_id": project_id, "prompt_id": prompt_id, "kind": kind, "key": key}
+            task_id = t.put_task(**mine, **values, response_ids=[ids[i] for i in group])
+            made += 1
+        else:
+            task_id = known["id"]
+        added = not config.gold and sum(_put_judged(t, task_id, *said) for said in judged)
+        if known is not None and not added:
+            counts.drop("task that is there already")
+    return made
+
+
+def _distinct(values: Sequence[object]) -> list[int]:
+    return [i for i, value in enumerate(values) if value not in values[:i]]
+
+
+def _restricted(tiers: Sequence[Sequence[int]], group: Sequence[int]) -> list[list[int]]:
+    """The order of some of the answers, by their places in `group`."""
+    found = [[group.index(i) for i in tier if i in group] for tier in tiers]
+    return [tier for tier in found if tier]
+
+
+def _put_responses(
+    t: Transaction, prompt_id: int, completions: Sequence[object], row: Mapping[str, Any]
+) -> dict[int, int]:
+    snapshot = row.get("model") and t.put_snapshot(row["model"], row.get("weights") or "")
+    count = len(completions)
+    reasons = row.get("finish_reasons") or [None] * count
+    log_probs = row.get("log_probs") or [None] * count
+    scores = _scores(row, count, row["where"], "random")
+    same = {"snapshot_id": snapshot, "sampling": row.get("sampling"), "seed": row.get("seed")}
+    return {
+        i: t.put_response(
+            prompt_id,
+            completion,
+            **same,
+            finish_reason=reasons[i],
+            log_prob=log_probs[i],
+            scores=[model[i] for model in scores] or None,
+        )
+        for i, completion in enumerate(completions)
+    }
+
+
+def _task_values(
+    config: LabelImportConfig,
+    row: Mapping[str, Any],
+    group: Sequence[int],
+    key: str,
+    prompt: object,
+    judged: Sequence[tuple[str, Sequence[Sequence[int]]]],
+) -> dict[str, Any]:
+    overlaps = Random(f"overlap:{config.seed}:{key_of(prompt)}").random() < config.overlap
+    need = config.overlap_need if overlaps else config.need
+    scores = _scores(row, len(row.get("completions") or "ab"), row["where"], "random")
+    uncertainty, gap = uncertainty_and_gap([[model[i] for i in group] for model in scores])
+    return {
+        "need": None if config.gold else max(need, len(judged)),
+        "priority": int(row.get("priority") or 0),
+        "draw": Random(f"draw:{config.seed}:{key}").random(),
+        "uncertainty": uncertainty,
+        "gap": gap,
+        "gold_tiers": judged[0][1] if config.gold else None,
+    }
+
+
+def _put_judged(
+    t: Transaction, task_id: int, labeller: str, tiers: Sequence[Sequence[int]]
+) -> bool:
+    """An annotation made elsewhere; False where this labeller has one of the task already."""
+    known = t.labeller_named(labeller)
+    if known is None:
+        labeller_id = t.put_labeller(labeller, "labeller", secrets.token_urlsafe(32))
+        t.set_active(labeller_id, False)  # it has no link
+    else:
+        labeller_id = known["id"]
+    return t.put_finished(task_id, labeller_id, "import", tiers)

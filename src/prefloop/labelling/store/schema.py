@@ -1,0 +1,217 @@
+"""Tables of the labelling store. Times are seconds since 1970 (UTC); JSON is ASCII text.
+
+A task asks for an order of one prompt's responses. An assignment is a task in one labeller's hands:
+a lease, the order shown, a draft. An annotation is what came of it; its versions are never
+overwritten, and `assignments.version` names the newest. Tiers hold positions in
+`tasks.response_ids`, whatever order was shown.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+
+
+class Json(TypeDecorator[Any]):
+    """JSON as ASCII text, so that NUL and half characters can be stored in every database."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """To the database."""
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        """From the database."""
+        return None if value is None else json.loads(value)
+
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _id() -> Column[int]:
+    return Column("id", Integer, primary_key=True)
+
+
+def _to(name: str, *, nullable: bool = False) -> Column[int]:
+    return Column(f"{name}_id", ForeignKey(f"{name}s.id"), nullable=nullable)
+
+
+projects = Table(
+    "projects",
+    metadata,
+    _id(),
+    Column("name", String(200), nullable=False, unique=True),
+    Column("mode", String(20), nullable=False),  # ranking, pairwise, rating
+    Column("guidelines", Text, nullable=False),
+    Column("settings", Json, nullable=False),  # config_labelling.ProjectSettings
+    Column("created", Float, nullable=False),
+)
+snapshots = Table(  # what wrote responses: a policy at one state of its weights
+    "snapshots",
+    metadata,
+    _id(),
+    Column("model", Text, nullable=False),
+    Column("weights", String(64), nullable=False),  # sha256 of its weight files, "" if not known
+    Column("created", Float, nullable=False),
+    UniqueConstraint("model", "weights"),
+)
+prompts = Table(
+    "prompts",
+    metadata,
+    _id(),
+    _to("project"),
+    Column("key", String(32), nullable=False),  # hash of the prompt
+    Column("prompt", Json, nullable=False),
+    Column("extra", Json, nullable=False),  # the row's other columns
+    UniqueConstraint("project_id", "key"),
+)
+responses = Table(
+    "responses",
+    metadata,
+    _id(),
+    _to("prompt"),
+    _to("snapshot", nullable=True),
+    Column("completion", Json, nullable=False),
+    Column("sampling", Json),
+    Column("seed", Integer),
+    Column("log_prob", Float),  # nats, of the whole answer
+    Column("finish_reason", String(40)),
+    Column("scores", Json),  # one a reward model
+    Index(None, "prompt_id"),
+)
+labellers = Table(
+    "labellers",
+    metadata,
+    _id(),
+    Column("name", String(200), nullable=False, unique=True),
+    Column("role", String(20), nullable=False),  # labeller, admin
+    Column("token_hash", String(64), nullable=False, unique=True),
+    Column("active", Boolean, nullable=False),
+    Column("handed", Integer, nullable=False),  # tasks handed out so far: seeds the next choice
+    Column("created", Float, nullable=False),
+)
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("token_hash", String(64), primary_key=True),
+    _to("labeller"),
+    Column("expires", Float, nullable=False),
+)
+tasks = Table(
+    "tasks",
+    metadata,
+    _id(),
+    _to("project"),
+    _to("prompt"),
+    Column("key", String(32), nullable=False),  # hash of kind, prompt and responses
+    Column("kind", String(20), nullable=False),  # real, gold, repeat
+    Column("response_ids", Json, nullable=False),
+    Column("need", Integer),  # labellers needed; NULL: each labeller once (gold)
+    Column("taken", Integer, nullable=False),  # leases out, plus annotations
+    Column("done", Integer, nullable=False),  # assignments with an annotation
+    Column("priority", Integer, nullable=False),  # higher comes first
+    Column("draw", Float, nullable=False),  # random order, [0, 1)
+    Column("uncertainty", Float, nullable=False),  # of a reward-model ensemble
+    Column("gap", Float, nullable=False),  # largest difference of predicted rewards
+    Column("gold_tiers", Json),
+    Column("repeat_of", ForeignKey("tasks.id")),
+    _to("labeller", nullable=True),  # whom a repeat is for
+    UniqueConstraint("project_id", "key"),
+    Index(None, "prompt_id"),
+    Index("ix_tasks_repeat_of", "repeat_of", "labeller_id"),
+)
+# What hand-out walks along: open tasks only, in each strategy's order.
+for _order in ("draw", "uncertainty", "gap"):
+    Index(
+        f"ix_tasks_open_{_order}",
+        tasks.c.project_id,
+        tasks.c.kind,
+        tasks.c.priority.desc(),
+        tasks.c[_order] if _order == "draw" else tasks.c[_order].desc(),
+        sqlite_where=text("taken < need"),
+        postgresql_where=text("taken < need"),
+    )
+Index(
+    "ix_tasks_gold",
+    tasks.c.project_id,
+    tasks.c.draw,
+    sqlite_where=text("need IS NULL"),
+    postgresql_where=text("need IS NULL"),
+)
+assignments = Table(
+    "assignments",
+    metadata,
+    _id(),
+    _to("task"),
+    _to("labeller"),
+    Column("shown", Json, nullable=False),  # positions in response_ids, as shown
+    Column("strategy", String(20), nullable=False),
+    Column("state", String(20), nullable=False),  # open, done, skipped, expired
+    Column("leased_until", Float, nullable=False),
+    Column("version", Integer, nullable=False),  # of its newest annotation; 0 without one
+    Column("draft", Json),
+    Column("created", Float, nullable=False),
+    UniqueConstraint("labeller_id", "task_id"),
+    Index(None, "task_id"),
+    Index("ix_assignments_state", "labeller_id", "state", "id"),
+    Index(
+        "ix_assignments_leased",
+        "leased_until",
+        sqlite_where=text("state = 'open'"),
+        postgresql_where=text("state = 'open'"),
+    ),
+)
+annotation_rows = Table(  # `annotations` is Python's own name in a module
+    "annotations",
+    metadata,
+    _id(),
+    _to("assignment"),
+    Column("version", Integer, nullable=False),
+    Column("tiers", Json),  # NULL where the task was skipped
+    Column("ratings", Json),  # 1 to 7 a response, in rating mode
+    Column("strength", Integer),  # 1 to 3, in pairwise mode
+    Column("confidence", Integer),  # 1 to 3
+    Column("all_bad", Boolean, nullable=False),
+    Column("flags", Json, nullable=False),
+    Column("comment", Json, nullable=False),
+    Column("seconds", Float, nullable=False),  # the page was in view
+    Column("request_id", String(64), nullable=False, unique=True),  # a repeated request adds none
+    Column("created", Float, nullable=False),
+    UniqueConstraint("assignment_id", "version"),
+)
+events = Table(  # the audit log
+    "events",
+    metadata,
+    _id(),
+    Column("at", Float, nullable=False),
+    _to("labeller", nullable=True),
+    Column("action", String(40), nullable=False),
+    Column("detail", Json, nullable=False),
+    Index("ix_events_action", "action", "at"),
+)

@@ -1,0 +1,393 @@
+"""Every statement that writes to the labelling store, and those that hand-out needs.
+
+Each method is one step of a transaction that `Store.write` opens and commits; nothing is
+acknowledged before the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b, sha256
+from json import dumps
+from typing import Any
+
+from sqlalchemy import Connection, and_, exists, insert, or_, select, text, update
+
+from prefloop.config import UserError
+from prefloop.labelling.store.schema import (
+    annotation_rows,
+    assignments,
+    events,
+    labellers,
+    projects,
+    prompts,
+    responses,
+    sessions,
+    snapshots,
+    tasks,
+)
+
+Row = Mapping[str, Any]
+"""A row of a result, by column."""
+CLOCK_SLACK = 60.0
+"""A lease that ends later than any lease given now could, plus this, was given by a wrong clock."""
+
+
+def key_of(*parts: object) -> str:
+    """A short hash that names what `parts` (JSON values) say."""
+    return blake2b(dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def token_hash(token: str) -> str:
+    """What is stored of a token: 256 random bits need no slow hash."""
+    return sha256(token.encode()).hexdigest()
+
+
+class Transaction:
+    """Steps of one transaction, all of which happened at `now`."""
+
+    def __init__(self, connection: Connection, now: float) -> None:
+        self.connection = connection
+        self.now = now
+
+    def _one(self, query: Any) -> Row | None:
+        found = self.connection.execute(query).mappings().first()
+        return None if found is None else dict(found)
+
+    def all(self, query: Any) -> Sequence[Row]:
+        """Rows of a query."""
+        return [dict(row) for row in self.connection.execute(query).mappings()]
+
+    def _insert(self, table: Any, **values: object) -> int:
+        done = self.connection.execute(insert(table).values(**values))
+        key = done.inserted_primary_key
+        assert key is not None
+        return int(key[0])
+
+    def log(self, action: str, by: int | None = None, **detail: object) -> None:
+        """A line of the audit log; `by` is a labeller's id."""
+        self._insert(events, at=self.now, labeller_id=by, action=action, detail=detail)
+
+    # --- projects and what is to be ranked -------------------------------------------------------
+
+    def project(self, name: str) -> Row | None:
+        """A project by name."""
+        return self._one(select(projects).where(projects.c.name == name))
+
+    def projects(self) -> Sequence[Row]:
+        """All projects, oldest first."""
+        return self.all(select(projects).order_by(projects.c.id))
+
+    def put_project(
+        self, name: str, mode: str, guidelines: str | None, settings: Mapping[str, object]
+    ) -> int:
+        """A new project, or new settings of an old one; the mode of one that has tasks stays."""
+        known = self.project(name)
+        if known is None:
+            told = {"mode": mode, "guidelines": guidelines or "", "settings": dict(settings)}
+            return self._insert(projects, name=name, created=self.now, **told)
+        if known["mode"] != mode:
+            raise UserError(
+                f"project {name} is a {known['mode']} project; give --mode {known['mode']} or "
+                "another --project"
+            )
+        kept = known["guidelines"] if guidelines is None else guidelines
+        changed = {"guidelines": kept, "settings": dict(settings)}
+        query = update(projects).where(projects.c.id == known["id"]).values(**changed)
+        self.connection.execute(query)
+        return int(known["id"])
+
+    def put_snapshot(self, model: str, weights: str) -> int:
+        """The policy that wrote responses."""
+        same = and_(snapshots.c.model == model, snapshots.c.weights == weights)
+        known = self._one(select(snapshots.c.id).where(same))
+        if known is not None:
+            return int(known["id"])
+        return self._insert(snapshots, model=model, weights=weights, created=self.now)
+
+    def put_prompt(self, project_id: int, prompt: object, extra: Mapping[str, object]) -> int:
+        """A prompt, once in a project."""
+        key = key_of(prompt)
+        same = and_(prompts.c.project_id == project_id, prompts.c.key == key)
+        known = self._one(select(prompts.c.id).where(same))
+        if known is not None:
+            return int(known["id"])
+        told = {"key": key, "prompt": prompt, "extra": dict(extra)}
+        return self._insert(prompts, project_id=project_id, **told)
+
+    def put_response(self, prompt_id: int, completion: object, **facts: object) -> int:
+        """An answer to a prompt, with what is known of its making."""
+        return self._insert(responses, prompt_id=prompt_id, completion=completion, **facts)
+
+    def task_by_key(self, project_id: int, key: str) -> Row | None:
+        """A task by the hash of what it asks."""
+        same = and_(tasks.c.project_id == project_id, tasks.c.key == key)
+        return self._one(select(tasks).where(same))
+
+    def put_task(self, **values: object) -> int:
+        """A task, nobody's yet unless `values` say otherwise."""
+        start: dict[str, object] = {"taken": 0, "done": 0, "priority": 0, "draw": 0.0}
+        return self._insert(tasks, **{**start, "uncertainty": 0.0, "gap": 0.0, **values})
+
+    # --- labellers and sessions ------------------------------------------------------------------
+
+    def put_labeller(self, name: str, role: str, token: str) -> int:
+        """A new labeller; a known one gets the new token, role and access, and old sessions end."""
+        known = self.labeller_named(name)
+        values = {"role": role, "token_hash": token_hash(token), "active": True}
+        if known is None:
+            return self._insert(labellers, name=name, handed=0, created=self.now, **values)
+        mine = labellers.c.id == known["id"]
+        self.connection.execute(update(labellers).where(mine).values(**values))
+        self.connection.execute(sessions.delete().where(sessions.c.labeller_id == known["id"]))
+        return int(known["id"])
+
+    def labeller_named(self, name: str) -> Row | None:
+        """A labeller by name."""
+        return self._one(select(labellers).where(labellers.c.name == name))
+
+    def set_active(self, labeller_id: int, active: bool) -> None:
+        """Let a labeller in or shut the door; annotations stay."""
+        query = update(labellers).where(labellers.c.id == labeller_id).values(active=active)
+        self.connection.execute(query)
+
+    def open_session(self, token: str, session: str, seconds: float) -> Row | None:
+        """A session for the owner of a link's token; None where nobody active owns it."""
+        owner = self._one(
+            select(labellers).where(labellers.c.token_hash == token_hash(token), labellers.c.active)
+        )
+        if owner is not None:
+            self.connection.execute(sessions.delete().where(sessions.c.expires < self.now))
+            hashed = token_hash(session)
+            values = {"labeller_id": owner["id"], "expires": self.now + seconds}
+            self.connection.execute(insert(sessions).values(token_hash=hashed, **values))
+        return owner
+
+    def session(self, session: str) -> Row | None:
+        """The active labeller of a session that has not expired."""
+        return self._one(
+            select(labellers)
+            .join(sessions, sessions.c.labeller_id == labellers.c.id)
+            .where(sessions.c.token_hash == token_hash(session))
+            .where(sessions.c.expires >= self.now, labellers.c.active)
+        )
+
+    def close_session(self, session: str) -> None:
+        """Log out."""
+        mine = sessions.c.token_hash == token_hash(session)
+        self.connection.execute(sessions.delete().where(mine))
+
+    # --- hand-out --------------------------------------------------------------------------------
+
+    def lock_labeller(self, labeller_id: int) -> int:
+        """How many tasks a labeller was handed; one labeller's requests wait for each other."""
+        mine = labellers.c.id == labeller_id
+        found = self._one(select(labellers.c.handed).where(mine).with_for_update())
+        assert found is not None
+        return int(found["handed"])
+
+    def count_hand_out(self, labeller_id: int) -> None:
+        """One more task handed to a labeller."""
+        mine = labellers.c.id == labeller_id
+        query = update(labellers).where(mine).values(handed=labellers.c.handed + 1)
+        self.connection.execute(query)
+
+    def release_expired(self, lease_seconds: float) -> None:
+        """Take back leases that ran out, or that a wrong clock gave; a few at a time."""
+        late = assignments.c.leased_until < self.now
+        strange = assignments.c.leased_until > self.now + lease_seconds + CLOCK_SLACK
+        found = self.all(
+            select(assignments.c.id, assignments.c.task_id)
+            .where(assignments.c.state == text("'open'"), or_(late, strange))
+            .limit(50)
+            .with_for_update(skip_locked=True)
+        )
+        for row in found:
+            self.set_assignment(row["id"], state="expired")
+            self.give_back(row["task_id"])
+
+    def first_open(self, project_id: int, labeller_id: int, strategy: str) -> int | None:
+        """The first real task in a strategy's order that is not this labeller's already."""
+        column = {"uncertainty": tasks.c.uncertainty, "gap": tasks.c.gap}.get(strategy)
+        order = tasks.c.draw if column is None else column.desc()
+        return self._first_task(
+            project_id, labeller_id, "real", order, tasks.c.taken < tasks.c.need
+        )
+
+    def first_gold(self, project_id: int, labeller_id: int) -> int | None:
+        """A gold task that this labeller has not seen."""
+        return self._first_task(
+            project_id, labeller_id, "gold", tasks.c.draw, tasks.c.need.is_(None)
+        )
+
+    def _first_task(
+        self, project_id: int, labeller_id: int, kind: str, order: Any, open_: Any
+    ) -> int | None:
+        mine = and_(
+            assignments.c.task_id == tasks.c.id,
+            assignments.c.labeller_id == labeller_id,
+            assignments.c.state != "expired",
+        )
+        found = self._one(
+            select(tasks.c.id)
+            .where(tasks.c.project_id == project_id, tasks.c.kind == kind, open_)
+            .where(~exists().where(mine))
+            .order_by(tasks.c.priority.desc(), order)
+            .limit(1)
+            .with_for_update(skip_locked=True, of=tasks)
+        )
+        return None if found is None else int(found["id"])
+
+    def repeatable(self, project_id: int, labeller_id: int, back: int) -> Row | None:
+        """An own real task of at least `back` annotations ago that was not repeated yet."""
+        again = tasks.alias("again")
+        return self._one(
+            select(tasks)
+            .join(assignments, assignments.c.task_id == tasks.c.id)
+            .where(assignments.c.labeller_id == labeller_id, assignments.c.state == "done")
+            .where(tasks.c.project_id == project_id, tasks.c.kind == "real")
+            .where(
+                ~exists().where(again.c.repeat_of == tasks.c.id, again.c.labeller_id == labeller_id)
+            )
+            .order_by(assignments.c.id.desc())
+            .offset(back)
+            .limit(1)
+        )
+
+    def take(self, task_id: int) -> bool:
+        """One more labeller on a task, unless it has all it needs."""
+        room = or_(tasks.c.need.is_(None), tasks.c.taken < tasks.c.need)
+        query = update(tasks).where(tasks.c.id == task_id, room).values(taken=tasks.c.taken + 1)
+        return self.connection.execute(query).rowcount == 1
+
+    def give_back(self, task_id: int) -> None:
+        """One labeller less on a task."""
+        query = update(tasks).where(tasks.c.id == task_id).values(taken=tasks.c.taken - 1)
+        self.connection.execute(query)
+
+    def answers_of(self, task_id: int) -> int:
+        """How many answers a task has."""
+        found = self._one(select(tasks.c.response_ids).where(tasks.c.id == task_id))
+        assert found is not None
+        return len(found["response_ids"])
+
+    def put_repeat(self, task: Row, labeller_id: int) -> int:
+        """The same task once more, for one labeller."""
+        same = ("project_id", "prompt_id", "response_ids")
+        return self.put_task(
+            **{name: task[name] for name in same},
+            key=key_of("repeat", task["id"], labeller_id),
+            kind="repeat",
+            repeat_of=task["id"],
+            labeller_id=labeller_id,
+            need=1,
+            taken=1,
+        )
+
+    def put_assignment(
+        self, task_id: int, labeller_id: int, shown: Sequence[int], strategy: str, until: float
+    ) -> int:
+        """A task for a labeller; one that had expired in these hands opens again as it was."""
+        known = self._one(
+            select(assignments.c.id).where(
+                assignments.c.labeller_id == labeller_id, assignments.c.task_id == task_id
+            )
+        )
+        if known is not None:
+            self.set_assignment(known["id"], state="open", leased_until=until)
+            return int(known["id"])
+        lease = {"state": "open", "leased_until": until, "version": 0, "created": self.now}
+        told = {"shown": list(shown), "strategy": strategy, **lease}
+        return self._insert(assignments, task_id=task_id, labeller_id=labeller_id, **told)
+
+    def set_assignment(self, assignment_id: int, **values: object) -> None:
+        """Change an assignment."""
+        mine = assignments.c.id == assignment_id
+        self.connection.execute(update(assignments).where(mine).values(**values))
+
+    def assignment(self, assignment_id: int, labeller_id: int) -> Row | None:
+        """A labeller's assignment with its task, locked."""
+        mine = and_(assignments.c.id == assignment_id, assignments.c.labeller_id == labeller_id)
+        return self._one(_held().where(mine).with_for_update(of=assignments))
+
+    def current(self, labeller_id: int) -> Row | None:
+        """The open assignment of a labeller."""
+        mine = and_(assignments.c.labeller_id == labeller_id, assignments.c.state == "open")
+        return self._one(_held().where(mine).order_by(assignments.c.id.desc()).limit(1))
+
+    def latest(self, labeller_id: int) -> Row | None:
+        """The assignment a labeller finished or skipped last."""
+        mine = and_(
+            assignments.c.labeller_id == labeller_id,
+            assignments.c.state.in_(("done", "skipped")),
+        )
+        return self._one(_held().where(mine).order_by(assignments.c.id.desc()).limit(1))
+
+    # --- annotations -----------------------------------------------------------------------------
+
+    def put_annotation(self, assignment_id: int, version: int, **values: object) -> int:
+        """A new version of what a labeller says of a task."""
+        told = {"created": self.now, **values}
+        return self._insert(annotation_rows, assignment_id=assignment_id, version=version, **told)
+
+    def annotation_of_request(self, request_id: str) -> Row | None:
+        """What a request that is sent again has written."""
+        return self._one(select(annotation_rows).where(annotation_rows.c.request_id == request_id))
+
+    def annotation(self, assignment_id: int, version: int) -> Row | None:
+        """One version of an annotation."""
+        same = and_(
+            annotation_rows.c.assignment_id == assignment_id, annotation_rows.c.version == version
+        )
+        return self._one(select(annotation_rows).where(same))
+
+    def count_done(self, task_id: int, change: int = 1) -> None:
+        """One more annotated assignment of a task."""
+        query = update(tasks).where(tasks.c.id == task_id).values(done=tasks.c.done + change)
+        self.connection.execute(query)
+
+    def put_finished(
+        self, task_id: int, labeller_id: int, strategy: str, tiers: Sequence[Sequence[int]]
+    ) -> bool:
+        """An annotation that no hand-out asked for; False where the labeller has done the task.
+
+        It raises `need` where there is no room for it. An adjudication is not counted at all: it
+        is said about the annotations, not beside them.
+        """
+        same = and_(assignments.c.task_id == task_id, assignments.c.labeller_id == labeller_id)
+        known = self._one(select(assignments).where(same))
+        counts = strategy != "adjudication"
+        if known is not None and (counts or known["strategy"] != "adjudication"):
+            return False
+        if known is None:
+            answers = self.answers_of(task_id)
+            held = self.put_assignment(task_id, labeller_id, range(answers), strategy, self.now)
+            version = 1
+        else:
+            held, version = int(known["id"]), int(known["version"]) + 1
+        self.set_assignment(held, state="done", version=version)
+        told = {"tiers": [list(tier) for tier in tiers], "all_bad": False, "flags": []}
+        request = key_of(strategy, held, version)
+        self.put_annotation(held, version, **told, comment="", seconds=0.0, request_id=request)
+        if counts:
+            room = and_(tasks.c.id == task_id, tasks.c.need == tasks.c.taken)
+            self.connection.execute(update(tasks).where(room).values(need=tasks.c.need + 1))
+            self.take(task_id)
+            self.count_done(task_id)
+        return True
+
+
+def _held() -> Any:
+    """Assignments with what hand-out and submission need of their tasks."""
+    wanted: tuple[Any, ...] = (
+        tasks.c.project_id,
+        tasks.c.kind,
+        tasks.c.response_ids,
+        tasks.c.prompt_id,
+    )
+    found: tuple[Any, ...] = (*wanted, projects.c.mode, projects.c.settings, projects.c.guidelines)
+    return (
+        select(assignments, *found)
+        .join(tasks, tasks.c.id == assignments.c.task_id)
+        .join(projects, projects.c.id == tasks.c.project_id)
+    )

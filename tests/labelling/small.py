@@ -1,0 +1,56 @@
+"""A small store for tests: labellers, and tasks of a few answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefloop.config_labelling import LabelImportConfig
+from prefloop.labelling import imports
+from prefloop.labelling.assign import Judgement
+from prefloop.labelling.store import Store
+from prefloop.records import write_jsonl
+
+NO_EXTRAS = {"overlap": 0.0, "gold_share": 0.0, "repeat_share": 0.0}
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, now: float = 1_800_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rows(count: int, answers: int = 3, **columns: object) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"prompt {n}", "completions": [f" answer {n}.{k}" for k in range(answers)]}
+        | columns
+        for n in range(count)
+    ]
+
+
+def put(folder, data, address=None, **changes):
+    """Import rows; the result of `label import`."""
+    write_jsonl(folder / "rows.jsonl", data)
+    settings: dict[str, Any] = {"store": address or str(folder / "labels.db"), **NO_EXTRAS}
+    config = LabelImportConfig(data=str(folder / "rows.jsonl"), **{**settings, **changes})
+    return imports.run(config)
+
+
+def open_store(folder, clock=None, address=None):
+    return Store(address or str(folder / "labels.db"), **({"clock": clock} if clock else {}))
+
+
+def add(store, *names, role="labeller"):
+    """New labellers' ids; their tokens are their names."""
+    with store.write() as t:
+        return [t.put_labeller(name, role, f"token-{name}") for name in names]
+
+
+def in_order(assignment, request, **said):
+    """The answers in the order of the task, best first."""
+    tiers = [[i] for i in range(len(assignment.shown))]
+    values = {"tiers": tiers, "request_id": request, "base_version": assignment.version}
+    return Judgement(**{**values, **said})

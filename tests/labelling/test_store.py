@@ -1,0 +1,153 @@
+"""The store: migrations, addresses, sessions, and what a killed or full database leaves."""
+
+import sqlite3
+import threading
+import time
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from prefloop.config import UserError
+from prefloop.labelling.store import Store
+from prefloop.labelling.store.schema import metadata
+from tests.labelling.small import Clock, add, open_store, put, rows
+
+
+def test_the_migrations_make_the_schema(tmp_path):
+    store = open_store(tmp_path)
+    with store.engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert context.get_current_revision() == "0001"
+        assert compare_metadata(context, metadata) == []
+
+
+def test_a_store_opens_again_as_it_was(tmp_path):
+    put(tmp_path, rows(2))
+    for _ in range(2):
+        store = open_store(tmp_path)
+        with store.read() as t:
+            assert [p["name"] for p in t.projects()] == ["main"]
+            assert t.connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        store.close()
+
+
+def test_a_store_of_a_later_version_is_refused(tmp_path):
+    store = open_store(tmp_path)
+    with store.write() as t:
+        t.connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    store.close()
+    with pytest.raises(UserError, match="later prefloop"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("absent/labels.db", "no folder"),
+        ("rows.jsonl", "give a database"),
+        ("mysql://x/y", "SQLite file or a postgresql URL"),
+        ("://x", "not a database URL"),
+        ("postgresql://127.0.0.1:1/none", "check the address"),
+    ],
+)
+def test_bad_addresses_are_told(address, told):
+    with pytest.raises(UserError, match=told):
+        Store(address)
+
+
+def test_a_file_that_is_no_database_is_told(tmp_path):
+    (tmp_path / "labels.db").write_text("not a database" * 100)
+    with pytest.raises(UserError, match="not a database"):
+        open_store(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        Store(str(tmp_path / "absent.db"), must_exist=True)
+
+
+def test_only_hashes_of_tokens_are_stored(tmp_path):
+    store = open_store(tmp_path)
+    add(store, "ann")
+    with store.write() as t:
+        assert t.open_session("token-ann", "session-ann", 60.0)["name"] == "ann"
+    store.close()
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("labels.db*"))
+    assert b"ann" in stored
+    assert b"token-ann" not in stored
+    assert b"session-ann" not in stored
+
+
+def test_sessions_expire_and_end_with_access(tmp_path):
+    clock = Clock()
+    store = open_store(tmp_path, clock)
+    (ann,) = add(store, "ann")
+    with store.write() as t:
+        assert t.open_session("wrong", "s", 60.0) is None
+        t.open_session("token-ann", "s", 60.0)
+    with store.read() as t:
+        assert t.session("s")["id"] == ann
+        assert t.session("other") is None
+    clock.now += 61
+    with store.read() as t:
+        assert t.session("s") is None
+    with store.write() as t:
+        t.open_session("token-ann", "s2", 60.0)
+        t.set_active(ann, False)
+    with store.write() as t:
+        assert t.session("s2") is None
+        assert t.open_session("token-ann", "s3", 60.0) is None
+        t.put_labeller("ann", "labeller", "new")  # a new link lets ann in again, and old ones not
+    with store.write() as t:
+        assert t.open_session("token-ann", "s4", 60.0) is None
+        assert t.open_session("new", "s4", 60.0)["id"] == ann
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    store = open_store(tmp_path)
+
+    def half():
+        with store.write() as t:
+            t.put_labeller("ann", "labeller", "a")
+            t.connection.execute(text("INSERT INTO absent VALUES (1)"))
+
+    with pytest.raises(OperationalError):
+        half()
+    with store.read() as t:
+        assert t.labeller_named("ann") is None
+    add(store, "ann")  # the lock is free
+
+
+def test_a_writer_waits_for_another_process(tmp_path):
+    store = open_store(tmp_path)
+    other = sqlite3.connect(tmp_path / "labels.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+    timer.start()
+    start = time.monotonic()
+    add(store, "ann")
+    assert time.monotonic() - start > 0.2
+    timer.join()
+    other.close()
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """The database may not grow: writing fails, what was there stays, and room mends it."""
+    store = open_store(tmp_path)
+    add(store, "ann")
+    with store.engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    limit = f"PRAGMA max_page_count={pages}"
+
+    def fill():
+        with store.write() as t:
+            t.connection.exec_driver_sql(limit)
+            for n in range(2000):
+                t.log("fill", detail_of="x" * 100, number=n)
+
+    with pytest.raises(OperationalError, match="full"):
+        fill()
+    with store.write() as t:
+        t.connection.exec_driver_sql("PRAGMA max_page_count=1000000")
+        assert t.labeller_named("ann") is not None
+        t.log("fill")
