@@ -13,7 +13,9 @@ from prefloop.commands import (
     fetch_model,
     generate,
     label_add_user,
+    label_export,
     label_import,
+    label_report,
     ppo,
     reward,
     reward_quality,
@@ -39,7 +41,12 @@ from prefloop.config import (
     UserError,
     WinrateConfig,
 )
-from prefloop.config_labelling import LabelAddUserConfig, LabelImportConfig
+from prefloop.config_labelling import (
+    LabelAddUserConfig,
+    LabelExportConfig,
+    LabelImportConfig,
+    LabelReportConfig,
+)
 
 __all__ = [
     "ChatConfig",
@@ -50,7 +57,9 @@ __all__ = [
     "FetchModelConfig",
     "GenerateConfig",
     "LabelAddUserConfig",
+    "LabelExportConfig",
     "LabelImportConfig",
+    "LabelReportConfig",
     "PPOConfig",
     "RewardConfig",
     "RewardQualityConfig",
@@ -67,7 +76,9 @@ __all__ = [
     "fetch_model",
     "generate",
     "label_add_user",
+    "label_export",
     "label_import",
+    "label_report",
     "ppo",
     "reward",
     "reward_quality",

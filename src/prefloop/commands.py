@@ -18,6 +18,7 @@ from prefloop.settings import validate
 
 if TYPE_CHECKING:
     from prefloop.evaluation.report import Comparison
+    from prefloop.labelling.quality import Quality
     from prefloop.runs import Run
 
 
@@ -109,6 +110,22 @@ def label_import(config: l.LabelImportConfig) -> dict[str, Any]:
     return run(config)
 
 
+def label_export(config: l.LabelExportConfig) -> dict[str, Any]:
+    """Write what labellers decided as training rows."""
+    validate(config)
+    from prefloop.labelling.export import run
+
+    return run(config)
+
+
+def label_report(config: l.LabelReportConfig) -> Quality:
+    """How good the labels are: agreement, and each labeller's record."""
+    validate(config)
+    from prefloop.labelling.report import run
+
+    return run(config)
+
+
 def label_add_user(config: l.LabelAddUserConfig) -> str:
     """Add a labeller and print the personal link."""
     validate(config)
@@ -173,6 +190,18 @@ def show_comparison(result: Any) -> None:
     print(Path(result.settings["output"]) / "report.html")
 
 
+def show_quality(result: Any) -> None:
+    """Print how good labels are."""
+    from rich.console import Console
+
+    from prefloop.labelling.report import terminal
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has room for every column
+    console.print(terminal(result))
+
+
 @dataclass(frozen=True)
 class Command:
     """A command: its settings, the function that carries it out (its docstring is the command's
@@ -198,6 +227,8 @@ COMMANDS = {
     "evaluate winrate": Command(c.WinrateConfig, winrate),
     "evaluate reward-model": Command(c.RewardQualityConfig, reward_quality),
     "label import": Command(l.LabelImportConfig, label_import),
+    "label export": Command(l.LabelExportConfig, label_export),
+    "label report": Command(l.LabelReportConfig, label_report, show_quality),
     "label add-user": Command(l.LabelAddUserConfig, label_add_user),
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "check": Command(c.CheckConfig, check),

@@ -8,6 +8,8 @@ from typing import Literal
 
 Mode = Literal["ranking", "pairwise", "rating"]
 Strategy = Literal["random", "uncertainty", "gap"]
+Consensus = Literal["labeller", "majority", "dawid-skene"]
+Form = Literal["rankings", "dpo", "hh", "kto", "audit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,38 @@ class LabelImportConfig(ProjectConfig):
     """Minutes without a sign of life after which a task goes to somebody else."""
     seed: int = 0
     """Seed of the overlap, of the task order, and of the order of the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelExportConfig(ProjectConfig):
+    """Write what labellers decided as training rows."""
+
+    output: Path
+    """JSONL (.jsonl or .jsonl.gz) to write."""
+    form: Form = "rankings"
+    """rankings (tiers), dpo (TRL's pairs), hh (transcripts), kto (TRL's labels), or audit (all)."""
+    consensus: Consensus = "labeller"
+    """One row a labeller; or one a task, by majority or weighted by estimated accuracy."""
+    exclude: tuple[str, ...] = ()
+    """Labellers whose annotations are left out (logged)."""
+    eval_fraction: float = 0.0
+    """Share of the prompts written to a second file, NAME.eval.jsonl."""
+    wait: bool = False
+    """Wait until every task has the annotations it needs."""
+    wait_seconds: float = 5.0
+    """Seconds between looks while waiting."""
+    seed: int = 0
+    """Seed of the split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelReportConfig(ProjectConfig):
+    """How good the labels are: agreement, and each labeller's record."""
+
+    output: Path | None = None
+    """HTML page to write; the report is printed in any case."""
+    seed: int = 0
+    """Seed of the bootstrap over prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)

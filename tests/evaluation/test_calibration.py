@@ -8,8 +8,9 @@ import torch
 
 from prefloop.commands import reward_quality
 from prefloop.config import RewardQualityConfig, UserError
-from prefloop.evaluation.calibration import calibrate, ceiling
+from prefloop.evaluation.calibration import calibrate
 from prefloop.evaluation.judges import load_judge
+from prefloop.labelling.agreement import ceiling
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.config import RewardQualityConfig, UserError
+from prefloop.labelling.agreement import ceiling
 from prefloop.records import RowCounts, write_atomic
 
 Array = NDArray[np.float64]
@@ -39,20 +40,6 @@ class Calibration:
     bins: tuple[Bin, ...]  # by |delta r|, as many pairs in each
     length_bins: tuple[Bin, ...]  # by tokens of the better minus tokens of the worse answer
     always_longer_accuracy: float  # of "the longer answer is better", ties half
-
-
-def ceiling(agreement: float) -> tuple[float, float]:
-    """Band of the accuracy that a perfect model has on labels whose two makers agree at rate a.
-
-    [a, (1 + sqrt(2a - 1))/2]: the upper end where the noise is the same on all pairs, the lower
-    where pairs are either certain or a coin toss.
-
-    >>> [round(x, 3) for x in ceiling(0.82)]
-    [0.82, 0.9]
-    """
-    if not 0.5 <= agreement <= 1.0:
-        raise ValueError(f"ceiling: agreement {agreement}; it must lie in [0.5, 1]")
-    return agreement, (1 + (2 * agreement - 1) ** 0.5) / 2
 
 
 def calibrate(

@@ -177,7 +177,7 @@ def _write(t: Transaction, held: Mapping[str, Any], said: Judgement) -> None:
         confidence=said.confidence,
         all_bad=said.all_bad,
         flags=[dict(flag) for flag in said.flags],
-        comment=said.comment,
+        comment=said.comment.encode(errors="replace").decode(),  # no half characters
         seconds=said.seconds,
         request_id=said.request_id,
     )

@@ -1,0 +1,322 @@
+"""`prefloop label export`: annotations to training rows; what is left out is counted.
+
+Gold tasks and repeats test the labellers and are never exported but to the audit. A task that an
+admin has adjudicated gives that ranking alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefloop.config import UserError
+from prefloop.config_labelling import Consensus, Form, LabelExportConfig
+from prefloop.data.formats import parse_row, split_by_prompt
+from prefloop.labelling.agreement import copeland, one_coin, pair_signs, ranks_of
+from prefloop.labelling.store import Store, Transaction
+from prefloop.labelling.store.reading import (
+    Annotation,
+    annotations_of,
+    events_of,
+    progress_of,
+    prompts_of,
+    responses_of,
+)
+from prefloop.records import Ranking, RowCounts, Text, ranking_to_json, text_to_json, write_jsonl
+
+GOOD, BAD = 5, 3
+"""In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A task's answers with an order, from one labeller or from all."""
+
+    ranking: Ranking
+    labeller: str  # "" where all labellers were asked
+    confidence: int | None
+    all_bad: bool
+    ratings: Sequence[int] | None
+
+
+def run(config: LabelExportConfig) -> dict[str, Any]:
+    """Write --output (and NAME.eval.jsonl), and say how much went in and what was left out."""
+    if not config.output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"--output {config.output}: give the name of a .jsonl or .jsonl.gz file")
+    store = Store(config.store, must_exist=True)
+    try:
+        # 1. Wait, where asked to, until nothing more will come.
+        if config.wait:
+            _wait(store, config.project, config.wait_seconds)
+        counts = RowCounts()
+        # 2. Read and decide.
+        if config.form == "audit":
+            rows, held_out = audit(store, config.project), list[dict[str, object]]()
+            counts.read = counts.used = len(rows)
+        else:
+            decided = decisions(store, config.project, config.consensus, config.exclude, counts)
+            fraction, seed = config.eval_fraction, config.seed
+            kept = {id(d.ranking): d for d in decided}
+            sides = split_by_prompt([d.ranking for d in decided], fraction, seed)
+            rows, held_out = (
+                [row for r in side for row in form_rows(config.form, kept[id(r)], counts)]
+                for side in sides
+            )
+        # 3. Write.
+        result = {"output": str(config.output), "rows": len(rows), **_told(counts)}
+        write_jsonl(config.output, rows)
+        if held_out:
+            path = _eval_path(config.output)
+            write_jsonl(path, held_out)
+            result |= {"eval_output": str(path), "eval_rows": len(held_out)}
+        with store.write() as t:
+            told = {"form": config.form, "consensus": config.consensus, **result}
+            t.log("export", None, project=config.project, exclude=list(config.exclude), **told)
+    finally:
+        store.close()
+    return result
+
+
+def _told(counts: RowCounts) -> dict[str, Any]:
+    return {"annotations": counts.read, "used": counts.used, "left_out": dict(counts.dropped)}
+
+
+def _eval_path(output: Path) -> Path:
+    stem, _, rest = output.name.partition(".jsonl")
+    return output.with_name(f"{stem}.eval.jsonl{rest}")
+
+
+def project_id_of(t: Transaction, name: str) -> int:
+    """A project's id; UserError where there is none of that name."""
+    project = t.project(name)
+    if project is None:
+        known = ", ".join(p["name"] for p in t.projects()) or "none"
+        raise UserError(f"no project {name} in the store; it holds {known}")
+    return int(project["id"])
+
+
+def _wait(store: Store, project: str, seconds: float) -> None:
+    """Return when no task can get another annotation that it needs; says how far it is."""
+    before = None
+    while True:
+        with store.read() as t:
+            now = progress_of(t, project_id_of(t, project))
+        if now.unsettled == 0:
+            return
+        if now != before:
+            told = f"waiting for labels: {now.done} of {now.needed}, {now.unsettled} tasks open"
+            print(told, file=sys.stderr, flush=True)
+        before = now
+        time.sleep(seconds)
+
+
+# --- deciding ------------------------------------------------------------------------------------
+
+
+def read_rankings(address: str, counts: RowCounts) -> list[Ranking]:
+    """Rankings of `STORE#PROJECT`, one a labeller and task, for the training commands."""
+    path, _, project = address.partition("#")
+    store = Store(path, must_exist=True)
+    try:
+        decided = decisions(store, project or "main", "labeller", (), counts)
+    finally:
+        store.close()
+    return [decision.ranking for decision in decided]
+
+
+def decisions(
+    store: Store, project: str, consensus: Consensus, exclude: Sequence[str], counts: RowCounts
+) -> list[Decision]:
+    """What the labellers decided: each by itself, or together for each task."""
+    with store.read() as t:
+        project_id = project_id_of(t, project)
+        if unknown := [name for name in exclude if t.labeller_named(name) is None]:
+            raise UserError(f"--exclude {unknown[0]}: no labeller of that name")
+        said = list(annotations_of(t, project_id))
+        prompts, responses = prompts_of(t, project_id), responses_of(t, project_id)
+    # 1. What speaks of real tasks.
+    said = [a for a in said if _kept(a, exclude, counts)]
+    by_task = [list(group) for _, group in groupby(said, key=lambda a: a.task_id)]
+    weight = _weights(by_task) if consensus == "dawid-skene" else lambda name: 1.0
+    # 2. One decision an annotation, or one a task.
+    found: list[Decision] = []
+    for group in by_task:
+        adjudicated = [a for a in group if a.strategy == "adjudication"]
+        chosen = adjudicated[-1:] or group
+        for _ in range(len(group) - len(chosen)):
+            counts.drop("overruled by adjudication")
+        first = chosen[0]
+        completions = [responses[i]["completion"] for i in first.response_ids]
+        prompt = prompts[first.prompt_id][0]
+        where = f"{project}, task {first.task_id}"
+        if consensus == "labeller" or adjudicated:
+            for a in chosen:
+                assert a.tiers is not None
+                ranking = _ranking(prompt, completions, a.tiers, where)
+                ratings, name = a.ratings, a.labeller
+                found.append(Decision(ranking, name, a.confidence, a.all_bad, ratings))
+        else:
+            found.append(_together(prompt, completions, chosen, weight, where))
+        counts.used += len(chosen)
+    if not found:
+        raise UserError(f"project {project}: nothing to use: {counts.summary()}; label some tasks")
+    return found
+
+
+def _kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
+    counts.read += 1
+    reason = (
+        "skipped"
+        if a.tiers is None
+        else {"gold": "gold task", "repeat": "repeated task"}.get(a.kind)
+    )
+    if reason is None and a.labeller in exclude:
+        reason = f"labeller {a.labeller} excluded"
+    if reason is not None:
+        counts.drop(reason)
+    return reason is None
+
+
+def _ranking(
+    prompt: Any, completions: Sequence[Any], tiers: Sequence[Sequence[int]], where: str
+) -> Ranking:
+    row = {"prompt": prompt, "completions": list(completions), "tiers": [list(t) for t in tiers]}
+    found = parse_row(row, where, "preference")[0]
+    assert isinstance(found, Ranking)
+    return found
+
+
+def _together(
+    prompt: Any,
+    completions: Sequence[Any],
+    said: Sequence[Annotation],
+    weight: Callable[[str], float],
+    where: str,
+) -> Decision:
+    """The (weighted) majority on each pair, then tiers by pairs won minus pairs lost."""
+    count = len(completions)
+    ranks = np.array([ranks_of(a.tiers or (), count) for a in said])
+    votes = np.array([weight(a.labeller) for a in said]) @ pair_signs(ranks)
+    ratings = None
+    if rated := [a.ratings for a in said if a.ratings is not None]:
+        ratings = [round(float(x)) for x in np.mean(rated, axis=0)]
+    all_bad = 2 * sum(a.all_bad for a in said) > len(said)
+    tiers = copeland(votes.tolist(), count)
+    return Decision(_ranking(prompt, completions, tiers, where), "", None, all_bad, ratings)
+
+
+def _weights(by_task: Sequence[Sequence[Annotation]]) -> Callable[[str], float]:
+    """log(2p/(1 - p)), p a labeller's accuracy on pairs by one-coin Dawid-Skene (three classes).
+
+    It is what one vote adds to a class's log-odds; below 0 for one who is more often wrong.
+    """
+    names = sorted({a.labeller for group in by_task for a in group})
+    items, who, labels, number = [], [], [], 0
+    for group in by_task:
+        count = len(group[0].response_ids)
+        pairs = count * (count - 1) // 2
+        for a in group:
+            signs = pair_signs(np.array([ranks_of(a.tiers or (), count)]))[0]
+            items += list(range(number, number + pairs))
+            who += [names.index(a.labeller)] * pairs
+            labels += [int(sign) + 1 for sign in signs]
+        number += pairs
+    model = one_coin(np.array(items), np.array(who), np.array(labels), classes=3)
+    accuracy = {name: float(p) for name, p in zip(names, model.accuracy, strict=True)}
+    return lambda name: log(2 * accuracy[name] / (1 - accuracy[name]))
+
+
+# --- forms ---------------------------------------------------------------------------------------
+
+
+def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[str, object]]:
+    """The rows that a decision gives in one form."""
+    ranking = decision.ranking
+    prompt, answers = ranking.prompt, ranking.completions
+    if form == "rankings":
+        told = {"labeller": decision.labeller} if decision.labeller else {}
+        sure = {"confidence": decision.confidence} if decision.confidence else {}
+        return [ranking_to_json(ranking) | told | sure]
+    if form == "kto":
+        return [
+            {"prompt": text_to_json(prompt), "completion": text_to_json(answer), "label": label}
+            for answer, label in zip(answers, _labels(decision, counts), strict=True)
+            if label is not None
+        ]
+    if not ranking.pairs():
+        counts.drop("ranking whose answers all tie (gives no pairs)")
+    pairs = [(answers[w], answers[l]) for w, l in ranking.pairs()]
+    if form == "dpo":
+        return [
+            {
+                "prompt": text_to_json(prompt),
+                "chosen": text_to_json(chosen),
+                "rejected": text_to_json(rejected),
+            }
+            for chosen, rejected in pairs
+        ]
+    return [
+        {"chosen": _transcript(prompt, chosen), "rejected": _transcript(prompt, rejected)}
+        for chosen, rejected in pairs
+    ]
+
+
+def _labels(decision: Decision, counts: RowCounts) -> list[bool | None]:
+    """Desirable, undesirable, or (None) neither, of each answer.
+
+    By ratings where there are; else the best tier is desirable and the worst is not, and nothing is
+    where all are bad.
+    """
+    tiers, count = decision.ranking.tiers, len(decision.ranking.completions)
+    if decision.ratings is not None:
+        found = [True if r >= GOOD else False if r <= BAD else None for r in decision.ratings]
+    elif decision.all_bad:
+        found = [False] * count
+    elif len(tiers) == 1:
+        found = [None] * count
+    else:
+        found = [True if i in tiers[0] else False if i in tiers[-1] else None for i in range(count)]
+    for label in found:
+        if label is None:
+            counts.drop("answer that is neither desirable nor undesirable")
+    return found
+
+
+def _transcript(prompt: Text, answer: Text) -> str:
+    """HH's form: turns of Human and Assistant."""
+    if isinstance(prompt, str):
+        turns = [("user", prompt)]
+    else:
+        turns = [(message.role, message.content) for message in prompt]
+    turns.append(("assistant", answer if isinstance(answer, str) else answer[0].content))
+    names = {"assistant": "Assistant", "system": "System"}
+    if isinstance(prompt, str) and prompt.rstrip().endswith("Assistant:"):
+        return prompt + str(turns[-1][1])  # it is a transcript already
+    return "".join(f"\n\n{names.get(role, 'Human')}: {text.strip()}" for role, text in turns)
+
+
+def audit(store: Store, project: str) -> list[dict[str, object]]:
+    """Every version of every annotation with all that is known of it, then the event log."""
+    with store.read() as t:
+        project_id = project_id_of(t, project)
+        prompts, responses = prompts_of(t, project_id), responses_of(t, project_id)
+        made = ("completion", "model", "weights", "sampling", "seed", "log_prob", "finish_reason")
+        rows = [
+            {
+                **{name: getattr(a, name) for name in Annotation.__slots__},
+                "type": "annotation",
+                "prompt": prompts[a.prompt_id][0],
+                "responses": [{name: responses[i][name] for name in made} for i in a.response_ids],
+            }
+            for a in annotations_of(t, project_id, every_version=True)
+        ]
+        log = [{"type": "event", **event} for event in reversed(events_of(t))]
+    return [*rows, *log]

@@ -1,0 +1,189 @@
+"""Statements that only read: what the report, the export and the admin's page look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Select, and_, case, func, select
+
+from prefloop.labelling.store.schema import (
+    annotation_rows,
+    assignments,
+    events,
+    labellers,
+    prompts,
+    responses,
+    snapshots,
+    tasks,
+)
+from prefloop.labelling.store.transaction import Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """The newest version of what a labeller says of a task."""
+
+    task_id: int
+    kind: str  # real, gold, repeat
+    prompt_id: int
+    response_ids: Sequence[int]
+    gold_tiers: Sequence[Sequence[int]] | None
+    repeat_of: int | None
+    labeller: str
+    shown: Sequence[int]
+    strategy: str
+    version: int
+    tiers: Sequence[Sequence[int]] | None  # None: skipped
+    ratings: Sequence[int] | None
+    strength: int | None
+    confidence: int | None
+    all_bad: bool
+    flags: Sequence[Mapping[str, Any]]
+    comment: str
+    seconds: float
+    created: float
+
+
+def annotations_of(
+    t: Transaction, project_id: int, task_id: int | None = None, *, every_version: bool = False
+) -> Iterator[Annotation]:
+    """A project's annotations (or one task's) in the order of tasks, newest version only."""
+    wanted = annotation_rows.c.assignment_id == assignments.c.id
+    if not every_version:
+        wanted = and_(wanted, annotation_rows.c.version == assignments.c.version)
+    said, task = annotation_rows.c, tasks.c
+    columns: tuple[Any, ...] = (
+        *(task.id, task.kind, task.prompt_id, task.response_ids, task.gold_tiers, task.repeat_of),
+        *(labellers.c.name, assignments.c.shown, assignments.c.strategy, said.version),
+        *(said.tiers, said.ratings, said.strength, said.confidence, said.all_bad, said.flags),
+        *(said.comment, said.seconds, said.created),
+    )
+    query: Select[Any] = (
+        select(*columns)
+        .join(assignments, assignments.c.task_id == task.id)
+        .join(annotation_rows, wanted)
+        .join(labellers, labellers.c.id == assignments.c.labeller_id)
+        .where(task.project_id == project_id)
+        .order_by(task.id, assignments.c.id, said.version)
+    )
+    if task_id is not None:
+        query = query.where(task.id == task_id)
+    found = t.connection.execution_options(yield_per=5000).execute(query)
+    for row in found:
+        yield Annotation(*row)
+
+
+def prompts_of(t: Transaction, project_id: int) -> dict[int, tuple[Any, Any]]:
+    """(prompt, the row's other columns) by id."""
+    query: Select[Any] = select(prompts.c.id, prompts.c.prompt, prompts.c.extra)
+    found = t.connection.execute(query.where(prompts.c.project_id == project_id))
+    return {row[0]: (row[1], row[2]) for row in found}
+
+
+def responses_of(t: Transaction, project_id: int) -> dict[int, Mapping[str, Any]]:
+    """What is known of each response, by id."""
+    columns: tuple[Any, ...] = (responses, snapshots.c.model, snapshots.c.weights)
+    query = (
+        select(*columns)
+        .join(prompts, prompts.c.id == responses.c.prompt_id)
+        .outerjoin(snapshots, snapshots.c.id == responses.c.snapshot_id)
+        .where(prompts.c.project_id == project_id)
+    )
+    return {row["id"]: row for row in t.all(query)}
+
+
+def lengths_of(t: Transaction, project_id: int) -> dict[int, int]:
+    """Characters of each response, by id."""
+    query: Select[Any] = (
+        select(responses.c.id, responses.c.completion)
+        .join(prompts, prompts.c.id == responses.c.prompt_id)
+        .where(prompts.c.project_id == project_id)
+    )
+    found = t.connection.execution_options(yield_per=5000).execute(query)
+    return {row[0]: sum(map(len, _texts(row[1]))) for row in found}
+
+
+def texts_of(t: Transaction, prompt_id: int, response_ids: Sequence[int]) -> tuple[Any, list[Any]]:
+    """A prompt and some of its responses, as JSON."""
+    prompt = t.connection.execute(select(prompts.c.prompt).where(prompts.c.id == prompt_id))
+    query: Select[Any] = select(responses.c.id, responses.c.completion)
+    found = t.connection.execute(query.where(responses.c.id.in_(response_ids)))
+    by_id = {row[0]: row[1] for row in found}
+    return prompt.scalar_one(), [by_id[one] for one in response_ids]
+
+
+def _texts(completion: Any) -> list[str]:
+    return [completion] if isinstance(completion, str) else [m["content"] for m in completion]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a project is; gold and repeats are not counted."""
+
+    tasks: int
+    needed: int  # annotations that the tasks need
+    done: int  # annotations that the tasks have
+    held: int  # leases out
+    unsettled: int  # tasks that some active labeller could still be given
+
+
+def progress_of(t: Transaction, project_id: int) -> Progress:
+    """Counts over a project's real tasks."""
+    real = and_(tasks.c.project_id == project_id, tasks.c.kind == "real")
+    totals: tuple[Any, ...] = (
+        func.count(),
+        func.coalesce(func.sum(tasks.c.need), 0),
+        func.coalesce(func.sum(tasks.c.done), 0),
+        func.coalesce(func.sum(tasks.c.taken - tasks.c.done), 0),
+    )
+    counted = t.connection.execute(select(*totals).select_from(tasks).where(real)).one()
+    # A task that lacks annotations is settled all the same when every active labeller skipped it.
+    active = select(func.count()).select_from(labellers).where(labellers.c.active).scalar_subquery()
+    gone = (
+        select(func.count())
+        .select_from(assignments)
+        .join(labellers, labellers.c.id == assignments.c.labeller_id)
+        .where(assignments.c.task_id == tasks.c.id, labellers.c.active)
+        .where(assignments.c.state.in_(("done", "skipped")))
+        .scalar_subquery()
+    )
+    open_ = select(func.count()).select_from(tasks).where(real, tasks.c.done < tasks.c.need)
+    nobody = t.connection.execute(select(active)).scalar_one() == 0
+    unsettled = open_ if nobody else open_.where(gone < active)
+    tasks_, needed, done, held = map(int, counted)
+    return Progress(tasks_, needed, done, held, t.connection.execute(unsettled).scalar_one())
+
+
+def labellers_of(t: Transaction, project_id: int) -> Sequence[Mapping[str, Any]]:
+    """Each labeller with the numbers of tasks done and skipped in a project."""
+    here: Any = (
+        select(assignments.c.labeller_id, assignments.c.state)
+        .join(tasks, tasks.c.id == assignments.c.task_id)
+        .where(tasks.c.project_id == project_id)
+        .subquery()
+    )
+    done = func.coalesce(func.sum(case((here.c.state == "done", 1), else_=0)), 0)
+    skipped = func.coalesce(func.sum(case((here.c.state == "skipped", 1), else_=0)), 0)
+    who = labellers.c
+    return t.all(
+        select(who.id, who.name, who.role, who.active, done.label("done"), skipped.label("skipped"))
+        .select_from(labellers)
+        .outerjoin(here, here.c.labeller_id == who.id)
+        .group_by(who.id, who.name, who.role, who.active)
+        .order_by(who.name)
+    )
+
+
+def events_of(t: Transaction, limit: int | None = None) -> Sequence[Mapping[str, Any]]:
+    """The audit log with names, newest first."""
+    columns: tuple[Any, ...] = (events.c.at, events.c.action, events.c.detail, labellers.c.name)
+    query = select(*columns).outerjoin(labellers, labellers.c.id == events.c.labeller_id)
+    return t.all(query.order_by(events.c.id.desc()).limit(limit))
+
+
+def tasks_of(t: Transaction, project_id: int, task_id: int) -> Mapping[str, Any] | None:
+    """One task of a project."""
+    found = t.all(select(tasks).where(tasks.c.project_id == project_id, tasks.c.id == task_id))
+    return found[0] if found else None
