@@ -16,6 +16,7 @@ from prefloop.commands import (
     label_export,
     label_import,
     label_report,
+    label_serve,
     ppo,
     reward,
     reward_quality,
@@ -46,6 +47,7 @@ from prefloop.config_labelling import (
     LabelExportConfig,
     LabelImportConfig,
     LabelReportConfig,
+    LabelServeConfig,
 )
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "LabelExportConfig",
     "LabelImportConfig",
     "LabelReportConfig",
+    "LabelServeConfig",
     "PPOConfig",
     "RewardConfig",
     "RewardQualityConfig",
@@ -79,6 +82,7 @@ __all__ = [
     "label_export",
     "label_import",
     "label_report",
+    "label_serve",
     "ppo",
     "reward",
     "reward_quality",

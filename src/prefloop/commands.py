@@ -102,6 +102,14 @@ def reward_quality(config: c.RewardQualityConfig) -> dict[str, Any]:
     return run(config)
 
 
+def label_serve(config: l.LabelServeConfig) -> None:
+    """Serve the page on which people rank answers."""
+    validate(config)
+    from prefloop.labelling.web.server import run
+
+    run(config)
+
+
 def label_import(config: l.LabelImportConfig) -> dict[str, Any]:
     """Put prompts with answers into a project, to be ranked or already ranked."""
     validate(config)
@@ -226,6 +234,7 @@ COMMANDS = {
     "compare": Command(c.CompareConfig, compare, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
     "evaluate reward-model": Command(c.RewardQualityConfig, reward_quality),
+    "label serve": Command(l.LabelServeConfig, label_serve),
     "label import": Command(l.LabelImportConfig, label_import),
     "label export": Command(l.LabelExportConfig, label_export),
     "label report": Command(l.LabelReportConfig, label_report, show_quality),

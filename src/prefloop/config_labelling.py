@@ -29,6 +29,20 @@ class ProjectConfig(StoreConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelServeConfig(StoreConfig):
+    """Serve the page on which people rank answers."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; other machines reach it only if this says so."""
+    port: int = 8000
+    """Port to listen on."""
+    public_url: str | None = None
+    """What the browser's address bar shows, behind a proxy (https://labels.example.org)."""
+    session_hours: float = 24.0
+    """Hours after which a labeller must open the personal link again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelImportConfig(ProjectConfig):
     """Put prompts with answers into a project, to be ranked or already ranked."""
 

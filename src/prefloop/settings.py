@@ -21,7 +21,7 @@ POSITIVE = frozenset(
     "epochs batch_size micro_batch_tokens lr adam_eps max_length log_every keep_checkpoints beta "
     "tie_parameter kl_horizon cliprange cliprange_value ppo_epochs num_minibatches "
     "samples_per_prompt max_new_tokens max_concurrent best_of "
-    "need overlap_need lease_minutes wait_seconds".split()
+    "port session_hours need overlap_need lease_minutes wait_seconds".split()
 )
 NOT_NEGATIVE = frozenset(
     "max_steps seed warmup weight_decay max_grad_norm lora_rank lora_alpha eval_every save_every "

@@ -8,10 +8,9 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
 
 from prefloop.config import UserError
-from prefloop.labelling.store import Store
+from prefloop.labelling.store import Store, Unavailable
 from prefloop.labelling.store.schema import metadata
 from tests.labelling.small import Clock, add, open_store, put, rows
 
@@ -111,7 +110,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
             t.put_labeller("ann", "labeller", "a")
             t.connection.execute(text("INSERT INTO absent VALUES (1)"))
 
-    with pytest.raises(OperationalError):
+    with pytest.raises(Unavailable):
         half()
     with store.read() as t:
         assert t.labeller_named("ann") is None
@@ -145,7 +144,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
             for n in range(2000):
                 t.log("fill", detail_of="x" * 100, number=n)
 
-    with pytest.raises(OperationalError, match="full"):
+    with pytest.raises(Unavailable, match="full"):
         fill()
     with store.write() as t:
         t.connection.exec_driver_sql("PRAGMA max_page_count=1000000")

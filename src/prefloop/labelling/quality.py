@@ -304,3 +304,18 @@ def _flags(r: Mapping[str, Any]) -> Iterable[str]:
         yield "often very fast"
     if r["skip_rate"] > MUCH_SKIPPED:
         yield "skips much"
+
+
+def disagreements(store: Store, project: str, most: int = 50) -> list[tuple[int, float, int]]:
+    """(task, pair agreement, labellers) of shared tasks, worst first, but adjudicated ones."""
+    with store.read() as t:
+        said = list(annotations_of(t, project_id_of(t, project)))
+    settled = {a.task_id for a in said if a.strategy == "adjudication"}
+    data = _read(a for a in said if a.task_id not in settled)
+    first, second = _columns(data.shared)
+    by_task: defaultdict[int, list[float]] = defaultdict(list)
+    for row, agreed in zip(first, _agreement(data, first, second), strict=True):
+        by_task[int(data.task[row])].append(float(agreed))
+    sizes = Counter(a.task_id for a in data.said)
+    found = [(task, sum(v) / len(v), sizes[task]) for task, v in by_task.items() if min(v) < 1.0]
+    return sorted(found, key=lambda item: (item[1], item[0]))[:most]

@@ -18,7 +18,8 @@ from alembic.config import Config as AlembicConfig
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefloop.config import UserError
 from prefloop.labelling.store.transaction import Transaction
@@ -30,20 +31,33 @@ MIGRATING = 7203115
 """Key of the PostgreSQL lock that lets one server migrate at a time."""
 
 
+class Unavailable(Exception):
+    """The database cannot serve now; `reason` is `busy` (ask again) or `full` (no room on disk)."""
+
+    def __init__(self, reason: str, told: str) -> None:
+        super().__init__(told)
+        self.reason = reason
+
+
 class Store:
     """One database; `clock` gives seconds since 1970.
 
-    A SQLite file is made where none is, unless `must_exist`. UserError for an address that leads to
-    no database.
+    A SQLite file is made where none is, unless `must_exist`; its writers wait `busy_seconds` for
+    each other. UserError for an address that leads to no database.
     """
 
     def __init__(
-        self, address: str, clock: Callable[[], float] = time.time, *, must_exist: bool = False
+        self,
+        address: str,
+        clock: Callable[[], float] = time.time,
+        *,
+        must_exist: bool = False,
+        busy_seconds: float = BUSY_SECONDS,
     ) -> None:
         if must_exist and "://" not in address and not Path(address).is_file():
             raise UserError(f"--store {address}: no such file; check the path")
         self.clock = clock
-        self.engine = _engine(address)
+        self.engine = _engine(address, busy_seconds)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._writer: AbstractContextManager[object] = (
             threading.Lock() if self.is_sqlite else nullcontext()
@@ -59,13 +73,13 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[Transaction]:
         """One consistent look at the store."""
-        with self.engine.begin() as connection:
+        with _told_if_unavailable(), self.engine.begin() as connection:
             yield Transaction(connection, self.clock())
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
         """All of what the block does, on disk when it ends, or nothing."""
-        with self._connection() as connection:
+        with _told_if_unavailable(), self._connection() as connection:
             yield Transaction(connection, self.clock())
 
     def close(self) -> None:
@@ -89,6 +103,17 @@ class Store:
             yield connection
 
 
+@contextmanager
+def _told_if_unavailable() -> Iterator[None]:
+    """The database's passing faults as Unavailable: a lock held too long, a deadlock, no room."""
+    try:
+        yield
+    except (OperationalError, PoolTimeout) as error:
+        told = first_line(getattr(error, "orig", None) or error)
+        full = "full" in told or "No space left" in told
+        raise Unavailable("full" if full else "busy", told) from error
+
+
 def migrate(connection: Connection) -> None:
     """Run the migrations that the database has not seen."""
     config = AlembicConfig()
@@ -103,7 +128,7 @@ def migrate(connection: Connection) -> None:
         ) from error
 
 
-def _engine(address: str) -> Engine:
+def _engine(address: str, busy_seconds: float) -> Engine:
     url = address if "://" in address else f"sqlite:///{address}"
     if "://" not in address and address.endswith((".jsonl", ".json", ".csv", ".parquet")):
         raise UserError(f"--store {address}: give a database (labels.db), not a file of rows")
@@ -115,7 +140,7 @@ def _engine(address: str) -> Engine:
             path = Path(parsed.database or "")
             if not path.parent.is_dir() or path.is_dir():
                 raise UserError(f"--store {address}: no folder {path.parent} to hold it; make it")
-            return _sqlite_engine(url)
+            return _sqlite_engine(url, busy_seconds)
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         return create_engine(parsed, pool_size=20, max_overflow=20)
@@ -127,8 +152,8 @@ def _engine(address: str) -> Engine:
         ) from error
 
 
-def _sqlite_engine(url: str) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, pool_size=20)
+def _sqlite_engine(url: str, busy_seconds: float) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": busy_seconds}, pool_size=20)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: sqlite3.Connection, record: object) -> None:

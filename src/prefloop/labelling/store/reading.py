@@ -20,6 +20,9 @@ from prefloop.labelling.store.schema import (
 )
 from prefloop.labelling.store.transaction import Transaction
 
+MANY = 1000
+"""Tasks that lack labellers are counted up to here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
@@ -118,6 +121,16 @@ def _texts(completion: Any) -> list[str]:
     return [completion] if isinstance(completion, str) else [m["content"] for m in completion]
 
 
+def count_of(t: Transaction, labeller_id: int) -> tuple[int, int]:
+    """(tasks that a labeller has done, real tasks that lack labellers: MANY stands for more)."""
+    mine = and_(assignments.c.labeller_id == labeller_id, assignments.c.state == "done")
+    done = select(func.count()).select_from(assignments).where(mine)
+    lacking = and_(tasks.c.kind == "real", tasks.c.taken < tasks.c.need)
+    some = select(tasks.c.id).where(lacking).limit(MANY).subquery()
+    open_ = select(func.count()).select_from(some)
+    return t.connection.execute(done).scalar_one(), t.connection.execute(open_).scalar_one()
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a project is; gold and repeats are not counted."""
@@ -176,6 +189,20 @@ def labellers_of(t: Transaction, project_id: int) -> Sequence[Mapping[str, Any]]
     )
 
 
+def throughput_of(t: Transaction, project_id: int, hours: int = 24) -> list[tuple[float, int]]:
+    """(start of the hour, annotations) of the last hours in which there were any, newest first."""
+    hour = func.floor(annotation_rows.c.created / 3600)
+    query: Select[Any] = (
+        select(hour, func.count())
+        .join(assignments, assignments.c.id == annotation_rows.c.assignment_id)
+        .join(tasks, tasks.c.id == assignments.c.task_id)
+        .where(tasks.c.project_id == project_id, annotation_rows.c.created > t.now - 3600 * hours)
+        .group_by(hour)
+        .order_by(hour.desc())
+    )
+    return [(3600 * float(row[0]), row[1]) for row in t.connection.execute(query)]
+
+
 def events_of(t: Transaction, limit: int | None = None) -> Sequence[Mapping[str, Any]]:
     """The audit log with names, newest first."""
     columns: tuple[Any, ...] = (events.c.at, events.c.action, events.c.detail, labellers.c.name)
@@ -183,7 +210,23 @@ def events_of(t: Transaction, limit: int | None = None) -> Sequence[Mapping[str,
     return t.all(query.order_by(events.c.id.desc()).limit(limit))
 
 
-def tasks_of(t: Transaction, project_id: int, task_id: int) -> Mapping[str, Any] | None:
+def flagged_of(t: Transaction, project_id: int, limit: int) -> Sequence[Mapping[str, Any]]:
+    """The newest annotations that carry flags or a comment."""
+    said = annotation_rows.c
+    columns: tuple[Any, ...] = (assignments.c.task_id, labellers.c.name, said.flags, said.comment)
+    return t.all(
+        select(*columns)
+        .join(assignments, assignments.c.id == said.assignment_id)
+        .join(tasks, tasks.c.id == assignments.c.task_id)
+        .join(labellers, labellers.c.id == assignments.c.labeller_id)
+        .where(tasks.c.project_id == project_id, said.version == assignments.c.version)
+        .where((said.flags != []) | (said.comment != ""))
+        .order_by(said.id.desc())
+        .limit(limit)
+    )
+
+
+def task_of(t: Transaction, project_id: int, task_id: int) -> Mapping[str, Any] | None:
     """One task of a project."""
     found = t.all(select(tasks).where(tasks.c.project_id == project_id, tasks.c.id == task_id))
     return found[0] if found else None

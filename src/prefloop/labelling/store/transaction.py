@@ -199,6 +199,7 @@ class Transaction:
         found = self.all(
             select(assignments.c.id, assignments.c.task_id)
             .where(assignments.c.state == text("'open'"), or_(late, strange))
+            .order_by(assignments.c.task_id)  # all lock in one order
             .limit(50)
             .with_for_update(skip_locked=True)
         )
@@ -309,6 +310,11 @@ class Transaction:
         """A labeller's assignment with its task, locked."""
         mine = and_(assignments.c.id == assignment_id, assignments.c.labeller_id == labeller_id)
         return self._one(_held().where(mine).with_for_update(of=assignments))
+
+    def shown_order(self, assignment_id: int) -> list[int]:
+        """Positions as an assignment shows them; none for an unknown one."""
+        found = self._one(select(assignments.c.shown).where(assignments.c.id == assignment_id))
+        return list(found["shown"]) if found else []
 
     def current(self, labeller_id: int) -> Row | None:
         """The open assignment of a labeller."""

@@ -1,0 +1,194 @@
+"""The admin's pages: progress, labellers, flags, quality, disagreements, adjudication, export."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+from urllib.parse import parse_qs, urlencode
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import RedirectResponse, Response
+
+from prefloop.config import UserError
+from prefloop.config_labelling import Consensus, Form
+from prefloop.labelling import report
+from prefloop.labelling.assign import Refused
+from prefloop.labelling.export import audit, decisions, form_rows, project_id_of
+from prefloop.labelling.outside import tiers_of_ranks
+from prefloop.labelling.quality import disagreements, measure
+from prefloop.labelling.store import Transaction
+from prefloop.labelling.store import reading as r
+from prefloop.labelling.web.security import COOKIE, csrf_matches
+from prefloop.records import RowCounts
+
+if TYPE_CHECKING:
+    from prefloop.labelling.web.app import Site
+
+SHOWN_FLAGS = 100
+"""Flagged annotations on the page; the audit export has them all."""
+
+
+def add_admin(app: FastAPI, site: "Site") -> None:
+    """The routes below /admin, for admins only."""
+
+    def admin(request: Request) -> dict[str, Any]:
+        found = site.labeller(request)
+        if found["role"] != "admin":
+            raise Refused("forbidden")
+        return found
+
+    async def form(request: Request) -> dict[str, str]:
+        """A form's fields; Refused without the session's token."""
+        fields = {k: v[0] for k, v in parse_qs((await request.body()).decode()).items()}
+        if not csrf_matches(request.cookies.get(COOKIE, ""), fields.get("csrf", "")):
+            raise Refused("csrf")
+        return fields
+
+    _add_views(app, site, admin)
+    _add_export(app, site, admin)
+    _add_changes(app, site, admin, form)
+
+
+def _project(t: Transaction, name: str | None) -> Mapping[str, Any] | None:
+    """The project of that name, else the newest one."""
+    listed = t.projects()
+    return next((p for p in listed if p["name"] == name), listed[-1] if listed else None)
+
+
+def _add_views(app: FastAPI, site: "Site", admin: Any) -> None:
+    Admin = Annotated[dict[str, Any], Depends(admin)]
+
+    @app.get("/admin")
+    def overview(request: Request, who: Admin, project: str | None = None) -> Response:
+        with site.store.read() as t:
+            chosen = _project(t, project)
+            if chosen is None:
+                return site.page(request, "message.html", 404, key="finished")
+            flagged = r.flagged_of(t, chosen["id"], SHOWN_FLAGS)
+            context: dict[str, Any] = {
+                "projects": [p["name"] for p in t.projects()],
+                "project": chosen,
+                "progress": r.progress_of(t, chosen["id"]),
+                "hours": [(_hour(at), n) for at, n in r.throughput_of(t, chosen["id"])],
+                "labellers": r.labellers_of(t, chosen["id"]),
+                "flagged": flagged,
+                "events": [{**e, "at": _hour(e["at"])} for e in r.events_of(t, 20)],
+            }
+        context |= {"forms": get_args(Form), "consensus": get_args(Consensus)}
+        return site.page(request, "admin.html", **context)
+
+    @app.get("/admin/quality")
+    def quality(request: Request, who: Admin, project: str) -> Response:
+        measured = _or_404(measure, site.store, project)
+        if measured is None:
+            return site.page(request, "message.html", 404, key="finished")
+        worst = disagreements(site.store, project)
+        context: dict[str, Any] = report.context(measured)
+        return site.page(request, "admin_quality.html", worst=worst, project=project, **context)
+
+    @app.get("/admin/task")
+    def task(request: Request, who: Admin, project: str, id: int) -> Response:
+        with site.store.read() as t:
+            found = r.task_of(t, project_id_of(t, project), id)
+            if found is None:
+                return site.page(request, "message.html", 404, key="finished")
+            prompt, completions = r.texts_of(t, found["prompt_id"], found["response_ids"])
+            said = list(r.annotations_of(t, found["project_id"], id))
+        context: dict[str, Any] = {
+            "project": project,
+            "task": found,
+            "prompt": site.renderer.turns(prompt),
+            "answers": [site.renderer.turns(c)[-1]["html"] for c in completions],
+            "said": [(a, _places(a.tiers)) for a in said],
+        }
+        return site.page(request, "admin_task.html", **context)
+
+
+def _add_export(app: FastAPI, site: "Site", admin: Any) -> None:
+    Admin = Annotated[dict[str, Any], Depends(admin)]
+
+    @app.get("/admin/export")
+    def export(
+        who: Admin, project: str, form: Form = "rankings", consensus: Consensus = "labeller"
+    ) -> Response:
+        counts = RowCounts()
+        try:
+            if form == "audit":
+                rows = audit(site.store, project)
+            else:
+                decided = decisions(site.store, project, consensus, (), counts)
+                rows = [row for d in decided for row in form_rows(form, d, counts)]
+        except UserError as error:
+            return Response(str(error), 404, media_type="text/plain")
+        with site.store.write() as t:
+            told = {"project": project, "form": form, "consensus": consensus, "rows": len(rows)}
+            t.log("export", who["id"], **told, left_out=counts.dropped)
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        name = {"Content-Disposition": f'attachment; filename="{form}.jsonl"'}
+        return Response(content, media_type="application/jsonl", headers=name)
+
+
+def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
+    Admin = Annotated[dict[str, Any], Depends(admin)]
+    Fields = Annotated[dict[str, str], Depends(form)]
+
+    @app.post("/admin/adjudicate")
+    def adjudicate(who: Admin, fields: Fields) -> Response:
+        """The admin's own order of a task, which goes before the labellers' at export."""
+        try:
+            task_id, project = int(fields["task"]), fields["project"]
+            with site.store.read() as t:
+                found = r.task_of(t, project_id_of(t, project), task_id)
+            assert found is not None
+            places = [int(fields[f"place-{n}"]) for n in range(len(found["response_ids"]))]
+        except (KeyError, ValueError, AssertionError):
+            raise Refused("malformed") from None
+        name = f"{who['name']} (adjudication)"
+        with site.store.write() as t:
+            known = t.labeller_named(name)
+            by = known["id"] if known else t.put_labeller(name, "labeller", secrets.token_hex(32))
+            t.set_active(by, False)  # it has no link
+            t.put_finished(task_id, by, "adjudication", tiers_of_ranks(places))
+            t.log("adjudicate", who["id"], task=task_id, places=places)
+        return RedirectResponse(f"/admin/quality?{urlencode({'project': project})}", 303)
+
+    @app.post("/admin/labellers")
+    def add_labeller(request: Request, who: Admin, fields: Fields) -> Response:
+        """A new labeller, or a new link of a known one; the link is shown this once."""
+        name, role = fields.get("name", "").strip(), fields.get("role", "labeller")
+        if not name.isprintable() or not 0 < len(name) <= 100 or role not in ("labeller", "admin"):
+            raise Refused("malformed")
+        token = secrets.token_urlsafe(32)
+        with site.store.write() as t:
+            labeller_id = t.put_labeller(name, role, token)
+            t.log("add user", who["id"], name=name, role=role, labeller=labeller_id)
+        link = f"{request.headers['origin']}/enter?token={token}"
+        return site.page(request, "admin_link.html", name=name, link=link)
+
+    @app.post("/admin/access")
+    def access(who: Admin, fields: Fields) -> Response:
+        """Let a labeller in or shut the door; nobody shuts it on themselves."""
+        labeller_id, active = int(fields.get("labeller", "0")), fields.get("active") == "yes"
+        if labeller_id == who["id"]:
+            raise Refused("malformed")
+        with site.store.write() as t:
+            t.set_active(labeller_id, active)
+            t.log("access", who["id"], labeller=labeller_id, active=active)
+        return RedirectResponse("/admin", 303)
+
+
+def _or_404(function: Any, *words: Any) -> Any:
+    try:
+        return function(*words)
+    except UserError:
+        return None
+
+
+def _places(tiers: Any) -> dict[int, int]:
+    """The place of each answer, 1 for the best; nothing where the task was skipped."""
+    return {i: place for place, tier in enumerate(tiers or (), 1) for i in tier}
+
+
+def _hour(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,293 @@
+"""The labelling server: an app factory, the labellers' page and its API. The admin's is admin.py.
+
+FastAPI reads annotations at run time, in functions too, so this module does not postpone them.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefloop.labelling.assign import (
+    Assignment,
+    Judgement,
+    Refused,
+    next_assignment,
+    reopen,
+    save_draft,
+    submit,
+)
+from prefloop.labelling.store import Store, Unavailable
+from prefloop.labelling.store.reading import count_of, texts_of
+from prefloop.labelling.web.render import Renderer
+from prefloop.labelling.web.security import (
+    COOKIE,
+    Guard,
+    RateLimit,
+    csrf_matches,
+    csrf_token,
+)
+from prefloop.labelling.web.words import LANGUAGES, pick_language, read_words
+
+STATUS = {"no-session": 401, "csrf": 403, "not-yours": 403, "forbidden": 403, "too-many": 429}
+Position = Annotated[int, Field(ge=0, le=8)]
+
+
+class Body(BaseModel):
+    """What the page sends; unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Flag(Body):
+    """A flag on an answer (by the place shown) or on the whole task."""
+
+    answer: Position | None
+    flag: str = Field(max_length=20)
+
+
+class Submission(Body):
+    """A judgement; tiers and ratings speak of answers by the place shown."""
+
+    assignment: int
+    base_version: int = Field(ge=0)
+    request_id: str = Field(pattern=r"^[\w-]{8,64}$")
+    tiers: list[list[Position]] | None = Field(max_length=9)
+    ratings: list[Annotated[int, Field(ge=1, le=7)]] | None = Field(default=None, max_length=9)
+    strength: int | None = Field(default=None, ge=1, le=3)
+    confidence: int | None = Field(default=None, ge=1, le=3)
+    all_bad: bool = False
+    flags: list[Flag] = Field(default=[], max_length=60)
+    comment: str = Field(default="", max_length=4000)
+    seconds: float = Field(default=0.0, ge=0, le=1e6)
+
+
+class Draft(Body):
+    """What the page wants to find again after a reload."""
+
+    assignment: int
+    draft: dict[str, Any]
+
+
+class Site:
+    """What every page needs: the store, templates, and who asks."""
+
+    def __init__(self, store: Store, session_hours: float, *, secure: bool) -> None:
+        self.store = store
+        self.session_seconds = 3600 * session_hours
+        self.secure = secure
+        self.renderer = Renderer()
+        self.words = read_words()
+        self.requests = RateLimit(rate=20, burst=100)
+        self.entries = RateLimit(rate=0.2, burst=20)
+        self._templates = Environment(
+            loader=PackageLoader("prefloop.labelling.web"),
+            undefined=StrictUndefined,
+            autoescape=True,
+        )
+
+    def page(self, request: Request, shown: str, status: int = 200, **context: Any) -> HTMLResponse:
+        """A template in the asker's language."""
+        language = self.language(request)
+        session = request.cookies.get(COOKIE, "")
+        told = {"words": self.words[language], "language": language, "csrf": csrf_token(session)}
+        template = self._templates.get_template(shown)
+        return HTMLResponse(template.render(**told, **context), status)
+
+    def language(self, request: Request) -> str:
+        """The asker's language."""
+        accepted = request.headers.get("accept-language", "")
+        return pick_language(request.cookies.get("prefloop_language"), accepted)
+
+    def labeller(self, request: Request) -> dict[str, Any]:
+        """Who asks; Refused without a session, or where a change comes without its token."""
+        session = request.cookies.get(COOKIE, "")
+        with self.store.read() as t:
+            found = t.session(session) if session else None
+        if found is None:
+            raise Refused("no-session")
+        if not self.requests.allows(f"labeller {found['id']}"):
+            raise Refused("too-many")
+        given = request.headers.get("x-csrf-token", "")
+        if request.url.path.startswith("/api/") and not csrf_matches(session, given):
+            raise Refused("csrf")
+        return dict(found)
+
+
+def create_app(
+    store: Store,
+    *,
+    hosts: Sequence[str] = ("127.0.0.1", "localhost", "::1"),
+    origins: Sequence[str] = (),
+    session_hours: float = 24.0,
+) -> FastAPI:
+    """The server on a store; it answers to the names `hosts` and trusts the pages of `origins`."""
+    from prefloop.labelling.web.admin import add_admin
+
+    secure = any(origin.startswith("https://") for origin in origins)
+    site = Site(store, session_hours, secure=secure)
+    app = FastAPI(openapi_url=None)
+    _add_pages(app, site)
+    _add_api(app, site)
+    add_admin(app, site)
+    static = Path(__file__).with_name("static")
+    app.mount("/static", StaticFiles(directory=static), name="static")
+    app.add_exception_handler(Refused, _refused(site))
+    app.add_exception_handler(Unavailable, _unavailable)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_middleware(Guard, hosts=hosts, origins=origins)
+    return app
+
+
+def _refused(site: Site) -> Callable[[Request, Exception], Response]:
+    def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        status = STATUS.get(error.reason, 409)
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"reason": error.reason}, status)
+        told = {"no-session": "enter", "forbidden": "forbidden", "too-many": "reason-too-many"}
+        key = told.get(error.reason, f"reason-{error.reason}")
+        return site.page(request, "message.html", status, key=key)
+
+    return answer
+
+
+def _unavailable(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Unavailable)
+    status = 507 if error.reason == "full" else 503
+    return JSONResponse({"reason": error.reason}, status, headers={"Retry-After": "1"})
+
+
+def _malformed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"reason": "malformed"}, 422)
+
+
+def _add_pages(app: FastAPI, site: Site) -> None:
+    @app.get("/enter")
+    def enter(request: Request, token: str = "") -> Response:
+        """A personal link: its token is exchanged for a session's cookie."""
+        client = request.client.host if request.client else ""
+        if not site.entries.allows(client):
+            return site.page(request, "message.html", 429, key="reason-too-many")
+        session = secrets.token_urlsafe(32)
+        with site.store.write() as t:
+            owner = t.open_session(token, session, site.session_seconds)
+            t.log(
+                "enter" if owner else "wrong token", owner["id"] if owner else None, client=client
+            )
+        if owner is None:
+            return site.page(request, "message.html", 403, key="wrong-token")
+        answer = RedirectResponse("/", 303)
+        flags: dict[str, Any] = {"httponly": True, "samesite": "lax", "secure": site.secure}
+        answer.set_cookie(COOKIE, session, max_age=int(site.session_seconds), **flags)
+        return answer
+
+    @app.get("/")
+    def label(request: Request) -> Response:
+        labeller = site.labeller(request)
+        return site.page(request, "label.html", labeller=labeller)
+
+    @app.get("/language/{name}")
+    def language(name: str) -> Response:
+        answer = RedirectResponse("/", 303)
+        if name in LANGUAGES:
+            answer.set_cookie("prefloop_language", name, max_age=31_536_000, samesite="lax")
+        return answer
+
+
+def _add_api(app: FastAPI, site: Site) -> None:
+    """Everything here needs a session and its CSRF token (`Site.labeller`)."""
+    Labeller = Annotated[dict[str, Any], Depends(site.labeller)]
+
+    @app.post("/api/next")
+    def next_task(labeller: Labeller) -> dict[str, Any]:
+        found = next_assignment(site.store, labeller["id"])
+        return _told(site, labeller["id"], found)
+
+    @app.put("/api/draft")
+    def draft(body: Draft, labeller: Labeller) -> dict[str, Any]:
+        save_draft(site.store, labeller["id"], body.assignment, body.draft)
+        return {}
+
+    @app.post("/api/submit")
+    def submit_task(body: Submission, labeller: Labeller) -> dict[str, Any]:
+        version = submit(site.store, labeller["id"], body.assignment, _judgement(site, body))
+        return {"version": version}
+
+    @app.post("/api/undo")
+    def undo(labeller: Labeller) -> dict[str, Any]:
+        return _told(site, labeller["id"], reopen(site.store, labeller["id"]))
+
+    @app.post("/api/leave")
+    def leave(request: Request, labeller: Labeller) -> Response:
+        with site.store.write() as t:
+            t.close_session(request.cookies[COOKIE])
+        answer = JSONResponse({})
+        answer.delete_cookie(COOKIE)
+        return answer
+
+
+def _told(site: Site, labeller_id: int, found: Assignment | None) -> dict[str, Any]:
+    """What the page shows; it never learns which model wrote an answer."""
+    with site.store.read() as t:
+        done, open_ = count_of(t, labeller_id)
+        told: dict[str, Any] = {"progress": {"done": done, "open": open_}, "task": None}
+        if found is None:
+            return told
+        prompt, completions = texts_of(t, found.prompt_id, found.response_ids)
+    render = site.renderer
+    place = {position: place for place, position in enumerate(found.shown)}
+    said = found.said and {
+        "tiers": found.said["tiers"] and [[place[i] for i in t] for t in found.said["tiers"]],
+        "ratings": found.said["ratings"] and [found.said["ratings"][i] for i in found.shown],
+        **{name: found.said[name] for name in ("strength", "confidence", "all_bad", "comment")},
+        "flags": [
+            {**flag, "answer": None if flag["answer"] is None else place[flag["answer"]]}
+            for flag in found.said["flags"]
+        ],
+    }
+    told["task"] = {
+        "assignment": found.id,
+        "version": found.version,
+        "mode": found.mode,
+        "guidelines": render.text(found.guidelines) if found.guidelines else "",
+        "prompt": render.turns(prompt),
+        "answers": [render.turns(completions[i])[-1]["html"] for i in found.shown],
+        "draft": found.draft,
+        "said": said,
+    }
+    return told
+
+
+def _judgement(site: Site, body: Submission) -> Judgement:
+    """The page's places shown as positions in the task."""
+    with site.store.read() as t:
+        shown = t.shown_order(body.assignment)
+    try:
+        tiers = body.tiers and [[shown[place] for place in tier] for tier in body.tiers]
+        flags = [
+            {"flag": f.flag, "answer": None if f.answer is None else shown[f.answer]}
+            for f in body.flags
+        ]
+        ratings = body.ratings and [body.ratings[shown.index(i)] for i in range(len(shown))]
+    except (IndexError, ValueError):
+        raise Refused("malformed") from None
+    return Judgement(
+        tiers=tiers,
+        ratings=ratings,
+        strength=body.strength,
+        confidence=body.confidence,
+        all_bad=body.all_bad,
+        flags=flags,
+        comment=body.comment,
+        seconds=body.seconds,
+        request_id=body.request_id,
+        base_version=body.base_version,
+    )

@@ -1,0 +1,455 @@
+"""The server through a client: sessions, refusals, what is stored; the browser is tests/browser."""
+
+import json
+import re
+import sqlite3
+
+import pytest
+from starlette.testclient import TestClient
+
+from prefloop.config import UserError
+from prefloop.config_labelling import LabelAddUserConfig, LabelServeConfig
+from prefloop.labelling import users
+from prefloop.labelling.store import Store
+from prefloop.labelling.web.app import create_app
+from prefloop.labelling.web.security import MOST_BYTES, RateLimit
+from prefloop.labelling.web.server import names_and_origins
+from prefloop.labelling.web.words import LANGUAGES, read_words
+from tests.labelling.small import Clock, add, open_store, put, rows
+
+ORIGIN = "http://testserver"
+
+
+class Page:
+    """One labeller's browser."""
+
+    def __init__(self, app, name, **settings):
+        self.client = TestClient(app, **settings)
+        self.answer = self.client.get(f"/enter?token=token-{name}")
+        found = re.search(r'name="csrf" content="(\w+)"', self.answer.text)
+        self.headers = {"X-CSRF-Token": found[1], "Origin": ORIGIN}
+        self.csrf = found[1]
+
+    def post(self, path, body=None, **headers):
+        sent = {**self.headers, **headers}
+        return self.client.post(path, json=body or {}, headers=sent)
+
+    def task(self):
+        return self.post("/api/next").json()["task"]
+
+    def submit(self, task, tiers, **changes):
+        body = {
+            "assignment": task["assignment"],
+            "base_version": task["version"],
+            "request_id": f"request-{task['assignment']}-{task['version']}",
+            "tiers": tiers,
+        }
+        return self.post("/api/submit", {**body, **changes})
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(store, app) with six tasks of three answers, and ann, bob, and boss the admin."""
+    data = [row | {"model": "runs/secret-policy"} for row in rows(6)]
+    put(tmp_path, data)
+    store = open_store(tmp_path)
+    add(store, "ann", "bob")
+    add(store, "boss", role="admin")
+    yield store, create_app(store, hosts=["testserver"])
+    store.close()
+
+
+def reason(answer):
+    return answer.status_code, answer.json()["reason"]
+
+
+# --- who may -------------------------------------------------------------------------------------
+
+
+def test_a_personal_link_opens_a_session(made):
+    _, app = made
+    client = TestClient(app, follow_redirects=False)
+    assert client.get("/").status_code == 401
+    answer = client.get("/enter?token=token-ann")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=lax" in cookie
+    assert "Secure" not in cookie
+    assert client.get("/").status_code == 200
+
+
+def test_behind_https_the_cookie_is_secure(made):
+    store, _ = made
+    app = create_app(store, hosts=["x.org"], origins=["https://x.org"])
+    client = TestClient(app, base_url="https://x.org", follow_redirects=False)
+    assert "Secure" in client.get("/enter?token=token-ann").headers["set-cookie"]
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "token-ann "])
+def test_a_wrong_token_is_told_and_logged(made, token):
+    store, app = made
+    answer = TestClient(app).get("/enter", params={"token": token})
+    assert answer.status_code == 403
+    assert "not valid" in answer.text
+    with store.read() as t:
+        assert t.connection.exec_driver_sql("SELECT action FROM events").all()[-1] == (
+            "wrong token",
+        )
+
+
+def test_guessing_tokens_is_slowed_down(made):
+    _, app = made
+    client = TestClient(app)
+    codes = [client.get(f"/enter?token={n}").status_code for n in range(25)]
+    assert codes[:20] == [403] * 20
+    assert codes[-1] == 429
+
+
+def test_an_expired_session_is_told(tmp_path):
+    clock = Clock()
+    put(tmp_path, rows(1))
+    store = open_store(tmp_path, clock)
+    add(store, "ann")
+    page = Page(create_app(store, hosts=["testserver"], session_hours=1.0), "ann")
+    task = page.task()
+    clock.now += 3601
+    assert reason(page.submit(task, [[0], [1], [2]])) == (401, "no-session")
+    assert page.client.get("/").status_code == 401
+
+
+def test_changes_need_the_sessions_token_and_our_origin(made):
+    _, app = made
+    page = Page(app, "ann")
+    assert reason(page.post("/api/next", **{"X-CSRF-Token": "0" * 64})) == (403, "csrf")
+    assert reason(page.post("/api/next", **{"X-CSRF-Token": b"\xe9"})) == (403, "csrf")
+    assert reason(page.post("/api/next", **{"X-CSRF-Token": Page(app, "bob").csrf})) == (
+        403,
+        "csrf",
+    )
+    for origin in ("http://evil.invalid", "null", "http://testserver.evil.invalid", ""):
+        assert reason(page.post("/api/next", Origin=origin)) == (403, "foreign-origin")
+    form = {"csrf": page.csrf}
+    assert page.client.post("/admin/labellers", data=form).status_code == 403
+
+
+def test_other_host_names_are_refused(made):
+    _, app = made
+    client = TestClient(app, base_url="http://evil.invalid")
+    assert reason(client.get("/")) == (400, "wrong-host")
+
+
+def test_large_and_lengthless_requests_are_refused(made):
+    _, app = made
+    page = Page(app, "ann")
+    assert reason(page.post("/api/draft", {"x": "y" * MOST_BYTES})) == (413, "too-large")
+    answer = page.client.post("/api/next", content=iter([b"{}"]), headers=page.headers)
+    assert reason(answer) == (411, "no-length")
+
+
+def test_too_many_requests_are_refused(made):
+    _, app = made
+    page = Page(app, "ann")
+    codes = {page.post("/api/undo").status_code for _ in range(130)}
+    assert codes == {200, 429}
+    assert Page(app, "bob").post("/api/undo").status_code == 200
+
+
+def test_the_rate_limit_by_hand():
+    now = [0.0]
+    limit = RateLimit(rate=2, burst=3, clock=lambda: now[0])
+    assert [limit.allows("a") for _ in range(4)] == [True, True, True, False]
+    assert limit.allows("b")
+    now[0] = 0.5
+    assert [limit.allows("a") for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("path", ["/", "/absent", "/static/label.js", "/enter?token=x", "/admin"])
+def test_every_answer_has_the_headers(made, path):
+    _, app = made
+    headers = TestClient(app).get(path).headers
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_the_pages_have_no_inline_code(made):
+    _, app = made
+    page = Page(app, "boss")
+    task = page.task()
+    page.submit(task, [[0], [1], [2]])
+    for path in ("/", "/admin", "/admin/quality?project=main", "/admin/task?project=main&id=1"):
+        text = page.client.get(path).text
+        assert page.client.get(path).status_code == 200
+        assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", text), (
+            path
+        )
+
+
+# --- labelling -----------------------------------------------------------------------------------
+
+
+def test_the_page_is_blind_to_the_model(made):
+    _, app = made
+    told = Page(app, "ann").post("/api/next").text
+    assert "secret-policy" not in told
+    assert set(json.loads(told)["task"]) == {
+        *("assignment", "version", "mode", "guidelines", "prompt", "answers", "draft", "said")
+    }
+
+
+def test_places_shown_are_stored_as_the_tasks_positions(made):
+    store, app = made
+    page = Page(app, "ann")
+    task = page.task()
+    flags = [{"answer": 0, "flag": "false"}, {"answer": None, "flag": "other"}]
+    assert page.submit(task, [[2], [0, 1]], flags=flags, comment="x").json() == {"version": 1}
+    with store.read() as t:
+        (row,) = t.connection.exec_driver_sql(
+            "SELECT shown, tiers, flags FROM annotations n JOIN assignments a "
+            "ON a.id = n.assignment_id"
+        ).all()
+    shown, tiers, stored = map(json.loads, row)
+    assert tiers == [[shown[2]], [shown[0], shown[1]]]
+    assert stored[0] == {"flag": "false", "answer": shown[0]}
+    again = page.post("/api/undo").json()["task"]
+    assert again["said"]["tiers"] == [[2], [0, 1]]
+    assert again["said"]["flags"] == flags
+    assert (again["assignment"], again["version"]) == (task["assignment"], 1)
+
+
+def test_a_reload_gives_the_same_task_and_the_draft(made):
+    _, app = made
+    page = Page(app, "ann")
+    task = page.task()
+    draft = {"assignment": task["assignment"], "draft": {"values": [1, None, 2]}}
+    assert page.client.put("/api/draft", json=draft, headers=page.headers).status_code == 200
+    again = page.task()
+    assert again == task | {"draft": {"values": [1, None, 2]}}
+
+
+def test_two_tabs(made):
+    _, app = made
+    page = Page(app, "ann")
+    task = page.task()
+    first = page.submit(task, [[0], [1], [2]])
+    assert page.submit(task, [[0], [1], [2]]).json() == first.json()  # the same request again
+    other_tab = page.submit(task, [[2], [1], [0]], request_id="another-tab")
+    assert reason(other_tab) == (409, "already-submitted")
+
+
+def test_another_labellers_task(made):
+    _, app = made
+    task = Page(app, "ann").task()
+    assert reason(Page(app, "bob").submit(task, [[0], [1], [2]])) == (403, "not-yours")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tiers": [[0], [1]]},
+        {"tiers": [[0], [1], [3]]},
+        {"tiers": [[0], [1], [-1]]},
+        {"tiers": "012"},
+        {"request_id": "x"},
+        {"request_id": "<script>aaaa"},
+        {"confidence": 4},
+        {"seconds": -1},
+        {"unknown": 1},
+        {"flags": [{"answer": 7, "flag": "false"}]},
+        {"flags": [{"answer": 0, "flag": "rude"}]},
+        {"comment": "x" * 4001},
+    ],
+)
+def test_malformed_submissions_are_refused(made, changes):
+    store, app = made
+    page = Page(app, "ann")
+    task = page.task()
+    answer = page.submit(task, **{"tiers": [[0], [1], [2]], **changes})
+    assert answer.status_code in (409, 422)
+    assert answer.json()["reason"] == "malformed"
+    with store.read() as t:
+        assert t.connection.exec_driver_sql("SELECT count(*) FROM annotations").scalar() == 0
+
+
+def test_the_end_and_what_comes_after(made, tmp_path):
+    _, app = made
+    page = Page(app, "ann")
+    while task := page.task():
+        page.submit(task, [[0], [1], [2]])
+    assert page.post("/api/next").json()["progress"] == {"done": 6, "open": 0}
+    put(tmp_path, rows(7))  # the file's new row becomes a task while the server runs
+    assert page.task() is not None
+
+
+def test_leaving_ends_the_session(made):
+    _, app = made
+    page = Page(app, "ann")
+    assert page.post("/api/leave").status_code == 200
+    assert page.post("/api/next").status_code in (401, 403)
+    assert page.client.get("/").status_code == 401
+
+
+def test_a_locked_database_is_told_and_loses_nothing(made, tmp_path):
+    _, app = made
+    page = Page(app, "ann")
+    task = page.task()
+    other = sqlite3.connect(tmp_path / "labels.db", isolation_level=None)
+    short = Store(str(tmp_path / "labels.db"), busy_seconds=0.1)
+    impatient = Page(create_app(short, hosts=["testserver"]), "ann")
+    other.execute("BEGIN IMMEDIATE")
+    answer = impatient.submit(task, [[0], [1], [2]])
+    assert reason(answer) == (503, "busy")
+    assert answer.headers["retry-after"] == "1"
+    other.execute("COMMIT")
+    assert impatient.submit(task, [[0], [1], [2]]).json() == {"version": 1}
+    short.close()
+
+
+# --- languages -----------------------------------------------------------------------------------
+
+
+def test_both_languages_say_everything():
+    words = read_words()
+    assert set(words) == set(LANGUAGES)
+    assert words["en"].keys() == words["ko"].keys()
+    for key in words["en"]:
+        holes = [re.findall(r"\{\w+\}", words[name][key]) for name in LANGUAGES]
+        assert sorted(holes[0]) == sorted(holes[1]), key
+
+
+def test_the_pages_words_exist():
+    """Every word that the script and the templates name."""
+    from importlib.resources import files
+
+    folder = files("prefloop.labelling.web")
+    texts = [p.read_text("utf-8") for p in (folder / "templates").iterdir()]
+    texts.append((folder / "static" / "label.js").read_text("utf-8"))
+    named = set(re.findall(r'words(?:\.|\[")([\w-]+)', "\n".join(texts)))
+    assert len(named) > 30
+    assert named <= set(read_words()["en"])
+
+
+def test_the_language_follows_the_browser_and_can_be_chosen(made):
+    _, app = made
+    page = Page(app, "ann")
+    korean = page.client.get("/", headers={"Accept-Language": "ko-KR,ko;q=0.9"})
+    assert 'lang="ko"' in korean.text
+    assert "순위 매기기" in korean.text
+    assert 'lang="en"' in page.client.get("/").text
+    assert 'html lang="ko"' in page.client.get("/language/ko").text
+    assert 'html lang="ko"' in page.client.get("/").text
+
+
+# --- admins --------------------------------------------------------------------------------------
+
+
+def test_admin_pages_are_for_admins(made):
+    _, app = made
+    page = Page(app, "ann")
+    for path in ("/admin", "/admin/quality?project=main", "/admin/export?project=main"):
+        assert page.client.get(path).status_code == 403
+    form = {"csrf": page.csrf, "name": "eve", "role": "admin"}
+    answer = page.client.post("/admin/labellers", data=form, headers={"Origin": ORIGIN})
+    assert answer.status_code == 403
+
+
+def form(page, path, **fields):
+    data = {"csrf": page.csrf, **fields}
+    return page.client.post(path, data=data, headers={"Origin": ORIGIN})
+
+
+def test_an_admin_adds_labellers_and_shuts_them_out(made):
+    store, app = made
+    boss = Page(app, "boss")
+    answer = form(boss, "/admin/labellers", name="cat <b>", role="labeller")
+    link = re.search(r'id="link">([^<]+)<', answer.text)[1]
+    assert link.startswith(f"{ORIGIN}/enter?token=")
+    assert "cat &lt;b&gt;" in answer.text
+    cat = TestClient(app)
+    assert cat.get(link.removeprefix(ORIGIN)).status_code == 200
+    with store.read() as t:
+        cat_id = t.labeller_named("cat <b>")["id"]
+        boss_id = t.labeller_named("boss")["id"]
+    assert form(boss, "/admin/access", labeller=cat_id, active="no").status_code == 200
+    assert cat.get("/").status_code == 401
+    assert form(boss, "/admin/access", labeller=boss_id, active="no").status_code == 409
+    assert boss.client.post("/admin/access", headers={"Origin": ORIGIN}).status_code == 403
+
+
+def test_export_and_its_log(made):
+    store, app = made
+    boss = Page(app, "boss")
+    assert boss.client.get("/admin/export?project=main").status_code == 404  # nothing yet
+    boss.submit(boss.task(), [[0], [1], [2]])
+    answer = boss.client.get("/admin/export?project=main&form=dpo")
+    assert "attachment" in answer.headers["content-disposition"]
+    assert len(answer.text.splitlines()) == 3
+    assert boss.client.get("/admin/export?project=main&form=audit").status_code == 200
+    assert boss.client.get("/admin/export?project=main&form=zip").status_code == 422
+    with store.read() as t:
+        found = t.connection.exec_driver_sql(
+            "SELECT name, action FROM events e JOIN labellers l ON l.id = e.labeller_id"
+        ).all()
+    assert found.count(("boss", "export")) == 2
+
+
+def test_disagreements_and_adjudication(tmp_path):
+    data = [
+        rows(1)[0] | {"tiers": tiers, "labeller": name}
+        for name, tiers in (("x", [[0], [1], [2]]), ("y", [[2], [1], [0]]))
+    ]
+    put(tmp_path, data)
+    store = open_store(tmp_path)
+    add(store, "boss", role="admin")
+    boss = Page(create_app(store, hosts=["testserver"]), "boss")
+    quality = boss.client.get("/admin/quality?project=main").text
+    assert "/admin/task?project=main&amp;id=1" in quality
+    places = {"place-0": 2, "place-1": 1, "place-2": 2}
+    answer = form(boss, "/admin/adjudicate", task=1, project="main", **places)
+    assert "/admin/task" not in answer.text  # it is settled
+    export = boss.client.get("/admin/export?project=main").text
+    assert json.loads(export)["tiers"] == [[1], [0, 2]]
+    assert form(boss, "/admin/adjudicate", task=1, project="main").status_code == 409
+    assert form(boss, "/admin/adjudicate", task=9, project="main", **places).status_code == 409
+
+
+def test_flags_reach_the_admin(made):
+    _, app = made
+    ann = Page(app, "ann")
+    task = ann.task()
+    ann.submit(task, None, flags=[{"answer": 0, "flag": "harmful"}], comment="<i>no</i>")
+    text = Page(app, "boss").client.get("/admin").text
+    assert "harmful" in text
+    assert "&lt;i&gt;no&lt;/i&gt;" in text
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def test_add_user_prints_a_link_that_works(tmp_path):
+    store = str(tmp_path / "labels.db")
+    link = users.run(LabelAddUserConfig(store=store, name="ann", url="http://testserver/"))
+    app = create_app(Store(store), hosts=["testserver"])
+    assert TestClient(app).get(link.removeprefix("http://testserver")).status_code == 200
+    again = users.run(LabelAddUserConfig(store=store, name="ann"))
+    assert again != link
+    assert TestClient(app).get(link.removeprefix("http://testserver")).status_code == 403
+    with pytest.raises(UserError, match="printable"):
+        users.run(LabelAddUserConfig(store=store, name="a\x00"))
+
+
+def test_hosts_and_origins():
+    def told(**settings):
+        return names_and_origins(LabelServeConfig(store="x", **settings))
+
+    assert told() == (["127.0.0.1", "localhost", "::1", "127.0.0.1"], [])
+    hosts, origins = told(host="0.0.0.0", public_url="https://labels.example.org")
+    assert hosts[-1] == "labels.example.org"
+    assert origins == ["https://labels.example.org"]
+    with pytest.raises(UserError, match="give --public-url"):
+        told(host="::")
+    with pytest.raises(UserError, match="without a path"):
+        told(public_url="https://x.org/labels")
