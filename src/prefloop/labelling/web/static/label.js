@@ -136,6 +136,7 @@ const answerCard = (n) => $("answers").children[n];
 
 function build() {
   $("work").hidden = false;
+  if ($("guidelines").hidden) $("guidelines").open = innerWidth > 640; // once: then as the labeller likes
   $("guidelines").hidden = !task.guidelines;
   $("guidelines").querySelector(".text").innerHTML = task.guidelines; // sanitised, as above
   $("prompt").replaceChildren(
@@ -145,6 +146,10 @@ function build() {
     ]),
   );
   $("answers").replaceChildren(...task.answers.map(buildAnswer));
+  for (const card of $("answers").children) {
+    const text = card.querySelector(".text");
+    card.querySelector("h3 button").hidden = text.scrollHeight <= text.clientHeight;
+  }
   const pairwise = task.mode === "pairwise";
   $("order").hidden = task.mode !== "ranking";
   $("preference").hidden = $("strength").hidden = !pairwise;
@@ -165,7 +170,7 @@ function build() {
 
 function focusable(made, label) {
   made.tabIndex = 0; // it scrolls
-  made.setAttribute("role", "region");
+  made.setAttribute("role", "group");
   made.setAttribute("aria-label", label);
   return made;
 }
