@@ -75,16 +75,17 @@ def test_records_as_json(record: Record, row: dict[str, object]) -> None:
 
 
 def test_row_counts() -> None:
-    counts = RowCounts(read=10, used=7, truncated=2)
+    counts = RowCounts(read=10, used=7, truncated=2, tied_pairs=3)
     for reason in ("too long", "too long", "tied"):
         counts.drop(reason)
     assert counts.summary() == (
-        "read 10 rows, used 7 (2 truncated), dropped 2 (too long), 1 (tied)"
+        "read 10 rows, used 7 (2 truncated, 3 tied pairs), dropped 2 (too long), 1 (tied)"
     )
     assert counts.as_dict() == {
         "read": 10,
         "used": 7,
         "truncated": 2,
+        "tied_pairs": 3,
         "dropped": {"too long": 2, "tied": 1},
     }
 

@@ -188,7 +188,9 @@ class PPOConfig(TrainingConfig):
     temperature: float = 1.0
     """Sampling temperature."""
     missing_eos_penalty: float | None = None
-    """Score given to answers that did not stop by themselves."""
+    """Score given to answers that did not stop by themselves, whatever else is done to scores."""
+    normalize_scores: bool = False
+    """Scale scores by the running mean and deviation of all scores so far."""
     reward_clip: float = 0.0
     """Scores are clipped to this absolute value; 0 leaves them."""
     whiten_rewards: bool = False

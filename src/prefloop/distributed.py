@@ -16,6 +16,8 @@ T = TypeVar("T")
 def start(device: torch.device) -> None:
     """Joins the process group that torchrun announces, if it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend)  # rollouts' statistics are summed on the CPU
 

@@ -140,6 +140,7 @@ class RowCounts:
     read: int = 0
     used: int = 0
     truncated: int = 0
+    tied_pairs: int = 0  # of answers in used rankings: they carry no order
     dropped: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str) -> None:
@@ -148,17 +149,19 @@ class RowCounts:
 
     def as_dict(self) -> dict[str, object]:
         """For `run.json`."""
-        counts = {"read": self.read, "used": self.used, "truncated": self.truncated}
-        return {**counts, "dropped": dict(self.dropped)}
+        names = ("read", "used", "truncated", "tied_pairs")
+        return {**{name: getattr(self, name) for name in names}, "dropped": dict(self.dropped)}
 
     def summary(self) -> str:
         """One line for people.
 
-        >>> RowCounts(10, 8, 1, {"too long": 2}).summary()
-        'read 10 rows, used 8 (1 truncated), dropped 2 (too long)'
+        >>> RowCounts(10, 8, 1, 3, {"too long": 2}).summary()
+        'read 10 rows, used 8 (1 truncated, 3 tied pairs), dropped 2 (too long)'
         """
         line = f"read {self.read} rows, used {self.used}"
-        line += f" ({self.truncated} truncated)" if self.truncated else ""
+        told = [f"{self.truncated} truncated"] if self.truncated else []
+        told += [f"{self.tied_pairs} tied pairs"] if self.tied_pairs else []
+        line += f" ({', '.join(told)})" if told else ""
         parts = [f"{count} ({reason})" for reason, count in self.dropped.items()]
         return line + (f", dropped {', '.join(parts)}" if parts else "")
 

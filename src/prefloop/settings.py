@@ -40,6 +40,7 @@ INTERVALS = {  # name: (lowest, highest, is the lowest allowed, is the highest a
 }
 ONLY_WITH = {  # a setting that only some values of another one read: it must not be set in vain
     "label_smoothing": ("loss", ("sigmoid", "robust")),
+    "sft_coefficient": ("loss", ("sigmoid", "robust", "ipo", "hinge", "simpo", "plackett-luce")),
     "ipo_average": ("loss", ("ipo",)),
     "simpo_gamma": ("loss", ("simpo",)),
     "orpo_lambda": ("loss", ("orpo",)),

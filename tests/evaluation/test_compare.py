@@ -100,7 +100,8 @@ def test_best_of_n_takes_the_reward_models_favourite(config: CompareConfig) -> N
     for row in rows:
         if row["way"] == "SFT":  # its first answer is the baseline's, the other four the pool
             pool = row["completions"][1:]
-            scores = reward([row["prompt"]] * 4, pool)
+            ended = [not cut for cut in row["truncated"][1:]]
+            scores = reward([row["prompt"]] * 4, pool, ended)
             assert one[row["prompt"]]["completions"] == [pool[scores.index(max(scores))]]
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from prefloop.config import UserError
 from prefloop.evaluation.judges import function_judge, load_judge
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
+from prefloop.records import Message
 from tests.tiny import tiny_model, tiny_tokenizer
 
 HERE = "tests.evaluation.test_judges"
@@ -50,6 +52,15 @@ def test_a_faulty_function_is_named(source: str, message: str) -> None:
 def test_what_cannot_be_imported_is_named(source: str) -> None:
     with pytest.raises(UserError, match="cannot import"):
         load_judge(source)
+
+
+def roles(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    return [float(len(prompt)) for prompt in prompts if prompt[0]["role"] == "user"]
+
+
+def test_chats_are_lists_of_dicts_to_a_function() -> None:
+    chat = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
+    assert function_judge(f"{HERE}:roles")([chat], ["Bye"]) == [3.0]
 
 
 def policy_folder(path: Path) -> str:

@@ -9,7 +9,7 @@ from prefloop.config import SFTConfig
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.losses.sft import sft_loss
-from prefloop.models import heads
+from prefloop.models import heads, precision
 from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.training import optim
 from tests.training.cases import CASES, run_case
@@ -81,7 +81,7 @@ def test_weight_decay_falls_on_matrices_only():
 
 
 def gradients(model, batch, dtype="float32"):
-    with optim.autocast(CPU, dtype):
+    with precision.autocast(CPU, dtype):
         loss = sft_loss(answer_log_probs(model, batch).log_probs).sum
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.module.named_parameters() if p.requires_grad}
@@ -143,7 +143,7 @@ def test_every_method_runs_in_bfloat16_with_checkpointing(name, world, tmp_path)
 
 def test_scores_and_log_softmax_are_float32_in_bfloat16(world):
     batch, model = pack(SHORT), policy(world)
-    with optim.autocast(CPU, "bfloat16"):
+    with precision.autocast(CPU, "bfloat16"):
         log_probs = answer_log_probs(model, batch).log_probs
     assert log_probs.dtype == torch.float32
     exact = answer_log_probs(model, batch).log_probs

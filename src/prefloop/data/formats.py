@@ -350,6 +350,14 @@ def prompt_of(record: Record) -> Text:
     return record.messages[: roles.index("assistant")]
 
 
+def first_prompts(prompts: Sequence[Prompt], most: int, counts: RowCounts) -> list[Prompt]:
+    """The first `most` prompts (0: all); the others are counted as dropped."""
+    kept = list(prompts[: most or None])
+    for _ in prompts[len(kept) :]:
+        counts.drop("beyond --max-prompts")
+    return kept
+
+
 def split_by_prompt(
     records: Sequence[AnyRecord], fraction: float, seed: int
 ) -> tuple[list[AnyRecord], list[AnyRecord]]:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -124,7 +123,7 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     better, worse, better_lengths, worse_lengths = zip(*pairs, strict=True)
     result = asdict(calibrate(better, worse, better_lengths, worse_lengths))
     result["rankings"] = len(examples)
-    result["tied_pairs"] = sum(comb(len(tier), 2) for e in examples for tier in e.tiers)
+    result["tied_pairs"] = counts.tied_pairs
     if config.agreement is not None:
         result["ceiling"] = ceiling(config.agreement)
     if config.output is not None:

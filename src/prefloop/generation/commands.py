@@ -131,7 +131,7 @@ def _answers(
     counts: RowCounts,
 ) -> list[tuple[Prompt, list[Sample]]]:
     """Each prompt that fits with its n samples, under a progress bar on a terminal."""
-    prompts = prompts[: config.max_prompts or None]
+    prompts = formats.first_prompts(prompts, config.max_prompts, counts)
     examples = tokenize(prompts, model.tokenizer, _room(config), config.truncation, counts)
     by_place = {prompt.where: prompt for prompt in prompts}
     engine = Engine(model, config.max_concurrent, config.dtype)

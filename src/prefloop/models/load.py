@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from prefloop.config import UserError
-from prefloop.data.tokenize import stop_token_ids
+from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.models import adapters, selftest
 from prefloop.models.precision import speed_up_float32
+from prefloop.records import located
 from prefloop.runs import model_path
 
 
@@ -56,12 +57,12 @@ class LoadedModel:
         """True for a reward or value model (one label), False for a policy."""
         return hasattr(self.hf, "score")
 
-    def check_length(self, tokens: int) -> None:
-        """UserError for a sequence that the model's positions do not carry."""
+    def check_length(self, tokens: int, where: str = "") -> None:
+        """UserError for a sequence (from `where`) that the model's positions do not carry."""
         if self.max_length is not None and tokens > self.max_length:
             raise UserError(
-                f"{self.source}: a sequence of {tokens} tokens, but its positions are exact up to "
-                f"{self.max_length} only; lower --max-length"
+                f"{located(where)}{self.source}: a sequence of {tokens} tokens, but its positions "
+                f"are exact up to {self.max_length} only; lower --max-length"
             )
 
     def trainable(self) -> list[nn.Parameter]:
@@ -151,6 +152,15 @@ def load_reward_model(path: str, device: torch.device) -> LoadedModel:
             f"{path}: a language model, not a reward model; train one with prefloop reward"
         )
     return load_scorer(path, device)
+
+
+def require_same_ids(flag: str, model: LoadedModel, policy: LoadedModel) -> None:
+    """UserError where `model` reads the policy's tokens as other words."""
+    if not same_ids(policy.tokenizer, model.tokenizer):
+        raise UserError(
+            f"{flag} {model.source}: its tokenizer is not that of {policy.source}; give a model "
+            "with the same one"
+        )
 
 
 def is_scorer_folder(path: str) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prefloop.config import UserError
+from prefloop.data.tokenize import Example
 from prefloop.runs import checkpoint_step
 
 FILE = "state.pt"
@@ -52,6 +56,43 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path / FILE, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({error}); name another") from error
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random number generator, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Puts it back."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+
+
+def fingerprint(examples: Iterable[Example], tensors: Sequence[Tensor], more: str = "") -> str:
+    """sha256 of rows as tokens, of tensors' contents, and of `more`."""
+    digest = hashlib.sha256(more.encode())
+    for e in examples:
+        row = (e.prompt, e.answers, e.answer_masks, e.tiers, e.labels, e.margin)
+        digest.update(repr(row).encode())
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def frozen(*modules: nn.Module) -> list[Tensor]:
+    """The weights that training leaves as they are."""
+    return [p for module in modules for p in module.parameters() if not p.requires_grad]
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:

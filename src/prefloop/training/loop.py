@@ -5,6 +5,7 @@ rest: divides once by the counts of the whole step, clips, steps, logs, evaluate
 from __future__ import annotations
 
 import math
+import random
 import signal
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +79,11 @@ class Method(Protocol[Batch]):
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out rows; empty without any."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what a resumed run must find unchanged: rows, and weights that are not trained."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,6 +183,8 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     device = distributed.local_device(pick_device(config.device))
     distributed.start(device)
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # ours take none of these two; a user's reward function may
+    np.random.seed(config.seed % 2**32)
     if distributed.world() > 1:  # every rank sees the directory as it was before the first writes
         run = Run.open(config, command, writes=False)
         distributed.barrier()
@@ -274,7 +283,8 @@ def _save(
         "models": {n: checkpoint.trainable_state(m.module) for n, m in method.trained.items()},
         "optimizer": optimizer.state_dict(),
         "method": method.state_dict(),  # on every rank: it may gather
-        "rng": torch.get_rng_state(),
+        "fingerprint": method.fingerprint,
+        "rng": checkpoint.rng_state(),
         "tokens": tokens,
     }
     if distributed.rank() == 0:
@@ -287,9 +297,15 @@ def _resume(method: Method[Any], optimizer: torch.optim.Optimizer, run: Run) -> 
     if run.resume_from is None:
         return 0, 0
     state = checkpoint.load(run.resume_from)
+    if state["fingerprint"] != method.fingerprint:
+        raise UserError(
+            f"{run.directory}: the rows, or weights that stay fixed (reference, reward model, the "
+            "base of LoRA), are not those that the run began with; put them back, or give another "
+            "--output"
+        )
     for name, model in method.trained.items():
         checkpoint.load_trainable_state(model.module, state["models"][name])
     optimizer.load_state_dict(state["optimizer"])
     method.load_state_dict(state["method"])
-    torch.set_rng_state(state["rng"])
+    checkpoint.set_rng_state(state["rng"])
     return int(state["step"]), int(state["tokens"])
