@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefloop.config import UserError
+from prefloop.files import read_rows, write_atomic, write_jsonl
 from prefloop.records import (
     Comparison,
     Conversation,
@@ -21,10 +22,7 @@ from prefloop.records import (
     RowCounts,
     Unpaired,
     ranking_to_json,
-    read_rows,
     to_json,
-    write_atomic,
-    write_jsonl,
 )
 
 

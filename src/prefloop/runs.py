@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from prefloop.config import TrainingConfig, UserError
-from prefloop.records import write_atomic
+from prefloop.files import write_atomic
 from prefloop.settings import as_dict, flag, read_yaml
 from prefloop.tracking import Tracker, open_tracker
 

@@ -11,6 +11,7 @@ import pytest
 
 from prefloop.config import UserError
 from prefloop.data.formats import Kind, load, split_by_prompt
+from prefloop.files import write_jsonl
 from prefloop.records import (
     Conversation,
     Demonstration,
@@ -20,7 +21,6 @@ from prefloop.records import (
     RowCounts,
     Unpaired,
     to_json,
-    write_jsonl,
 )
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless.jsonl.gz"

@@ -12,9 +12,9 @@ from prefloop.config import CompareConfig, UserError
 from prefloop.evaluation.compare import compare
 from prefloop.evaluation.frontier import best_of_n_kl
 from prefloop.evaluation.judges import load_judge
+from prefloop.files import read_rows, write_jsonl
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
-from prefloop.records import read_rows, write_jsonl
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ("The film", "A", "It is", "What")

@@ -17,13 +17,13 @@ from transformers import (
 from prefloop.config import UserError
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example, encode_answer, encode_prompt
+from prefloop.files import read_rows
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_scorer
-from prefloop.records import read_rows
 from prefloop.training import loop
 from prefloop.training.ppo import build
 from prefloop.training.rollout import RunningScores

@@ -13,10 +13,11 @@ from prefloop.config import UserError
 from prefloop.data import formats
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
+from prefloop.files import read_rows
 from prefloop.losses.masked import segment_sum
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_policy
-from prefloop.records import RowCounts, read_rows
+from prefloop.records import RowCounts
 from prefloop.training.preference import Preference
 from prefloop.training.reference import mismatched
 from tests.parity.plain import token_log_probs

@@ -15,9 +15,10 @@ from transformers import (
 
 from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
+from prefloop.files import read_rows
 from prefloop.models.heads import answer_scores
 from prefloop.models.load import load_scorer
-from prefloop.records import Ranking, RowCounts, read_rows
+from prefloop.records import Ranking, RowCounts
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import CPU, checkpoint, lines, policy, train, weights, write_rows
 

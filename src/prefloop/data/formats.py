@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 from prefloop.config import UserError
+from prefloop.files import SUFFIXES, first_line, json_type, read_rows
 from prefloop.records import (
-    SUFFIXES,
     Comparison,
     Conversation,
     Demonstration,
@@ -35,9 +35,6 @@ from prefloop.records import (
     RowCounts,
     Text,
     Unpaired,
-    first_line,
-    json_type,
-    read_rows,
     text_to_json,
 )
 

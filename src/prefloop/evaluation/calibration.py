@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.config import RewardQualityConfig, UserError
-from prefloop.records import RowCounts, write_atomic
+from prefloop.files import write_atomic
+from prefloop.records import RowCounts
 
 Array = NDArray[np.float64]
 

@@ -20,12 +20,13 @@ from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
 from prefloop.evaluation.judges import Judge, load_judge
 from prefloop.evaluation.report import Comparison, Way, read_run, render
 from prefloop.evaluation.winrate import Interval, mean_score, win_rate
+from prefloop.files import write_atomic, write_jsonl
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import LoadedModel, load_policy, pick_device
 from prefloop.models.precision import autocast
-from prefloop.records import RowCounts, Text, text_to_json, write_atomic, write_jsonl
+from prefloop.records import RowCounts, Text, text_to_json
 from prefloop.settings import as_dict
 
 EXAMPLES = 12  # prompts whose answers the page shows

@@ -12,7 +12,8 @@ import numpy as np
 
 from prefloop.config import UserError, WinrateConfig
 from prefloop.data.formats import load
-from prefloop.records import RowCounts, Text, text_to_json, write_atomic
+from prefloop.files import write_atomic
+from prefloop.records import RowCounts, Text, text_to_json
 
 Grouped = Sequence[Sequence[float]]
 """One number an answer, in one list a prompt."""

@@ -15,10 +15,11 @@ from torch import Tensor
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig, UserError
 from prefloop.data import formats
 from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids, tokenize
+from prefloop.files import write_jsonl
 from prefloop.generation.engine import Engine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import LoadedModel, load_policy, pick_device
-from prefloop.records import Message, Prompt, RowCounts, text_to_json, write_jsonl
+from prefloop.records import Message, Prompt, RowCounts, text_to_json
 
 VERDICTS = ("tiers", "label")  # columns that speak of a row's former answers are not carried along
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prefloop.config import RunConfig, UserError
-from prefloop.records import write_atomic
+from prefloop.files import write_atomic
 from prefloop.settings import as_dict, build, nearest, read_yaml, validate
 
 RECORD = "pipeline.json"

@@ -24,10 +24,10 @@ from prefloop.config import (
 )
 from prefloop.evaluation.compare import compare
 from prefloop.evaluation.report import Comparison
+from prefloop.files import write_atomic
 from prefloop.generation.commands import sample
 from prefloop.recipes import sentiment_data
 from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings
-from prefloop.records import write_atomic
 from prefloop.settings import as_dict
 from prefloop.training import ppo, preference, reward, sft
 
