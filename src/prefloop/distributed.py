@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -20,6 +21,13 @@ def start(device: torch.device) -> None:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend)  # rollouts' statistics are summed on the CPU
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Ends the group's threads: a process that exits with them running may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

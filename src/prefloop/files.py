@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,10 +29,17 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
-    """A file that takes its name only when the block ends well and its bytes are on disk."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """A file that takes its name only when the block ends well and its bytes are on disk.
+
+    Through a symbolic link it is the link's target that is written. UserError where it cannot be.
+    """
+    check_writable(path)
+    path = Path(path).resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield cast(BinaryIO, file)
@@ -41,14 +49,39 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            told = f"{path}: cannot be written ({error.strerror}); make room, or give another"
+            raise UserError(told) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_writable(path: Path | str) -> None:
+    """UserError where no file of this name can be made: told before the work, not after it."""
+    try:
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path}: not a file; give the name of a file")
+        check_folder(target.parent)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}; give another") from error
+
+
+def check_folder(path: Path) -> None:
+    """UserError where there is no such folder and none can be made."""
+    try:
+        there = next(part for part in (path, *path.absolute().parents) if part.exists())
+        made = there.is_dir() and os.access(there, os.W_OK)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}; give another") from error
+    if not made:
+        raise UserError(f"{path}: {there} is no folder one can write to; give another")
 
 
 def write_atomic(path: Path | str, data: str | bytes) -> None:
@@ -134,6 +167,7 @@ def _read_jsonl(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_csv(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Cells are strings; a quoted cell may span lines, then the row's first line is named."""
+    csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(name)), strict=True)
     header: Sequence[str] = ()
     start = 1

@@ -40,12 +40,28 @@ def test_a_function_scores_each_answer() -> None:
     [
         (f"{HERE}:one_for_all", "1 scores for 2 answers"),
         (f"{HERE}:not_a_number", "gave nan for the answer 'c'"),
+        (f"{HERE}:huge", "scores must be finite, and below"),
         (f"{HERE}:raises", "failed: KeyError: 'mood'"),
     ],
 )
 def test_a_faulty_function_is_named(source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         function_judge(source)(["a", "b"], ["c", "d"])
+
+
+def huge(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    return [1e39] * len(completions)
+
+
+@pytest.mark.parametrize("body", ["def f(:", "raise RuntimeError('no')", "import sys; sys.exit(3)"])
+def test_a_module_that_fails_at_import_is_named(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(body + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="cannot import it") as caught:
+        function_judge("broken_rewards:score")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("source", ["no.such.module:f", f"{HERE}:no_such_function"])

@@ -62,7 +62,7 @@ def test_lr_clipping_and_lines_as_asked(world, tmp_path):
 def test_checkpoints_kept(world, tmp_path):
     train("sft", world, tmp_path / "a", batch_size=1, save_every=2, keep_checkpoints=2)
     names = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
-    assert names == ["step-6", "step-8"]
+    assert names == ["step-8", "step-9"]
     state = checkpoint(tmp_path / "a", 8)
     assert (state["step"], set(state["models"])) == (8, {"policy"})
     assert all(float(s["step"]) == 8 for s in state["optimizer"]["state"].values())

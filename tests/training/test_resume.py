@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from prefloop.cli import main
@@ -230,3 +231,50 @@ def test_a_function_as_reward_is_found_again(world, tmp_path):
     only_checkpoint(tmp_path / "whole", tmp_path / "again", 2)
     train("ppo", world, tmp_path / "again", **changes)
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def damaged(name, path):
+    if name == "empty":
+        path.write_bytes(b"")
+    elif name == "garbage":
+        path.write_bytes(b"not a pickle")
+    elif name == "a list":
+        torch.save([1], path)
+    else:
+        state = torch.load(path, weights_only=True)
+        models = {"policy": {n: t[:1] for n, t in state["models"]["policy"].items()}}
+        torch.save(state | {"models": models}, path)
+
+
+@pytest.mark.parametrize("name", ["empty", "garbage", "a list", "other shapes"])
+def test_a_damaged_checkpoint_is_told_in_one_line(name, world, tmp_path):
+    changes = {"batch_size": 3, "save_every": 1, "keep_checkpoints": 9}
+    train("sft", world, tmp_path / "whole", **changes)
+    only_checkpoint(tmp_path / "whole", tmp_path / "again", 1)
+    damaged(name, tmp_path / "again" / "checkpoints" / "step-1" / "state.pt")
+    with pytest.raises(UserError, match=r"step-1: not a") as caught:
+        train("sft", world, tmp_path / "again", **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_told(world, tmp_path):
+    changes = {"batch_size": 3, "save_every": 1, "keep_checkpoints": 9}
+    train("sft", world, tmp_path / "whole", **changes)
+    late = str(tmp_path / "whole" / "checkpoints" / "step-3")
+    with pytest.raises(UserError, match="of step 3, beyond the 2 steps of this run"):
+        train("sft", world, tmp_path / "again", resume=late, max_steps=2, **changes)
+
+
+def test_an_export_that_fails_costs_no_step(world, tmp_path):
+    """A model/ that cannot be replaced: mended, the run only writes its result."""
+    train("sft", world, tmp_path / "whole", batch_size=3)
+    run = tmp_path / "run"
+    train("sft", world, run, batch_size=3, save_every=1)
+    before = lines(run)
+    shutil.rmtree(run / "model")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "failed"}))
+    train("sft", world, run, batch_size=3, save_every=1)
+    assert lines(run) == before
+    assert_same_run(tmp_path / "whole", run)
+    assert not (tmp_path / "whole" / "checkpoints").exists()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.config import RewardQualityConfig, UserError
-from prefloop.files import write_atomic
+from prefloop.files import check_writable, write_atomic
 from prefloop.records import RowCounts
 
 Array = NDArray[np.float64]
@@ -108,6 +108,8 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     from prefloop.models.load import load_reward_model, pick_device
     from prefloop.models.precision import autocast
 
+    if config.output is not None:
+        check_writable(config.output)
     model = load_reward_model(config.reward_model, pick_device(config.device))
     records = formats.load(config.data, "preference", counts := RowCounts())
     examples = tokenize(records, model.tokenizer, config.max_length, config.truncation, counts)

@@ -20,11 +20,11 @@ from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
 from prefloop.evaluation.judges import Judge, load_judge
 from prefloop.evaluation.report import Comparison, Way, read_run, render
 from prefloop.evaluation.winrate import Interval, mean_score, win_rate
-from prefloop.files import write_atomic, write_jsonl
+from prefloop.files import check_folder, write_atomic, write_jsonl
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.models.load import LoadedModel, is_scorer_folder, load_policy, pick_device
 from prefloop.models.precision import autocast
 from prefloop.records import RowCounts, Text, text_to_json
 from prefloop.settings import as_dict
@@ -64,7 +64,10 @@ class Task:
 def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
     """Sample, judge and measure; writes report.html (with `notes`), compare.json, answers.jsonl."""
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
+    check_folder(config.output)
     named = _named_models(config.models)
+    for path in (config.sft, *named.values()):
+        is_scorer_folder(path)  # a folder that is none is told before the work
     task = _prepare(config)
     # 2. SFT's answers, and more of them for best-of-n to choose from.
     pool_size = config.best_of if task.proxy and config.best_of > 1 else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -11,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from prefloop.config import UserError
+from prefloop.files import first_line
 from prefloop.records import Message, Text, text_to_json
 
 if TYPE_CHECKING:
     from prefloop.models.load import LoadedModel
 
+LARGEST = 1e30  # scores are float32
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -60,10 +61,10 @@ def function_judge(source: str) -> Judge:
         sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
-            f"{source}: cannot import it ({error}); give module:function, with the module "
-            "installed or in the working directory"
+            f"{source}: cannot import it ({type(error).__name__}: {first_line(error)}); give "
+            "module:function, with the module installed or in the working directory"
         ) from error
 
     def judge(
@@ -74,17 +75,17 @@ def function_judge(source: str) -> Judge:
         asked = [text_to_json(prompt) for prompt in prompts]
         try:
             scores = [float(score) for score in function(asked, list(completions))]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{source} failed: {type(error).__name__}: {error}") from error
         if len(scores) != len(completions):
             raise UserError(
                 f"{source} gave {len(scores)} scores for {len(completions)} answers; "
                 "it must give one each"
             )
-        if bad := [i for i, score in enumerate(scores) if not math.isfinite(score)]:
+        if bad := [i for i, score in enumerate(scores) if not abs(score) <= LARGEST]:
             raise UserError(
                 f"{source} gave {scores[bad[0]]} for the answer {completions[bad[0]][:80]!r}; "
-                "scores must be finite"
+                f"scores must be finite, and below {LARGEST:g} in size"
             )
         return scores
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig, UserError
 from prefloop.data import formats
 from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids, tokenize
-from prefloop.files import write_jsonl
+from prefloop.files import check_writable, write_jsonl
 from prefloop.generation.engine import Engine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import LoadedModel, load_policy, pick_device
@@ -53,6 +53,11 @@ def generate(config: GenerateConfig) -> Path | None:
     if config.output is not None:
         _check_output(config.output)
     counts = RowCounts(read=len(config.prompt))
+    for number, text in enumerate(config.prompt, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt {number}: not UTF-8; mend its encoding") from None
     prompts = [Prompt(text, f"--prompt {number}") for number, text in enumerate(config.prompt, 1)]
     if config.data is not None:
         prompts = formats.load(config.data, "prompt", counts)
@@ -120,6 +125,11 @@ def _lines(source: TextIO, out: TextIO) -> Iterator[str]:
             print("> ", end="", file=out, flush=True)
         if not (line := source.readline()):
             return
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            print("(not UTF-8: this line is left out)", file=out)
+            continue
         if line.strip():
             yield line.strip()
 
@@ -173,3 +183,4 @@ def _check_output(path: Path) -> None:
     """Before the work, not after it."""
     if path.is_dir() or not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"--output {path}: give the name of a .jsonl or .jsonl.gz file")
+    check_writable(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from prefloop.config import UserError
 from prefloop.data.tokenize import Example
+from prefloop.files import first_line
 from prefloop.runs import checkpoint_step
 
 FILE = "state.pt"
@@ -28,10 +31,17 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     temporary = folder / f".step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    with open(temporary / FILE, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary / FILE, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot be written ({first_line(error)}); make room, then give the same "
+            "command again"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     fsync_folder(folder)
@@ -53,9 +63,21 @@ def fsync_folder(folder: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Reads one checkpoint (its folder)."""
     try:
-        return torch.load(path / FILE, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({error}); name another") from error
+        state = torch.load(path / FILE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint ({first_line(error)}); remove it or name another"
+        ) from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise UserError(f"{path}: not a checkpoint of prefloop; remove it or name another")
+    return state
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint, and the folder of checkpoints if it was the only one."""
+    shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
 
 
 def rng_state() -> dict[str, Any]:
@@ -103,8 +125,9 @@ def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
 def load_trainable_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Puts a checkpoint's tensors back; the names must be exactly the module's."""
     mine = dict(_trainable(module))
-    if set(mine) != set(state):
-        raise UserError("the checkpoint was made with another model or other LoRA settings")
+    shapes = {name: p.shape for name, p in mine.items()}
+    if shapes != {name: tensor.shape for name, tensor in state.items()}:
+        raise ValueError("made with another model or other LoRA settings")
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(state[name])
