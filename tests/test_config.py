@@ -183,3 +183,17 @@ def test_config_yaml_gives_the_same_settings_back(tmp_path):
     path = write(tmp_path, yaml.safe_dump(as_dict(config)))
     assert resolve(PPOConfig, path, []) == config
     assert build(PPOConfig, as_dict(config), "here") == config
+
+
+def test_a_yaml_key_that_stands_twice_is_an_error(tmp_path):
+    path = write(tmp_path, "model: m\nlr: 1e-3\nlr: 1e-4\n")
+    with pytest.raises(UserError, match=r":3: `lr` stands twice"):
+        resolve(SFTConfig, path, [])
+
+
+def test_numbers_beyond_all_measure(tmp_path):
+    path = write(tmp_path, f"model: m\ndata: d\noutput: o\nlr: {'9' * 400}\n")
+    with pytest.raises(UserError, match="lr"):
+        validate(resolve(SFTConfig, path, []))
+    with pytest.raises(UserError, match=r"--seed is \d+; it must be below 2\^63"):
+        validate(SFTConfig(model="m", data="d", output=Path("o"), seed=10**20))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefloop.config import UserError
+from prefloop.files import check_writable, read_rows, write_atomic, write_jsonl
 from prefloop.records import (
     Comparison,
     Conversation,
@@ -21,10 +22,7 @@ from prefloop.records import (
     RowCounts,
     Unpaired,
     ranking_to_json,
-    read_rows,
     to_json,
-    write_atomic,
-    write_jsonl,
 )
 
 
@@ -75,16 +73,17 @@ def test_records_as_json(record: Record, row: dict[str, object]) -> None:
 
 
 def test_row_counts() -> None:
-    counts = RowCounts(read=10, used=7, truncated=2)
+    counts = RowCounts(read=10, used=7, truncated=2, tied_pairs=3)
     for reason in ("too long", "too long", "tied"):
         counts.drop(reason)
     assert counts.summary() == (
-        "read 10 rows, used 7 (2 truncated), dropped 2 (too long), 1 (tied)"
+        "read 10 rows, used 7 (2 truncated, 3 tied pairs), dropped 2 (too long), 1 (tied)"
     )
     assert counts.as_dict() == {
         "read": 10,
         "used": 7,
         "truncated": 2,
+        "tied_pairs": 3,
         "dropped": {"too long": 2, "tied": 1},
     }
 
@@ -190,3 +189,30 @@ def test_write_atomic_gives_ordinary_permissions(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", json.dumps({}))
     (tmp_path / "b").write_text("")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_devices_and_folders_are_not_written_over(tmp_path: Path) -> None:
+    for path in (Path("/dev/null"), tmp_path):
+        with pytest.raises(UserError, match="not a file"):
+            write_atomic(path, "x")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_atomic(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["file/x.jsonl", "a" * 300, "nul\0"])
+def test_paths_that_cannot_be_are_told_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="give another"):
+        check_writable(tmp_path / name)
+
+
+def test_a_long_csv_cell_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt\n" + "a" * 200_000 + "\n")
+    ((_, row),) = read_rows(tmp_path / "rows.csv")
+    assert len(row["prompt"]) == 200_000

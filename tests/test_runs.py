@@ -155,7 +155,7 @@ def test_resume_never_refuses_a_directory_that_holds_a_run(tmp_path):
 
 def test_output_that_cannot_be_a_directory(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match=r"--output .*run: File exists"):
+    with pytest.raises(UserError, match=r"run is no folder one can write to"):
         Run.open(config(tmp_path), "sft")
 
 
@@ -191,3 +191,47 @@ def test_model_path_takes_run_directories_folders_and_hub_ids(tmp_path):
     run.model.mkdir()
     assert model_path(str(run.directory)) == str(run.model)
     assert model_path("owner/name") == "owner/name"
+
+
+# --- what must not come to harm -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "config.yaml", "checkpoints"])
+def test_a_new_run_writes_over_nothing_that_is_not_a_runs(name, tmp_path):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"holds {name}, and no run that it belongs to"):
+        Run.open(config(tmp_path), "sft")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_a_mistake_takes_back_only_what_the_run_wrote(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError), Run.open(config(tmp_path), "sft"):
+        raise UserError("a bad row")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    Run.open(config(tmp_path, lr=0.1), "sft")  # other settings: there is no run to differ from
+
+
+def test_a_mistake_through_a_symbolic_link_leaves_the_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    with pytest.raises(UserError), Run.open(config(tmp_path), "sft"):
+        raise UserError("a bad row")
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    with Run.open(config(tmp_path), "sft") as run:
+        with pytest.raises(UserError, match="another process is writing this run"):
+            Run.open(config(tmp_path), "sft")
+        run.finish("interrupted")
+    with Run.open(config(tmp_path), "sft") as again:
+        assert again.record["resumed"] == 1
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    metrics = interrupted_after(tmp_path, 3, saved=(2,)).directory / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().replace(b'{"step": 2', b"\xff\xfe"))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: not a line of a run"):
+        Run.open(config(tmp_path), "sft")

@@ -5,6 +5,7 @@ Exit 0: done; 2: the user's mistake, told in one line; 1: ours, with a traceback
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -33,6 +34,9 @@ def main(
 ) -> int:
     """Run one command line and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
+            stream.reconfigure(errors="replace")
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _dispatch(words, commands)

@@ -16,6 +16,8 @@ class UserError(ValueError):
 
 
 Truncation = Literal["error", "drop", "left", "right"]
+RewardLoss = Literal["bradley-terry", "plackett-luce", "rao-kupper", "davidson"]
+DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -97,9 +99,6 @@ class SFTConfig(TrainingConfig):
     """Tokens in the loss: the answer's (in chats: every assistant turn's), or all."""
 
 
-RewardLoss = Literal["bradley-terry", "plackett-luce", "rao-kupper", "davidson"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainingConfig):
     """Reward model from rankings or pairs."""
@@ -112,9 +111,6 @@ class RewardConfig(TrainingConfig):
     """c of the term c * mean(score^2) that keeps scores around 0 (0.01 is usual)."""
     tie_parameter: float = 1.5
     """rao-kupper: threshold theta > 1; davidson: nu > 0."""
-
-
-DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +184,9 @@ class PPOConfig(TrainingConfig):
     temperature: float = 1.0
     """Sampling temperature."""
     missing_eos_penalty: float | None = None
-    """Score given to answers that did not stop by themselves."""
+    """Score given to answers that did not stop by themselves, whatever else is done to scores."""
+    normalize_scores: bool = False
+    """Scale scores by the running mean and deviation of all scores so far."""
     reward_clip: float = 0.0
     """Scores are clipped to this absolute value; 0 leaves them."""
     whiten_rewards: bool = False
@@ -263,6 +261,8 @@ class SampleConfig(PromptsConfig, PolicyConfig):
     """JSONL of {prompt, completions, ...}, one line a prompt."""
     samples_per_prompt: int = 4
     """Answers per prompt."""
+    to_labels: str | None = None
+    """Also put the answers into this labelling store, DB or DB#PROJECT, to be ranked there."""
 
 
 @dataclass(frozen=True, kw_only=True)

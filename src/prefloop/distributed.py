@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -16,8 +17,17 @@ T = TypeVar("T")
 def start(device: torch.device) -> None:
     """Joins the process group that torchrun announces, if it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend)  # rollouts' statistics are summed on the CPU
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Ends the group's threads: a process that exits with them running may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -6,22 +6,11 @@ A text is a plain string or a tuple of chat messages. Every record remembers `wh
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import os
-import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 from prefloop.config import UserError
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -140,6 +129,7 @@ class RowCounts:
     read: int = 0
     used: int = 0
     truncated: int = 0
+    tied_pairs: int = 0  # of answers in used rankings: they carry no order
     dropped: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str) -> None:
@@ -148,17 +138,19 @@ class RowCounts:
 
     def as_dict(self) -> dict[str, object]:
         """For `run.json`."""
-        counts = {"read": self.read, "used": self.used, "truncated": self.truncated}
-        return {**counts, "dropped": dict(self.dropped)}
+        names = ("read", "used", "truncated", "tied_pairs")
+        return {**{name: getattr(self, name) for name in names}, "dropped": dict(self.dropped)}
 
     def summary(self) -> str:
         """One line for people.
 
-        >>> RowCounts(10, 8, 1, {"too long": 2}).summary()
-        'read 10 rows, used 8 (1 truncated), dropped 2 (too long)'
+        >>> RowCounts(10, 8, 1, 3, {"too long": 2}).summary()
+        'read 10 rows, used 8 (1 truncated, 3 tied pairs), dropped 2 (too long)'
         """
         line = f"read {self.read} rows, used {self.used}"
-        line += f" ({self.truncated} truncated)" if self.truncated else ""
+        told = [f"{self.truncated} truncated"] if self.truncated else []
+        told += [f"{self.tied_pairs} tied pairs"] if self.tied_pairs else []
+        line += f" ({', '.join(told)})" if told else ""
         parts = [f"{count} ({reason})" for reason, count in self.dropped.items()]
         return line + (f", dropped {', '.join(parts)}" if parts else "")
 
@@ -166,11 +158,6 @@ class RowCounts:
 def located(where: str) -> str:
     """`where` as the beginning of an error line, or nothing where it is not known."""
     return f"{where}: " if where else ""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # --- records as JSON -----------------------------------------------------------------------------
@@ -209,168 +196,3 @@ def to_json(record: Record) -> dict[str, object]:
         if isinstance(record, Unpaired):
             row["label"] = record.label
     return row
-
-
-# --- writing -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
-    """A file that takes its name only when the block ends well and its bytes are on disk."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield cast(BinaryIO, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_atomic(path: Path | str, data: str | bytes) -> None:
-    """Write a whole file, or leave what was there."""
-    with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-
-
-def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> None:
-    """Write one object a line (gzip for `.gz`, the same bytes every time), or nothing at all."""
-    with atomic_file(path) as file:
-        packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if _is_gz(path) else None
-        for row in rows:
-            (packed or file).write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        if packed:
-            packed.close()
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def _is_gz(path: Path | str) -> bool:
-    return str(path).endswith(".gz")
-
-
-def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`file:line`, row) of a JSONL, JSONL.gz, CSV or Parquet file.
-
-    Raises UserError for what cannot be read: the file, a line that is not UTF-8 or not a JSON
-    object, a CSV row that does not fit its header.
-    """
-    name = str(path)
-    if not name.endswith(SUFFIXES):
-        raise UserError(f"{name}: unknown kind of file; use {', '.join(SUFFIXES)}")
-    if not Path(path).is_file():
-        raise UserError(f"{name}: no such file; check the path")
-    try:
-        if name.endswith(".parquet"):
-            yield from _read_parquet(name)
-        elif name.endswith(".csv"):
-            yield from _read_csv(name)
-        else:
-            yield from _read_jsonl(name)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}: cannot be read ({error}); check or fetch it again") from error
-
-
-def _lines(name: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded one by one so that a bad byte can be told with its line."""
-    with gzip.open(name, "rb") if _is_gz(name) else open(name, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{name}:{number}: byte 0x{error.object[error.start]:02x} at column "
-                    f"{error.start + 1} is not UTF-8; convert the file "
-                    "(iconv -f ITS-ENCODING -t UTF-8)"
-                ) from error
-
-
-def _read_jsonl(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in _lines(name):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            told = first_line(error)
-            if isinstance(error, json.JSONDecodeError):
-                told = f"{error.msg}, column {error.colno}"
-            raise UserError(
-                f"{where}: malformed JSON ({told}); each line must be one JSON object"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{where}: a JSON {json_type(row)}; each line must be one JSON object with the "
-                "columns as keys"
-            )
-        yield where, row
-
-
-def _read_csv(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Cells are strings; a quoted cell may span lines, then the row's first line is named."""
-    reader = csv.reader((line for _, line in _lines(name)), strict=True)
-    header: Sequence[str] = ()
-    start = 1
-    try:
-        for cells in reader:
-            where, start = f"{name}:{start}", reader.line_num + 1
-            if not cells:
-                continue
-            if not header and len(set(cells)) < len(cells):
-                raise UserError(f"{where}: a column stands twice in {', '.join(cells)}; rename one")
-            if not header:
-                header = cells
-            elif len(cells) != len(header):
-                raise UserError(
-                    f"{where}: {len(cells)} cells under {len(header)} columns "
-                    f"({', '.join(header)}); quote cells that hold commas or line breaks"
-                )
-            else:
-                yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{name}:{start}: malformed CSV ({error}); mend it or use JSONL") from error
-
-
-def _read_parquet(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows are numbered from 1."""
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{name}: Parquet needs pyarrow; pip install pyarrow") from error
-    try:
-        number = 0
-        with parquet.ParquetFile(name) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{name}:{number}", row
-    except arrow.ArrowException as error:
-        told = first_line(error)
-        raise UserError(f"{name}: malformed Parquet ({told}); write it again") from error
-
-
-def json_type(value: object) -> str:
-    """What JSON calls a value's type.
-
-    >>> [json_type(value) for value in (None, True, 1.5, "a", [], {})]
-    ['null', 'boolean', 'number', 'string', 'list', 'object']
-    """
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "boolean"
-    kinds = {str: "string", list: "list", dict: "object", int: "number", float: "number"}
-    return kinds.get(type(value), type(value).__name__)

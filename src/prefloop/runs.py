@@ -10,25 +10,25 @@ model/           the result, a plain Hugging Face folder
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import platform
 import re
-import resource
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from prefloop import provenance
 from prefloop.config import TrainingConfig, UserError
-from prefloop.records import write_atomic
+from prefloop.files import check_folder, write_atomic
 from prefloop.settings import as_dict, flag, read_yaml
 from prefloop.tracking import Tracker, open_tracker
 
@@ -36,11 +36,10 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 
 FREE_TO_CHANGE = frozenset({"output", "resume", "track", "save_every", "keep_checkpoints"})
 """Settings that may differ when a run goes on: they change nothing that is computed."""
-PACKAGES = ("prefloop", "torch", "transformers", "tokenizers", "peft", "numpy")
-BEFORE_STEP_1 = frozenset(
-    {"config.yaml", "run.json", "tensorboard", "reference_log_probs.safetensors"}
-)
-"""What a run directory holds when nothing has been trained yet."""
+BEFORE_STEP_1 = ("config.yaml", "run.json", "tensorboard", "reference_log_probs.safetensors")
+FROM_STEP_1 = ("metrics.jsonl", "samples.jsonl", "checkpoints", "model", "value_model")
+"""What a run directory holds when nothing has been trained yet, and from then on."""
+LOCK = ".lock"  # held by the process that writes
 SAVE_SECONDS = 30.0
 """A killed run's record of its cost is at most this old."""
 
@@ -58,10 +57,12 @@ class Run:
         self._writes = writes
         self._is_new = not (directory / "run.json").exists()
         self._tracker: Tracker | None = None
+        self._made = False  # whether this run made its directory
+        self._unlock: Callable[[], object] | None = None  # while it holds its directory
         self._before = {key: record.get(key, 0.0) for key in ("wall_seconds", "cpu_seconds")}
-        self._wall, self._cpu = time.monotonic(), _cpu_seconds()
+        self._wall, self._cpu = time.monotonic(), provenance.cpu_seconds()
         self._saved_at = self._wall
-        _reset_peak_memory()
+        provenance.reset_peak_memory()
 
     @classmethod
     def open(cls, config: TrainingConfig, command: str, *, writes: bool = True) -> Self:
@@ -85,6 +86,8 @@ class Run:
             checkpoint = Path(config.resume)
             if not checkpoint.is_dir():
                 raise UserError(f"--resume {checkpoint}: no such checkpoint folder")
+        if previous is None and writes:
+            _require_free(directory)
         finished = previous is not None and previous["status"] == "finished"
         finished &= config.resume == "auto"  # a checkpoint named outright is gone on from
         # 2. The trackers' packages must be there before anything is written.
@@ -92,17 +95,24 @@ class Run:
         if writes and not finished:
             tracker = open_tracker(config.track, directory, settings)
         # 3. Write.
+        made = not directory.exists()
+        lock = None
+        if writes and not finished:
+            _make_directory(directory)
+            lock = _lock(directory)
         run = cls(directory, previous or _new_record(config, command), writes=writes)
+        run._made = made
+        if lock is not None:  # let go when the run ends, or is forgotten, or the process dies
+            run._unlock = weakref.finalize(run, os.close, lock)
         run.record["status"] = "finished" if finished else "running"
         run.resume_from, run._tracker = checkpoint, tracker
         if finished and writes:
             print(f"{directory}: finished already, nothing to do", flush=True)
         elif writes:
-            run.record |= {"versions": _versions(), "revision": _revision()}
+            run.record |= {"versions": provenance.versions(), "revision": provenance.revision()}
             if previous is not None:
                 run.record["resumed"] += 1
                 run.truncate_after(checkpoint_step(checkpoint) if checkpoint else -1)
-            _make_directory(directory)
             write_atomic(directory / "config.yaml", _yaml(settings))
             run._save()
         return run
@@ -143,8 +153,9 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
             if self._writes and path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+                text = path.read_text(encoding="utf-8", errors="replace")
+                lines = text.splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and _step(line, path) <= step]
                 if kept != lines:
                     write_atomic(path, "".join(kept))
 
@@ -163,6 +174,7 @@ class Run:
         if self._tracker:
             self._tracker.close()
             self._tracker = None
+        self._let_go()
 
     def __enter__(self) -> Self:
         return self
@@ -174,13 +186,24 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         """Record an end that `finish` did not: interrupted, or failed."""
-        if self.record["status"] != "running":
-            return
-        if isinstance(error, UserError) and self._is_new and self._writes and self._holds_nothing():
-            self._discard()
-        else:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            self.finish("interrupted" if stopped else "failed" if error else "finished")
+        discarded = False
+        if self.record["status"] == "running":
+            if isinstance(error, UserError) and self._is_new and self._writes:
+                discarded = self._discard()
+            if not discarded:
+                stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+                self.finish("interrupted" if stopped else "failed" if error else "finished")
+        self._let_go()
+        if discarded and self._made and not self.directory.is_symlink():
+            with contextlib.suppress(OSError):  # something else was put into it meanwhile
+                self.directory.rmdir()
+
+    def _let_go(self) -> None:
+        """Give the directory free for others."""
+        if self._unlock:
+            (self.directory / LOCK).unlink(missing_ok=True)
+            self._unlock()
+            self._unlock = None
 
     def _append(self, name: str, rows: list[dict[str, object]]) -> None:
         if not self._writes or not rows:
@@ -195,20 +218,26 @@ class Run:
         self._saved_at = time.monotonic()
         self.record |= {
             "wall_seconds": self._before["wall_seconds"] + self._saved_at - self._wall,
-            "cpu_seconds": self._before["cpu_seconds"] + _cpu_seconds() - self._cpu,
-            "peak_memory_gib": max(self.record.get("peak_memory_gib", 0.0), _peak_memory_gib()),
+            "cpu_seconds": self._before["cpu_seconds"] + provenance.cpu_seconds() - self._cpu,
+            "peak_memory_gib": max(
+                self.record.get("peak_memory_gib", 0.0), provenance.peak_memory_gib()
+            ),
         }
         write_atomic(self.directory / "run.json", json.dumps(self.record, indent=2) + "\n")
 
-    def _holds_nothing(self) -> bool:
-        names = {path.name for path in self.directory.iterdir()}
-        return names <= BEFORE_STEP_1
-
-    def _discard(self) -> None:
+    def _discard(self) -> bool:
         """Take back a run that the user's mistake ended before it had computed anything."""
+        if any((self.directory / name).exists() for name in FROM_STEP_1):
+            return False
         if self._tracker:
             self._tracker.close()
-        shutil.rmtree(self.directory)
+        for name in BEFORE_STEP_1:
+            path = self.directory / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return True
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -238,9 +267,11 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return record if "status" in record and "command" in record else None
-    except (ValueError, OSError) as error:
+        if "status" in record and "command" in record:
+            return record
+    except (ValueError, OSError, TypeError) as error:
         raise UserError(f"{path}: not a run's record; give another --output") from error
+    raise UserError(f"{path}: not a run's record; give another --output")
 
 
 def _new_record(config: TrainingConfig, command: str) -> dict[str, Any]:
@@ -279,11 +310,36 @@ def _require_same(
         )
 
 
+def _require_free(directory: Path) -> None:
+    """A new run must not write over what is not a run's."""
+    check_folder(directory)
+    for name in (*BEFORE_STEP_1, *FROM_STEP_1):
+        if (directory / name).exists():
+            raise UserError(
+                f"--output {directory} holds {name}, and no run that it belongs to; "
+                "give another --output"
+            )
+
+
 def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {directory}: {error.strerror}; choose another") from error
+
+
+def _lock(directory: Path) -> int:
+    """The descriptor of the directory's lock, held; UserError where another process holds it."""
+    lock = os.open(directory / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise UserError(
+            f"{directory}: another process is writing this run; wait for it, or give another "
+            "--output"
+        ) from error
+    return lock
 
 
 def _yaml(settings: dict[str, object]) -> str:
@@ -301,59 +357,13 @@ def _plain(value: object) -> object:
     return value
 
 
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])
+def _step(line: str, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        told = line.strip()[:60]
+        raise UserError(f"{path}: not a line of a run: {told!r}; remove it") from error
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _revision() -> str | None:
-    """Git revision of prefloop's source, with `-dirty` where it was changed; None without git."""
-    here = Path(__file__)
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # ours, not a repository around us
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_seconds() -> float:
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
-def _reset_peak_memory() -> None:
-    """Start this process's peak anew, so that one process can measure several runs (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_memory_gib() -> float:
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20  # type: ignore[index]
-    except (OSError, TypeError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**30 if sys.platform == "darwin" else 2**20)

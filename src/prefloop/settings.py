@@ -45,6 +45,7 @@ INTERVALS = {  # name: (lowest, highest, is the lowest allowed, is the highest a
 }
 ONLY_WITH = {  # a setting that only some values of another one read: it must not be set in vain
     "label_smoothing": ("loss", ("sigmoid", "robust")),
+    "sft_coefficient": ("loss", ("sigmoid", "robust", "ipo", "hinge", "simpo", "plackett-luce")),
     "ipo_average": ("loss", ("ipo",)),
     "simpo_gamma": ("loss", ("simpo",)),
     "orpo_lambda": ("loss", ("orpo",)),
@@ -95,7 +96,7 @@ def read_yaml(path: Path) -> dict[str, object]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _unique_keys_loader())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
@@ -110,6 +111,22 @@ def read_yaml(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; write `key: value` lines")
     return {str(key): value for key, value in content.items()}
+
+
+def _unique_keys_loader() -> type:
+    """YAML's safe loader, to which a key that stands twice is an error."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for number, key in enumerate(keys):
+                if key in keys[:number]:
+                    place = node.value[number][0].start_mark
+                    raise yaml.MarkedYAMLError(problem=f"`{key}` stands twice", problem_mark=place)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def coerce(config_class: type, settings: Mapping[str, object], where: str) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def _convert(value: object, wanted: Any, where: str, key: str) -> Any:
     if wanted is Path and isinstance(value, str | Path):
         return Path(value)
     if wanted is float and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):  # YAML reads 1e-5 as text
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # YAML reads 1e-5 as text
             return float(value)  # type: ignore[arg-type]
     if type(value) is wanted:
         return value
@@ -236,6 +253,8 @@ def _check_range(name: str, value: object) -> None:
         raise UserError(f"{said}; it must be above 0")
     if name in NOT_NEGATIVE and value < 0:
         raise UserError(f"{said}; it must be 0 or more")
+    if name == "seed" and value >= 2**63:
+        raise UserError(f"{said}; it must be below 2^63")
     if name in INTERVALS:
         low, high, with_low, with_high = INTERVALS[name]
         inside = (low <= value if with_low else low < value) and (

@@ -11,6 +11,7 @@ import pytest
 
 from prefloop.config import UserError
 from prefloop.data.formats import Kind, load, split_by_prompt
+from prefloop.files import write_jsonl
 from prefloop.records import (
     Conversation,
     Demonstration,
@@ -20,7 +21,6 @@ from prefloop.records import (
     RowCounts,
     Unpaired,
     to_json,
-    write_jsonl,
 )
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless.jsonl.gz"
@@ -338,5 +338,28 @@ def test_a_margin_goes_along_with_a_pair(tmp_path: Path) -> None:
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ((first, second), _) = read(tmp_path, "preference", {**pair, "margin": 1.5}, pair)
     assert (first.margin, second.margin) == (1.5, 0.0)
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: `margin` is 'x'; it must be a number"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: `margin` is 'x'; it must be a finite"):
         read(tmp_path, "preference", {**pair, "margin": "x"})
+
+
+def test_chats_in_csv_are_json(tmp_path: Path) -> None:
+    chat = json.dumps([{"role": "user", "content": "Hi"}]).replace('"', '""')
+    (tmp_path / "rows.csv").write_text(f'prompt,completion\n"{chat}",Hello\n')
+    (record,) = load(str(tmp_path / "rows.csv"), "demonstration", RowCounts())
+    assert record.prompt == (Message("user", "Hi"),)
+
+
+@pytest.mark.parametrize("margin", ["NaN", "1e999", "true"])
+def test_a_margin_is_a_finite_number(margin: str, tmp_path: Path) -> None:
+    row = f'{{"prompt": "p", "chosen": "a", "rejected": "b", "margin": {margin}}}\n'
+    (tmp_path / "rows.jsonl").write_text(row)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: `margin`"):
+        load(str(tmp_path / "rows.jsonl"), "preference", RowCounts())
+
+
+@pytest.mark.parametrize("role", ["", "asistant"])
+def test_a_role_that_is_nearly_one_is_told(role: str, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"`messages\[1\]\.role` is .*did you mean one of"):
+        load(str(tmp_path / "rows.jsonl"), "demonstration", RowCounts())

@@ -275,8 +275,13 @@ def test_rankings_without_a_strict_pair_are_dropped_and_counted() -> None:
 
 
 def test_answers_equal_as_tokens_are_an_error() -> None:
-    with pytest.raises(UserError, match=r"^f:1: the ranked answers are all equal as tokens"):
+    with pytest.raises(UserError, match=r"^f:1: answers 0 and 1 are equal as tokens"):
         one(Comparison("x", "y", "y<eos>", "f:1"), tiny_tokenizer(chat=False))
+    of_three = Ranking("x", ("y", "z", "y<eos>"), ((0,), (1,), (2,)), "f:1")
+    with pytest.raises(UserError, match=r"^f:1: answers 0 and 2 are equal as tokens"):
+        one(of_three, tiny_tokenizer(chat=False))
+    tied = Ranking("x", ("y", "z", "y<eos>"), ((0, 2), (1,)), "f:1")
+    assert one(tied, tiny_tokenizer(chat=False)).tiers == ((0, 2), (1,))
 
 
 def test_empty_prompt_without_bos_is_an_error() -> None:

@@ -12,9 +12,9 @@ from prefloop.config import CompareConfig, UserError
 from prefloop.evaluation.compare import compare
 from prefloop.evaluation.frontier import best_of_n_kl
 from prefloop.evaluation.judges import load_judge
+from prefloop.files import read_rows, write_jsonl
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
-from prefloop.records import read_rows, write_jsonl
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ("The film", "A", "It is", "What")
@@ -100,7 +100,8 @@ def test_best_of_n_takes_the_reward_models_favourite(config: CompareConfig) -> N
     for row in rows:
         if row["way"] == "SFT":  # its first answer is the baseline's, the other four the pool
             pool = row["completions"][1:]
-            scores = reward([row["prompt"]] * 4, pool)
+            ended = [not cut for cut in row["truncated"][1:]]
+            scores = reward([row["prompt"]] * 4, pool, ended)
             assert one[row["prompt"]]["completions"] == [pool[scores.index(max(scores))]]
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from prefloop.config import UserError
 from prefloop.evaluation.judges import function_judge, load_judge
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
+from prefloop.records import Message
 from tests.tiny import tiny_model, tiny_tokenizer
 
 HERE = "tests.evaluation.test_judges"
@@ -38,6 +40,7 @@ def test_a_function_scores_each_answer() -> None:
     [
         (f"{HERE}:one_for_all", "1 scores for 2 answers"),
         (f"{HERE}:not_a_number", "gave nan for the answer 'c'"),
+        (f"{HERE}:huge", "scores must be finite, and below"),
         (f"{HERE}:raises", "failed: KeyError: 'mood'"),
     ],
 )
@@ -46,10 +49,34 @@ def test_a_faulty_function_is_named(source: str, message: str) -> None:
         function_judge(source)(["a", "b"], ["c", "d"])
 
 
+def huge(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    return [1e39] * len(completions)
+
+
+@pytest.mark.parametrize("body", ["def f(:", "raise RuntimeError('no')", "import sys; sys.exit(3)"])
+def test_a_module_that_fails_at_import_is_named(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(body + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="cannot import it") as caught:
+        function_judge("broken_rewards:score")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("source", ["no.such.module:f", f"{HERE}:no_such_function"])
 def test_what_cannot_be_imported_is_named(source: str) -> None:
     with pytest.raises(UserError, match="cannot import"):
         load_judge(source)
+
+
+def roles(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    return [float(len(prompt)) for prompt in prompts if prompt[0]["role"] == "user"]
+
+
+def test_chats_are_lists_of_dicts_to_a_function() -> None:
+    chat = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
+    assert function_judge(f"{HERE}:roles")([chat], ["Bye"]) == [3.0]
 
 
 def policy_folder(path: Path) -> str:

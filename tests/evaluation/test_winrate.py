@@ -13,7 +13,7 @@ from prefloop.evaluation.winrate import (
     run,
     win_rate,
 )
-from prefloop.records import write_jsonl
+from prefloop.files import write_jsonl
 
 
 def length_judge(prompts: list[str], completions: list[str]) -> list[float]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from prefloop.config_labelling import LabelImportConfig
+from prefloop.files import write_jsonl
 from prefloop.labelling import imports
 from prefloop.labelling.assign import Judgement
 from prefloop.labelling.store import Store
-from prefloop.records import write_jsonl
 
 NO_EXTRAS = {"overlap": 0.0, "gold_share": 0.0, "repeat_share": 0.0}
 

@@ -8,9 +8,10 @@ import pytest
 from prefloop.config import UserError
 from prefloop.config_labelling import LabelExportConfig
 from prefloop.data.formats import load
+from prefloop.files import read_rows
 from prefloop.labelling import export
 from prefloop.labelling.assign import Judgement, next_assignment, submit
-from prefloop.records import RowCounts, read_rows
+from prefloop.records import RowCounts
 from tests.labelling.small import add, in_order, open_store, put, rows
 
 

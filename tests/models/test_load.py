@@ -6,13 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prefloop.config import UserError
 from prefloop.data.batches import pack
 from prefloop.models import heads
-from prefloop.models.load import disable_dropout, is_scorer_folder, load_policy, load_scorer
+from prefloop.models.export import export_model
+from prefloop.models.load import (
+    disable_dropout,
+    is_scorer_folder,
+    load_policy,
+    load_scorer,
+    pick_device,
+)
 from tests.models.plain import (
     CPU,
     assert_close,
@@ -243,3 +251,25 @@ def test_a_classifier_of_several_labels_is_no_scorer(tmp_path):
     with pytest.raises(UserError) as error:
         load_scorer(path, CPU)
     assert one_line(error).startswith(f"{path}: ")
+
+
+def test_a_scorer_without_its_head_is_refused(tmp_path):
+    """Its scores would be those of a random head."""
+    export_model(load_scorer(folder_of(tmp_path / "policy", tiny_model()), CPU), tmp_path / "rm")
+    file = tmp_path / "rm" / "model.safetensors"
+    tensors = {name: t for name, t in load_file(file).items() if name != "score.weight"}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weights missing, such as score\.weight"):
+        load_scorer(str(tmp_path / "rm"), CPU)
+
+
+def test_loading_says_nothing(tmp_path, capfd):
+    load_scorer(folder_of(tmp_path / "policy", tiny_model()), CPU)
+    capfd.readouterr()
+    load_scorer(str(tmp_path / "policy"), CPU)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_device_that_is_not_here():
+    with pytest.raises(UserError, match="--device mps: not a device here"):
+        pick_device("mps")

@@ -276,7 +276,7 @@ def ppo(folders: dict[str, str], variant: str, prompt_ids: list[list[int]], tmp_
     sampler = Sampler(config, policy, critic, reference, scorer, frozenset({models.EOS}))
     records = tuple(Prompt(text) for text in rows.PROMPTS)
     prompts = Prompts(records, tuple(Example(tuple(ids)) for ids in prompt_ids))
-    return PPO(config, sampler, prompts, [], Prompts((), ()))
+    return PPO(config, sampler, prompts, [], Prompts((), ()), fixed=())
 
 
 @pytest.mark.parametrize("variant", ["length", "whitened", "discounted"])
@@ -321,9 +321,7 @@ def test_ppo(variant: str, folders: dict[str, str], tmp_path: Path) -> None:
     rollouts = Rollouts(
         tuple(examples), mask, log_probs, ref_log_probs, advantages, values, returns
     )
-    method.load_state_dict(
-        {"kl_coef": config.kl_coef, "stopped_early": False, "rollouts": rollouts.state_dict()}
-    )
+    method.load_state_dict(method.state_dict() | {"rollouts": rollouts.state_dict()})
     terms, sums = losses_of(method)
     first = trl["epochs"][0]
     assert terms["policy_avg"] == pytest.approx(first["policy_loss"], abs=1e-6)
@@ -338,7 +336,12 @@ def test_ppo(variant: str, folders: dict[str, str], tmp_path: Path) -> None:
 
     # 4. Metrics of the rollout.
     metrics = rollout_metrics(
-        rollouts, scores, torch.zeros(len(scores), dtype=torch.bool), config.kl_coef, CPU
+        rollouts,
+        scores,
+        torch.zeros(len(scores), dtype=torch.bool),
+        torch.zeros_like(rollouts.log_probs),
+        config.kl_coef,
+        CPU,
     )
     names = [f"objective/{n}" for n in ("kl", "scores", "rlhf_reward", "non_score_reward")]
     agree(metrics, trl["metrics"], [*names, "objective/entropy"])

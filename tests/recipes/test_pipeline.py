@@ -131,6 +131,10 @@ def test_removed_output_is_made_again(go, copier):
         ("seed: 5", "seed: -5", "stage 2 (two): --seed is -5; it must be 0 or more"),
         ("{data: rows.txt}", "rows.txt", "stage 1: give {name, command, settings}"),
         ("{data: rows.txt}", "{}", "stage 1 (one): `data` is missing"),
+        (", settings: {data: rows.txt}", "", "stage 1 (one): `data` is missing"),
+        ("name: two", "name: ..", "`name` must be a word of its own"),
+        ("seed: 5", "output: runs/p/one", "stage 2 (two): runs/p/one is another's"),
+        ("command: copy, ", "command: run, ", "no command `run`; choose from copy"),
     ],
 )
 def test_faults_are_found_before_anything_runs(go, copier, old, new, message):
@@ -140,3 +144,11 @@ def test_faults_are_found_before_anything_runs(go, copier, old, new, message):
     assert message in str(caught.value)
     assert copier.calls == []
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"one": 3}', "{"])
+def test_a_damaged_record_is_the_users_to_mend(go, text):
+    Path("runs/p").mkdir(parents=True)
+    Path("runs/p/pipeline.json").write_text(text)
+    with pytest.raises(UserError, match=r"pipeline\.json: not a pipeline's record; remove it"):
+        go()

@@ -8,9 +8,10 @@ import pytest
 
 from prefloop.config import UserError
 from prefloop.data import formats
+from prefloop.files import write_jsonl
 from prefloop.recipes import sentiment_data as data
 from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, fetch_movie_ratings
-from prefloop.records import RowCounts, write_jsonl
+from prefloop.records import RowCounts
 
 GOOD, BAD = ("fine", "moving", "funny", "rich"), ("dull", "weak", "empty", "stale")
 

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-whiten": ("ppo", ROLLOUTS | {"whiten_rewards": True, "kl_target": 0.05}),
     "ppo-rloo": ("ppo", ROLLOUTS | {"advantage": "rloo", "samples_per_prompt": 2}),
     "ppo-grpo": ("ppo", ROLLOUTS | {"advantage": "grpo", "samples_per_prompt": 3}),
+    "ppo-minibatches": ("ppo", ROLLOUTS | {"num_minibatches": 3, "normalize_scores": True}),
     "ppo-ptx": ("ppo", ROLLOUTS | {"ptx_coef": 0.5, "sft_data": "sft.jsonl"}),
 }
 

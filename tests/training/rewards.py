@@ -1,8 +1,19 @@
 """Reward functions as a user might write them, right and wrong."""
 
+import random as stdlib_random
+
+import numpy as np
+import torch
+
 
 def by_length(prompts, completions):
     return [len(completion) / 10 for completion in completions]
+
+
+def random(prompts, completions):
+    """Of the generators that a user's code may draw from."""
+    drawn = [stdlib_random.random() + np.random.random() for _ in completions]
+    return [value + float(torch.rand(())) for value in drawn]
 
 
 def constant(prompts, completions):

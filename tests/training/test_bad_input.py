@@ -1,12 +1,14 @@
 """The user's mistakes through the command line: one line, exit 2, nothing half-written."""
 
 import json
+import re
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from prefloop.cli import main
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import REWARDS, checkpoint, flags, lines, settings, write_rows
 
 SFT_ROWS = [{"prompt": "a boat", "completion": " took the bath"}] * 3
@@ -22,9 +24,10 @@ def prefloop(capfd):
         capfd.readouterr()
         assert main([command, *flags(config), *words]) == 2
         said = capfd.readouterr()
-        assert said.err.startswith("prefloop: ")
-        assert said.err.count("\n") == 1
-        return said.err
+        *before, told = said.err.splitlines()
+        assert told.startswith("prefloop: ")
+        assert all(re.match(r".*: read \d+ rows, used \d+", line) for line in before)
+        return told + "\n"
 
     return run
 
@@ -203,3 +206,23 @@ def test_a_set_of_mistakes_leaves_nothing_beside_the_output(world, tmp_path, pre
     config = settings("sft", world, tmp_path / "run", data=str(tmp_path / "rows.jsonl"))
     prefloop("sft", config)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_row_beyond_the_models_positions_is_named_before_the_first_step(
+    prefloop, world, tmp_path
+):
+    tiny_model("gpt2", n_positions=24).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(chat=False).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": " boat" * 9}]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    changes = {"model": str(tmp_path / "model"), "data": str(data)}
+    told = prefloop("sft", settings("sft", world, tmp_path / "run", **changes))
+    assert "rows.jsonl:2: " in told
+    assert "exact up to 24 only" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_kto_has_no_chosen_answer_to_imitate(prefloop, world, tmp_path):
+    changes = {"loss": "kto", "sft_coefficient": 0.5, "data": str(world / "pairs.jsonl")}
+    told = prefloop("dpo", settings("dpo", world, tmp_path / "run", **changes))
+    assert "--sft-coefficient is read only with --loss" in told

@@ -9,7 +9,7 @@ from prefloop.config import SFTConfig
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.losses.sft import sft_loss
-from prefloop.models import heads
+from prefloop.models import heads, precision
 from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.training import optim
 from tests.training.cases import CASES, run_case
@@ -62,7 +62,7 @@ def test_lr_clipping_and_lines_as_asked(world, tmp_path):
 def test_checkpoints_kept(world, tmp_path):
     train("sft", world, tmp_path / "a", batch_size=1, save_every=2, keep_checkpoints=2)
     names = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
-    assert names == ["step-6", "step-8"]
+    assert names == ["step-8", "step-9"]
     state = checkpoint(tmp_path / "a", 8)
     assert (state["step"], set(state["models"])) == (8, {"policy"})
     assert all(float(s["step"]) == 8 for s in state["optimizer"]["state"].values())
@@ -81,7 +81,7 @@ def test_weight_decay_falls_on_matrices_only():
 
 
 def gradients(model, batch, dtype="float32"):
-    with optim.autocast(CPU, dtype):
+    with precision.autocast(CPU, dtype):
         loss = sft_loss(answer_log_probs(model, batch).log_probs).sum
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.module.named_parameters() if p.requires_grad}
@@ -143,7 +143,7 @@ def test_every_method_runs_in_bfloat16_with_checkpointing(name, world, tmp_path)
 
 def test_scores_and_log_softmax_are_float32_in_bfloat16(world):
     batch, model = pack(SHORT), policy(world)
-    with optim.autocast(CPU, "bfloat16"):
+    with precision.autocast(CPU, "bfloat16"):
         log_probs = answer_log_probs(model, batch).log_probs
     assert log_probs.dtype == torch.float32
     exact = answer_log_probs(model, batch).log_probs

@@ -2,23 +2,31 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from prefloop.config import UserError
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example, encode_answer, encode_prompt
+from prefloop.files import read_rows
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_scorer
-from prefloop.records import read_rows
 from prefloop.training import loop
 from prefloop.training.ppo import build
+from prefloop.training.rollout import RunningScores
 from tests.parity.plain import token_log_probs
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import (
@@ -89,8 +97,8 @@ def test_the_number_of_optimiser_steps(epochs, minibatches, passes, world, tmp_p
     total = iterations * epochs * minibatches
     assert [line["step"] for line in lines(output)] == list(range(1, total + 1))
     assert sum("objective/kl" in line for line in lines(output)) == iterations
-    state = checkpoint(output, total - 1)["optimizer"]["state"]
-    assert {float(s["step"]) for s in state.values()} == {total - 1}
+    state = checkpoint(output, total)["optimizer"]["state"]
+    assert {float(s["step"]) for s in state.values()} == {total}
     assert all(line["grad_norm"] > 0 for line in lines(output))
 
 
@@ -302,8 +310,136 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(world, tmp_path):
     for sample in samples:
         ids = encode_prompt(tokenizer, sample["prompt"])
         ids += encode_answer(tokenizer, sample["prompt"], sample["completion"])
-        score = plain(torch.tensor([ids])).logits.item() - 0.25
-        assert sample["score"] == pytest.approx(score, abs=1e-5)
+        ended, cut = (plain(torch.tensor([row])).logits.item() - 0.25 for row in (ids, ids[:-1]))
+        assert min(abs(sample["score"] - score) for score in (ended, cut)) < 1e-5
+
+
+def chat_world(folder):
+    """A chat policy, a reward model with another tokenizer, and prompts of messages."""
+    for seed, name in enumerate(("policy", "base")):
+        tokenizer = tiny_tokenizer(chat=True)
+        if name == "base":
+            tokenizer.add_tokens(["boat"])
+        tiny_model(vocab_size=len(tokenizer), seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    export_model(load_scorer(str(folder / "base"), CPU), folder / "rm")
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("a boat", "the", "oath")]
+    write_rows(folder / "chats.jsonl", rows)
+    return {
+        "model": str(folder / "policy"),
+        "reward_model": str(folder / "rm"),
+        "data": str(folder / "chats.jsonl"),
+        "batch_size": 3,
+        "ppo_epochs": 1,
+    }
+
+
+def test_chats_are_scored_by_a_reward_model_with_another_tokenizer(world, tmp_path):
+    changes = chat_world(tmp_path)
+    train("ppo", world, tmp_path / "run", **changes)
+    tokenizer = AutoTokenizer.from_pretrained(changes["reward_model"])
+    plain = AutoModelForSequenceClassification.from_pretrained(changes["reward_model"])
+    for sample in lines(tmp_path / "run", "samples.jsonl"):
+        chat = [*sample["prompt"], {"role": "assistant", "content": sample["completion"]}]
+        ids = tokenizer.apply_chat_template(chat, tokenize=False).rstrip("\n")
+        ids = tokenizer(ids, add_special_tokens=False)["input_ids"]  # cut: without its stop token
+        scores = [plain(torch.tensor([row])).logits.item() for row in (ids, ids[:-1])]
+        assert min(abs(sample["score"] - score) for score in scores) < 1e-5
+
+
+def test_a_cut_answer_is_scored_without_a_stop_token(world, tmp_path):
+    """By the same reward model through its tokens and through its text."""
+    rm, other = str(world / "rm"), tmp_path / "other"
+    shutil.copytree(rm, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["a token that no text holds"])
+    tokenizer.save_pretrained(other)
+    found = []
+    for name, path in (("tokens", rm), ("text", str(other))):
+        out, changes = tmp_path / name, {"advantage": "rloo", "samples_per_prompt": 2}
+        train("ppo", world, out, reward_model=path, batch_size=9, max_new_tokens=3, **changes)
+        rows = lines(out, "samples.jsonl")
+        found.append({(r["prompt"], r["completion"]): r["score"] for r in rows if r["step"] == 1})
+    assert found[0].keys() == found[1].keys()
+    readable = [key for key in found[0] if "\ufffd" not in key[1]]
+    assert readable
+    for key in readable:
+        assert found[0][key] == pytest.approx(found[1][key], abs=1e-5)
+
+
+def test_a_reward_model_with_a_padding_token_of_its_own_is_the_policys(tmp_path):
+    """pad = eos and nothing to take instead: `prefloop reward` adds a token, ids stay the same."""
+    tokenizer = tiny_tokenizer(chat=False)
+    core = type(tokenizer.backend_tokenizer).from_str(
+        tokenizer.backend_tokenizer.to_str().replace("<pad>", "q")
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", bos_token="<bos>", pad_token="<eos>"
+    )
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rm = load_scorer(str(tmp_path / "model"), CPU, seed=1)
+    assert len(rm.tokenizer) == len(tokenizer) + 1
+    export_model(rm, tmp_path / "rm")
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a boat"}])
+    critic = built(tmp_path, tmp_path).critic
+    assert torch.equal(critic.hf.score.weight, rm.hf.score.weight)
+    train("ppo", tmp_path, tmp_path / "run", batch_size=1)
+
+
+@pytest.mark.parametrize(("flag", "folder"), [("ref_model", "base"), ("value_model", "rm")])
+def test_models_that_read_other_words_are_refused(flag, folder, world, tmp_path):
+    other_reward_model(tmp_path)
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} .*its tokenizer is not"):
+        built(world, tmp_path, **{flag: str(tmp_path / folder)})
+
+
+def test_scores_and_values_are_around_the_same_mean(world, tmp_path):
+    """A reward model's mean is subtracted from its scores, and from a critic that began as one."""
+    shutil.copytree(world / "rm", tmp_path / "rm")
+    settings = json.loads((tmp_path / "rm" / "config.json").read_text())
+    (tmp_path / "rm" / "config.json").write_text(json.dumps(settings | {"reward_mean": 5.0}))
+    shifted = built(world, tmp_path / "a", reward_model=str(tmp_path / "rm"), batch_size=9)
+    plain = built(world, tmp_path / "b", batch_size=9)
+    steps = [next(iter(ppo.steps(0))) for ppo in (shifted, plain)]
+    found = [step.metrics["objective/scores"] for step in steps]
+    assert found[0] == pytest.approx(found[1] - 5.0, abs=1e-4)
+    torch.testing.assert_close(shifted.rollouts.values[:, 0], plain.rollouts.values[:, 0] - 5.0)
+
+
+def test_scores_are_normalised_by_all_so_far(world, tmp_path):
+    """Over the first 4 and then over 8 answers, by hand; clipped after, the penalty last of all."""
+    changes = {"normalize_scores": True, "reward_clip": 1.0, "missing_eos_penalty": -7.0, **LENGTH}
+    ppo = built(world, tmp_path, batch_size=4, ppo_epochs=1, **changes)
+    seen, running = [], RunningScores()
+    for raw in ([1.0, 2.0, 3.0, 6.0], [0.0, 0.0, 4.0, 8.0]):
+        stopped = torch.tensor([True, True, False, True])
+        seen += raw
+        mean = sum(seen) / len(seen)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in seen) / len(seen))
+        expected = [max(-1.0, min(1.0, (x - mean) / deviation)) for x in raw]
+        expected[2] = -7.0
+        found = ppo.sampler._adjusted(torch.tensor(raw), stopped, running)
+        assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_held_out_answers_do_not_move_the_running_scores(world, tmp_path):
+    prompts = str(world / "prompts.jsonl")
+    ppo = built(world, tmp_path, normalize_scores=True, eval_data=prompts, batch_size=9, **LENGTH)
+    next(iter(ppo.steps(0)))
+    before = replace(ppo.running)
+    ppo.evaluate()
+    assert before.count == 9
+    assert ppo.running == before
+
+
+def test_sampler_and_trainer_are_compared_in_every_iteration(world, tmp_path):
+    train("ppo", world, tmp_path / "run", batch_size=3, temperature=0.7, ppo_epochs=1)
+    gaps = [row["val/sampler_gap"] for row in lines(tmp_path / "run") if "val/sampler_gap" in row]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-5
+    samples = lines(tmp_path / "run", "samples.jsonl")
+    assert {row["weights_version"] for row in samples} == {0, 1, 2}
 
 
 def test_the_critic_starts_from_the_reward_model(world, tmp_path):
@@ -387,7 +523,7 @@ def test_group_advantages_by_hand(world, tmp_path):
     net = torch.tensor(scores) - 0.2 * kl
     expected = (net - net.view(3, 2).flip(1).flatten())[:, None] * r.mask
     torch.testing.assert_close(r.advantages, expected, rtol=1e-4, atol=1e-5)
-    assert step.samples[0].keys() == {"prompt", "completion", "score"}
+    assert step.samples[0].keys() == {"prompt", "completion", "score", "weights_version"}
 
 
 # --- what comes out ------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from prefloop.cli import main
+from prefloop.config import UserError
 from tests.training.small import (
     REWARDS,
     assert_same_run,
@@ -32,6 +36,7 @@ RUNS = {  # name: command, settings of a run of some steps
     "ppo": ("ppo", PPO | {"kl_target": 0.01, "kl_horizon": 20.0, "samples_per_prompt": 2}),
     "ppo-stops": ("ppo", PPO | {"target_kl": 1e-3, "ppo_epochs": 4, "lr": 3e-3}),
     "ppo-ptx": ("ppo", PPO | {"ptx_coef": 0.5, "sft_data": "sft.jsonl", "lora_rank": 2}),
+    "ppo-random": ("ppo", PPO | {"reward_function": f"{REWARDS}:random", "normalize_scores": True}),
     "rloo": ("ppo", PPO | {"advantage": "rloo", "samples_per_prompt": 2}),
 }
 
@@ -70,6 +75,50 @@ def test_the_ppo_cases_pass_through_what_they_are_for(world, tmp_path):
     assert len(betas) > 1
 
 
+CHANGED = {  # what is changed between an interruption and the resumption
+    "sft": ("sft", {}, "sft.jsonl"),
+    "dpo": ("dpo", {}, "rank.jsonl"),
+    "ppo": ("ppo", {"batch_size": 3}, "prompts.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_rows_that_changed_meanwhile_are_told(name, world, tmp_path):
+    command, changes, rows = CHANGED[name]
+    data = tmp_path / "rows.jsonl"
+    text = (world / rows).read_text()
+    data.write_text(text)
+    changes = {"batch_size": 3, "save_every": 1, "data": str(data)} | changes
+    train(command, world, tmp_path / "whole", keep_checkpoints=99, **changes)
+    only_checkpoint(tmp_path / "whole", tmp_path / "again", 1)
+    first, *others = text.splitlines(keepends=True)
+    data.write_text("".join([*others, first]))
+    with pytest.raises(UserError, match="not those that the run began with"):
+        train(command, world, tmp_path / "again", **changes)
+    data.write_text(text)
+    train(command, world, tmp_path / "again", **changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def test_another_reference_or_reward_model_is_told(world, tmp_path):
+    for fixed in ("ref_model", "reward_model"):
+        path = tmp_path / fixed
+        shutil.copytree(world / ("rm" if fixed == "reward_model" else "reference"), path)
+        whole, again = tmp_path / f"{fixed}-whole", tmp_path / f"{fixed}-again"
+        changes = {"batch_size": 3, "save_every": 1, fixed: str(path), "advantage": "rloo"}
+        changes |= {"samples_per_prompt": 2, "keep_checkpoints": 99}
+        train("ppo", world, whole, **changes)
+        only_checkpoint(whole, again, 1)
+        tensors = load_file(path / "model.safetensors")
+        save_file(
+            {name: tensor + 1e-3 for name, tensor in tensors.items()},
+            path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        with pytest.raises(UserError, match="not those that the run began with"):
+            train("ppo", world, again, **changes)
+
+
 def test_a_run_that_is_finished_is_left_alone(world, tmp_path, capsys):
     train("sft", world, tmp_path / "run", batch_size=4)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
@@ -79,7 +128,7 @@ def test_a_run_that_is_finished_is_left_alone(world, tmp_path, capsys):
 
 
 def test_a_checkpoint_half_written_does_not_count(world, tmp_path):
-    changes = {"batch_size": 2, "save_every": 2, "keep_checkpoints": 9}
+    changes = {"batch_size": 2, "save_every": 2, "keep_checkpoints": 99}
     train("sft", world, tmp_path / "whole", **changes)
     again = tmp_path / "again"
     only_checkpoint(tmp_path / "whole", again, 4)
@@ -91,7 +140,7 @@ def test_a_checkpoint_half_written_does_not_count(world, tmp_path):
 
 
 def test_a_named_checkpoint_is_gone_on_from(world, tmp_path):
-    changes = {"batch_size": 2, "save_every": 2, "keep_checkpoints": 9}
+    changes = {"batch_size": 2, "save_every": 2, "keep_checkpoints": 99}
     whole = tmp_path / "whole"
     train("sft", world, whole, **changes)
     again = tmp_path / "again"
@@ -182,3 +231,50 @@ def test_a_function_as_reward_is_found_again(world, tmp_path):
     only_checkpoint(tmp_path / "whole", tmp_path / "again", 2)
     train("ppo", world, tmp_path / "again", **changes)
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+def damaged(name, path):
+    if name == "empty":
+        path.write_bytes(b"")
+    elif name == "garbage":
+        path.write_bytes(b"not a pickle")
+    elif name == "a list":
+        torch.save([1], path)
+    else:
+        state = torch.load(path, weights_only=True)
+        models = {"policy": {n: t[:1] for n, t in state["models"]["policy"].items()}}
+        torch.save(state | {"models": models}, path)
+
+
+@pytest.mark.parametrize("name", ["empty", "garbage", "a list", "other shapes"])
+def test_a_damaged_checkpoint_is_told_in_one_line(name, world, tmp_path):
+    changes = {"batch_size": 3, "save_every": 1, "keep_checkpoints": 9}
+    train("sft", world, tmp_path / "whole", **changes)
+    only_checkpoint(tmp_path / "whole", tmp_path / "again", 1)
+    damaged(name, tmp_path / "again" / "checkpoints" / "step-1" / "state.pt")
+    with pytest.raises(UserError, match=r"step-1: not a") as caught:
+        train("sft", world, tmp_path / "again", **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_told(world, tmp_path):
+    changes = {"batch_size": 3, "save_every": 1, "keep_checkpoints": 9}
+    train("sft", world, tmp_path / "whole", **changes)
+    late = str(tmp_path / "whole" / "checkpoints" / "step-3")
+    with pytest.raises(UserError, match="of step 3, beyond the 2 steps of this run"):
+        train("sft", world, tmp_path / "again", resume=late, max_steps=2, **changes)
+
+
+def test_an_export_that_fails_costs_no_step(world, tmp_path):
+    """A model/ that cannot be replaced: mended, the run only writes its result."""
+    train("sft", world, tmp_path / "whole", batch_size=3)
+    run = tmp_path / "run"
+    train("sft", world, run, batch_size=3, save_every=1)
+    before = lines(run)
+    shutil.rmtree(run / "model")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "failed"}))
+    train("sft", world, run, batch_size=3, save_every=1)
+    assert lines(run) == before
+    assert_same_run(tmp_path / "whole", run)
+    assert not (tmp_path / "whole" / "checkpoints").exists()

@@ -15,11 +15,12 @@ from transformers import (
 
 from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
+from prefloop.files import read_rows
 from prefloop.models.heads import answer_scores
 from prefloop.models.load import load_scorer
-from prefloop.records import Ranking, RowCounts, read_rows
+from prefloop.records import Ranking, RowCounts
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.training.small import CPU, checkpoint, lines, policy, train, weights
+from tests.training.small import CPU, checkpoint, lines, policy, train, weights, write_rows
 
 
 def tokenizer_without_pad(kept=False):
@@ -76,6 +77,27 @@ def our_scores(folder, world):
     return torch.cat([answer_scores(scorer, b) for b in to_batches(examples, 64, CPU)])
 
 
+@pytest.mark.parametrize(
+    ("loss", "used"), [("davidson", 2), ("rao-kupper", 2), ("bradley-terry", 1)]
+)
+def test_rankings_that_are_all_ties_teach_the_losses_of_ties(loss, used, world, tmp_path, capfd):
+    rows = [
+        {"prompt": "a", "completions": [" b", " c"], "tiers": t} for t in ([[0, 1]], [[0], [1]])
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    train("reward", world, tmp_path / "run", data=str(data), loss=loss)
+    counts = json.loads((tmp_path / "run" / "run.json").read_text())["rows"]["data"]
+    assert (counts["read"], counts["used"], counts["tied_pairs"]) == (2, used, used - 1)
+    assert f"rows.jsonl: read 2 rows, used {used}" in capfd.readouterr().err
+
+
+def test_a_reward_model_trained_further_keeps_its_mean_at_0(world, tmp_path):
+    first = train("reward", world, tmp_path / "first", batch_size=3)
+    again = train("reward", world, tmp_path / "again", model=str(first.model), batch_size=3)
+    scores = our_scores(again.model, world)
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("pad", TOKENIZERS)
 def test_plain_transformers_scores_the_folder_as_we_do(arch, pad, world, tmp_path):
@@ -86,7 +108,8 @@ def test_plain_transformers_scores_the_folder_as_we_do(arch, pad, world, tmp_pat
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     assert plain.config.num_labels == 1
     scores = plain_scores(plain, tokenizer, texts(world, tokenizer))
-    torch.testing.assert_close(our_scores(tmp_path / "run", world), scores, rtol=0, atol=1e-5)
+    ours = our_scores(tmp_path / "run", world) + plain.config.reward_mean
+    torch.testing.assert_close(ours, scores, rtol=0, atol=1e-5)
     assert scores.std() > 0.05
     # The stored mean and deviation are of the training answers' scores.
     assert plain.config.reward_mean == pytest.approx(float(scores.mean()), abs=1e-5)
@@ -113,9 +136,10 @@ def test_lora_trains_its_head_too(pad, world, tmp_path):
         base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
         plain = PeftModel.from_pretrained(base, output / "model")
         scores = plain_scores(plain, tokenizer, texts(world, tokenizer))
-        torch.testing.assert_close(ours, scores, rtol=0, atol=1e-5)
+        mean = load_scorer(str(output), CPU).hf.config.reward_mean
+        torch.testing.assert_close(ours + mean, scores, rtol=0, atol=1e-5)
     config = load_scorer(str(output), CPU).hf.config
-    assert config.reward_mean == pytest.approx(float(ours.mean()), abs=1e-5)
+    assert float(ours.mean()) == pytest.approx(0.0, abs=1e-5)
     assert config.reward_std == pytest.approx(float(ours.std()), abs=1e-5)
 
 

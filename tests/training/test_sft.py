@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefloop.records import read_rows
+from prefloop.files import read_rows
 from tests.parity.plain import token_log_probs
 from tests.tiny import tiny_tokenizer
 from tests.training.small import lines, train, write_rows

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from prefloop.config import UserError
-from prefloop.records import Message, Text, first_line, text_to_json
+from prefloop.files import first_line
+from prefloop.records import Message, Text, text_to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,16 +15,18 @@ last "Assistant:" of an HH transcript, or the common first messages.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 from prefloop.config import UserError
+from prefloop.files import SUFFIXES, first_line, json_type, read_rows
 from prefloop.records import (
-    SUFFIXES,
     Comparison,
     Conversation,
     Demonstration,
@@ -35,9 +37,6 @@ from prefloop.records import (
     RowCounts,
     Text,
     Unpaired,
-    first_line,
-    json_type,
-    read_rows,
     text_to_json,
 )
 
@@ -54,6 +53,7 @@ ACCEPTED: dict[Kind, str] = {
 }
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # What a message may hold beside role and content, and what would be lost by reading those only.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
@@ -244,6 +244,8 @@ def _one_answer(messages: tuple[Message, ...], name: str, where: str) -> Text:
 
 
 def _text(value: object, name: str, where: str) -> Text:
+    if isinstance(value, str) and value.startswith('[{"role"') and ".csv:" in where:
+        value = _decoded(value, name, where)
     if isinstance(value, list):
         return _messages(value, name, where)
     return _string(value, name, where, "a string or a list of messages")
@@ -278,6 +280,8 @@ def _messages(value: object, name: str, where: str) -> tuple[Message, ...]:
                 "remove it"
             )
         role, content = (_string(item[key], f"{field}.{key}", where) for key in ("role", "content"))
+        if role not in ROLES and (not role or get_close_matches(role, ROLES, cutoff=0.8)):
+            raise UserError(f"{where}: `{field}.role` is {role!r}; did you mean one of {ROLES}?")
         messages.append(Message(role, content))
     return tuple(messages)
 
@@ -302,9 +306,12 @@ def _margin(row: Row, where: str) -> float:
     """By how much `chosen` should outscore `rejected`; 0 without the column."""
     value = row.get("margin")
     try:
-        return 0.0 if value in (None, "") else float(value)
+        margin = 0.0 if value in (None, "") else float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{where}: `margin` is {value!r}; it must be a number") from None
+        margin = math.nan
+    if isinstance(value, bool) or not math.isfinite(margin):
+        raise UserError(f"{where}: `margin` is {value!r}; it must be a finite number")
+    return margin
 
 
 # --- sources -------------------------------------------------------------------------------------
@@ -348,6 +355,14 @@ def prompt_of(record: Record) -> Text:
         return record.prompt
     roles = [message.role for message in record.messages]
     return record.messages[: roles.index("assistant")]
+
+
+def first_prompts(prompts: Sequence[Prompt], most: int, counts: RowCounts) -> list[Prompt]:
+    """The first `most` prompts (0: all); the others are counted as dropped."""
+    kept = list(prompts[: most or None])
+    for _ in prompts[len(kept) :]:
+        counts.drop("beyond --max-prompts")
+    return kept
 
 
 def split_by_prompt(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, product
+from math import comb
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefloop.config import Truncation, UserError
@@ -131,6 +133,14 @@ def stop_token_ids(
     return frozenset(stop for stop in stops if stop is not None)
 
 
+def same_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether `other` has the tokens of `one` under their ids, and no others but special ones."""
+    ours, theirs = one.get_vocab(), other.get_vocab()
+    more = theirs.keys() - ours.keys()  # such as a padding token that `prefloop reward` added
+    same = all(theirs.get(token) == number for token, number in ours.items())
+    return same and more <= set(other.all_special_tokens)
+
+
 def audit_template(tokenizer: PreTrainedTokenizerBase) -> TemplateAudit:
     """Try the tokenizer's chat template (or its plain text) for the known ways to go wrong."""
     encoder, bos = Encoder(tokenizer), tokenizer.bos_token_id
@@ -170,18 +180,20 @@ def tokenize(
     truncation: Truncation,
     counts: RowCounts,
     train_on: Literal["answer", "all"] = "answer",
+    keep_ties: bool = False,
 ) -> list[Example]:
     """Tokenise records; every one is used, counted as dropped with its reason, or a UserError.
 
     `truncation` of rows over `max_length` tokens: `error`; `drop`; `left` cuts the prompt's start
     but for its BOS; `right` cuts the answer's end (its stop token goes with it). With `train_on`
-    "all" the first token is the prompt and all others are the answer, in the loss.
+    "all" the first token is the prompt and all others are the answer, in the loss. Rankings whose
+    answers are all tied are dropped but with `keep_ties`; of others, tied pairs are counted.
     """
     encoder = Encoder(tokenizer)
     examples: list[Example] = []
     for record in records:
         try:
-            example = _checked(_example(encoder, record))
+            example = _checked(_example(encoder, record), keep_ties)
             if isinstance(example, Example):
                 example = _fitted(example, max_length, truncation, tokenizer.bos_token_id, counts)
         except UserError as error:
@@ -195,6 +207,7 @@ def tokenize(
             masks = ((True,) * (len(ids) - 1),)
             example = replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
         examples.append(replace(example, index=len(examples)))
+        counts.tied_pairs += sum(comb(len(tier), 2) for tier in example.tiers)
     counts.used += len(examples)
     if not examples:
         source = located(records[0].where.rpartition(":")[0]) if records else ""
@@ -228,15 +241,27 @@ def _example(encoder: Encoder, record: Record) -> Example:
     )
 
 
-def _checked(example: Example) -> Example | str:
+def _checked(example: Example, keep_ties: bool) -> Example | str:
     """The example, or why there is nothing to learn from it."""
     if not example.prompt:
         raise UserError("`prompt` is empty and the tokenizer has no BOS; give at least one token")
-    if len(example.tiers) == 1:
+    if len(example.tiers) == 1 and not keep_ties:
         return "ranking without a strict pair"
-    if example.tiers and len(set(example.answers)) == 1:
-        raise UserError("the ranked answers are all equal as tokens; remove the row or mend it")
+    if twins := _equal_but_ranked(example):
+        raise UserError(
+            f"answers {twins[0]} and {twins[1]} are equal as tokens but not ranked as equal; put "
+            "them into one tier, or remove the row"
+        )
     return example
+
+
+def _equal_but_ranked(example: Example) -> tuple[int, int] | None:
+    """Two answers of different tiers with the same tokens: a pair that nothing can order."""
+    for above, below in combinations(example.tiers, 2):
+        for first, second in product(above, below):
+            if example.answers[first] == example.answers[second]:
+                return first, second
+    return None
 
 
 def _fitted(
@@ -267,7 +292,7 @@ def _fitted(
         example = replace(example, answers=answers, answer_masks=masks)
     empty = not example.prompt or len(example.prompt) > max_length
     unlearnable = not all(map(any, example.answer_masks))
-    if empty or unlearnable or (example.tiers and len(set(example.answers)) == 1):
+    if empty or unlearnable or _equal_but_ranked(example):
         return f"nothing left to learn once cut to {max_length} tokens"
     counts.truncated += 1
     return example

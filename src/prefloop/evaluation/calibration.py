@@ -6,15 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import comb
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.config import RewardQualityConfig, UserError
+from prefloop.files import check_writable, write_atomic
 from prefloop.labelling.agreement import ceiling
-from prefloop.records import RowCounts, write_atomic
+from prefloop.records import RowCounts
 
 Array = NDArray[np.float64]
 
@@ -95,6 +95,8 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     from prefloop.models.load import load_reward_model, pick_device
     from prefloop.models.precision import autocast
 
+    if config.output is not None:
+        check_writable(config.output)
     model = load_reward_model(config.reward_model, pick_device(config.device))
     records = formats.load(config.data, "preference", counts := RowCounts())
     examples = tokenize(records, model.tokenizer, config.max_length, config.truncation, counts)
@@ -111,7 +113,7 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     better, worse, better_lengths, worse_lengths = zip(*pairs, strict=True)
     result = asdict(calibrate(better, worse, better_lengths, worse_lengths))
     result["rankings"] = len(examples)
-    result["tied_pairs"] = sum(comb(len(tier), 2) for e in examples for tier in e.tiers)
+    result["tied_pairs"] = counts.tied_pairs
     if config.agreement is not None:
         result["ceiling"] = ceiling(config.agreement)
     if config.output is not None:

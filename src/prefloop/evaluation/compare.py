@@ -14,18 +14,19 @@ import torch
 from prefloop.config import CompareConfig, UserError
 from prefloop.data import formats
 from prefloop.data.batches import micro_batches, pack
-from prefloop.data.tokenize import Example, decode_answer, stop_token_ids, tokenize
+from prefloop.data.tokenize import Example, decode_answer, same_ids, stop_token_ids, tokenize
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
 from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
 from prefloop.evaluation.judges import Judge, load_judge
 from prefloop.evaluation.report import Comparison, Way, read_run, render
 from prefloop.evaluation.winrate import Interval, mean_score, win_rate
+from prefloop.files import check_folder, write_atomic, write_jsonl
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.models.load import LoadedModel, is_scorer_folder, load_policy, pick_device
 from prefloop.models.precision import autocast
-from prefloop.records import RowCounts, Text, text_to_json, write_atomic, write_jsonl
+from prefloop.records import RowCounts, Text, text_to_json
 from prefloop.settings import as_dict
 
 EXAMPLES = 12  # prompts whose answers the page shows
@@ -63,7 +64,10 @@ class Task:
 def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
     """Sample, judge and measure; writes report.html (with `notes`), compare.json, answers.jsonl."""
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
+    check_folder(config.output)
     named = _named_models(config.models)
+    for path in (config.sft, *named.values()):
+        is_scorer_folder(path)  # a folder that is none is told before the work
     task = _prepare(config)
     # 2. SFT's answers, and more of them for best-of-n to choose from.
     pool_size = config.best_of if task.proxy and config.best_of > 1 else 0
@@ -121,7 +125,7 @@ def _prepare(config: CompareConfig) -> Task:
     assert judge is not None
     sft = load_policy(config.sft, pick_device(config.device))
     records = formats.load(config.data, "prompt", counts := RowCounts())
-    records = records[: config.max_prompts or None]
+    records = formats.first_prompts(records, config.max_prompts, counts)
     room = config.max_length - config.max_new_tokens
     examples = tokenize(records, sft.tokenizer, room, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
@@ -132,7 +136,7 @@ def _prepare(config: CompareConfig) -> Task:
 
 
 def _require_same_tokens(sft: LoadedModel, model: LoadedModel) -> None:
-    if sft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+    if not same_ids(sft.tokenizer, model.tokenizer):
         raise UserError(
             f"{model.source}: its tokenizer is not that of {sft.source}, so there is no KL "
             "between them; compare models trained from the same SFT model"
@@ -158,8 +162,9 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
     ]
     texts = [decode_answer(model.tokenizer, sample.tokens) for _, sample in flat]
     prompts = [prompt for prompt, _ in flat]
-    gold = task.judge(prompts, texts)
-    proxy = task.proxy(prompts, texts) if task.proxy else [None] * len(texts)
+    ended = [sample.finish_reason == "stop" for _, sample in flat]
+    gold = task.judge(prompts, texts, ended)
+    proxy = task.proxy(prompts, texts, ended) if task.proxy else [None] * len(texts)
     tokens = [[sample.tokens for sample in row] for row in samples]
     own = _sequence_log_probs(task, model, tokens)
     reference = own if model is task.sft else _sequence_log_probs(task, task.sft, tokens)

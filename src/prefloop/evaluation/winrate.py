@@ -12,7 +12,8 @@ import numpy as np
 
 from prefloop.config import UserError, WinrateConfig
 from prefloop.data.formats import load
-from prefloop.records import RowCounts, Text, text_to_json, write_atomic
+from prefloop.files import check_writable, write_atomic
+from prefloop.records import RowCounts, Text, text_to_json
 
 Grouped = Sequence[Sequence[float]]
 """One number an answer, in one list a prompt."""
@@ -73,6 +74,8 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     from prefloop.evaluation.judges import load_judge
 
     # 1. The answers of both sides, by prompt, in the order of the first file.
+    if config.output is not None:
+        check_writable(config.output)
     answers, baseline = _read_answers(config.answers), _read_answers(config.baseline)
     if missing := [key for key in answers if key not in baseline]:
         raise UserError(
@@ -95,6 +98,7 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     # 3. Win rate and means.
     result = {
         "prompts": len(answers),
+        "baseline_prompts_left_out": len(baseline.keys() - answers.keys()),
         "win_rate": asdict(win_rate(sides[0], sides[1], config.seed)),
         "score": asdict(mean_score(sides[0], config.seed)),
         "baseline_score": asdict(mean_score(sides[1], config.seed)),

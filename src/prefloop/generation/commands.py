@@ -15,10 +15,11 @@ from torch import Tensor
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig, UserError
 from prefloop.data import formats
 from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids, tokenize
+from prefloop.files import check_writable, write_jsonl
 from prefloop.generation.engine import Engine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import LoadedModel, load_policy, pick_device
-from prefloop.records import Message, Prompt, RowCounts, text_to_json, write_jsonl
+from prefloop.records import Message, Prompt, RowCounts, text_to_json
 
 VERDICTS = ("tiers", "label")  # columns that speak of a row's former answers are not carried along
 
@@ -52,6 +53,11 @@ def generate(config: GenerateConfig) -> Path | None:
     if config.output is not None:
         _check_output(config.output)
     counts = RowCounts(read=len(config.prompt))
+    for number, text in enumerate(config.prompt, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt {number}: not UTF-8; mend its encoding") from None
     prompts = [Prompt(text, f"--prompt {number}") for number, text in enumerate(config.prompt, 1)]
     if config.data is not None:
         prompts = formats.load(config.data, "prompt", counts)
@@ -119,6 +125,11 @@ def _lines(source: TextIO, out: TextIO) -> Iterator[str]:
             print("> ", end="", file=out, flush=True)
         if not (line := source.readline()):
             return
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            print("(not UTF-8: this line is left out)", file=out)
+            continue
         if line.strip():
             yield line.strip()
 
@@ -131,7 +142,7 @@ def _answers(
     counts: RowCounts,
 ) -> list[tuple[Prompt, list[Sample]]]:
     """Each prompt that fits with its n samples, under a progress bar on a terminal."""
-    prompts = prompts[: config.max_prompts or None]
+    prompts = formats.first_prompts(prompts, config.max_prompts, counts)
     examples = tokenize(prompts, model.tokenizer, _room(config), config.truncation, counts)
     by_place = {prompt.where: prompt for prompt in prompts}
     engine = Engine(model, config.max_concurrent, config.dtype)
@@ -172,3 +183,4 @@ def _check_output(path: Path) -> None:
     """Before the work, not after it."""
     if path.is_dir() or not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"--output {path}: give the name of a .jsonl or .jsonl.gz file")
+    check_writable(path)

@@ -20,6 +20,7 @@ import numpy as np
 from prefloop.config import UserError
 from prefloop.config_labelling import Consensus, Form, LabelExportConfig
 from prefloop.data.formats import parse_row, split_by_prompt
+from prefloop.files import write_jsonl
 from prefloop.labelling.agreement import copeland, one_coin, pair_signs, ranks_of
 from prefloop.labelling.store import Store, Transaction
 from prefloop.labelling.store.reading import (
@@ -30,7 +31,7 @@ from prefloop.labelling.store.reading import (
     prompts_of,
     responses_of,
 )
-from prefloop.records import Ranking, RowCounts, Text, ranking_to_json, text_to_json, write_jsonl
+from prefloop.records import Ranking, RowCounts, Text, ranking_to_json, text_to_json
 
 GOOD, BAD = 5, 3
 """In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.config import UserError
-from prefloop.records import RowCounts, read_rows
+from prefloop.files import read_rows
+from prefloop.records import RowCounts
 
 Row = Mapping[str, Any]
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "text")

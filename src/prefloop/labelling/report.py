@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from prefloop.config_labelling import LabelReportConfig
+from prefloop.files import write_atomic
 from prefloop.labelling.quality import Quality, Record, measure
 from prefloop.labelling.store import Store
-from prefloop.records import write_atomic
 
 COLUMNS = {  # of a labeller's record
     "name": "Labeller",

@@ -145,13 +145,21 @@ class _SelectedLogProb(torch.autograd.Function):
 
 
 def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:
-    """Scores [A] of the answers: the scalar head on each answer's last token, in float32."""
-    return scalar_head(model, hidden_states(model, batch)[batch.last_index])
+    """Scores [A] of the answers: the scalar head on each answer's last token, in float32.
+
+    A trained reward model's scores are around the mean score of its training answers.
+    """
+    return scalar_head(model, hidden_states(model, batch)[batch.last_index]) - score_mean(model)
 
 
 def token_values(model: LoadedModel, batch: TokenBatch) -> Tensor:
-    """Values [N] of the states before each answer token, in float32."""
-    return scalar_head(model, hidden_states(model, batch)[batch.source_index])
+    """Values [N] of the states before each answer token, in float32, around the same mean."""
+    return scalar_head(model, hidden_states(model, batch)[batch.source_index]) - score_mean(model)
+
+
+def score_mean(model: LoadedModel) -> float:
+    """What is subtracted from the head's output: Transformers' heads have no bias to shift."""
+    return float(getattr(model.hf.config, "reward_mean", 0.0))
 
 
 def scalar_head(model: LoadedModel, hidden: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ not give the same numbers packed as one by one takes padded batches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,11 +22,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from prefloop.config import UserError
-from prefloop.data.tokenize import stop_token_ids
+from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.models import adapters, selftest
 from prefloop.models.precision import speed_up_float32
+from prefloop.records import located
 from prefloop.runs import model_path
 
 
@@ -56,12 +59,12 @@ class LoadedModel:
         """True for a reward or value model (one label), False for a policy."""
         return hasattr(self.hf, "score")
 
-    def check_length(self, tokens: int) -> None:
-        """UserError for a sequence that the model's positions do not carry."""
+    def check_length(self, tokens: int, where: str = "") -> None:
+        """UserError for a sequence (from `where`) that the model's positions do not carry."""
         if self.max_length is not None and tokens > self.max_length:
             raise UserError(
-                f"{self.source}: a sequence of {tokens} tokens, but its positions are exact up to "
-                f"{self.max_length} only; lower --max-length"
+                f"{located(where)}{self.source}: a sequence of {tokens} tokens, but its positions "
+                f"are exact up to {self.max_length} only; lower --max-length"
             )
 
     def trainable(self) -> list[nn.Parameter]:
@@ -84,9 +87,9 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device here; use --device cpu")
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:0") from None
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: not a device here; use auto, cpu or cuda:0") from None
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -133,7 +136,9 @@ def load_scorer(
     path = model_path(path)
     trained = is_scorer_folder(path)
     tokenizer = load_tokenizer(path)
-    module = _from_pretrained(AutoModelForSequenceClassification, path, num_labels=1)
+    module = _from_pretrained(
+        AutoModelForSequenceClassification, path, new_head=not trained, num_labels=1
+    )
     if not hasattr(module, "score"):
         raise UserError(f"{path}: {type(module).__name__} has no scalar `score` head")
     if not trained:
@@ -153,6 +158,15 @@ def load_reward_model(path: str, device: torch.device) -> LoadedModel:
     return load_scorer(path, device)
 
 
+def require_same_ids(flag: str, model: LoadedModel, policy: LoadedModel) -> None:
+    """UserError where `model` reads the policy's tokens as other words."""
+    if not same_ids(policy.tokenizer, model.tokenizer):
+        raise UserError(
+            f"{flag} {model.source}: its tokenizer is not that of {policy.source}; give a model "
+            "with the same one"
+        )
+
+
 def is_scorer_folder(path: str) -> bool:
     """Whether the folder or hub id holds a sequence classifier; UserError if it holds no model."""
     path = model_path(path)
@@ -160,31 +174,49 @@ def is_scorer_folder(path: str) -> bool:
         if adapters.is_adapter_folder(path):
             return adapters.is_scorer_adapter(path)
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise UserError(
             f"{path}: not a model folder or hub id that Transformers knows ({_first_line(error)})"
         ) from error
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and tables that Transformers prints of a loading that is as it should be."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0][:200]
 
 
-def _from_pretrained(kind: Any, path: str, **options: Any) -> PreTrainedModel:
+def _from_pretrained(
+    kind: Any, path: str, new_head: bool = False, **options: Any
+) -> PreTrainedModel:
     """The model in float32, an adapter merged; UserError if a weight is missing."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
-        if adapters.is_adapter_folder(path):
-            module, info = adapters.load_merged(kind, path, **options)
-        else:
-            module, info = kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with _quiet():
+            if adapters.is_adapter_folder(path):
+                new_head = True  # to the base; the adapter brings its own
+                module, info = adapters.load_merged(kind, path, **options)
+            else:
+                module, info = kind.from_pretrained(path, **options)
+    except Exception as error:  # whatever a broken folder makes its readers say
         raise UserError(
             f"{path}: Transformers cannot load it as {kind.__name__.removeprefix('AutoModelFor')} "
             f"({_first_line(error)})"
         ) from error
-    missing = [key for key in info["missing_keys"] if not key.startswith("score.")]
+    missing = [k for k in info["missing_keys"] if not (new_head and k.startswith("score."))]
     if missing or info["mismatched_keys"]:
         raise UserError(
             f"{path}: weights missing, such as {[*missing, *info['mismatched_keys']][0]}"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prefloop.config import RunConfig, UserError
-from prefloop.records import write_atomic
+from prefloop.files import check_folder, write_atomic
 from prefloop.settings import as_dict, build, nearest, read_yaml, validate
 
 RECORD = "pipeline.json"
@@ -61,6 +61,7 @@ class Stage:
 def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
     """Run the stages of a pipeline in order."""
     root = config.output or Path("runs") / config.pipeline.stem
+    check_folder(root)
     stages = read_stages(config.pipeline, root, commands)
     record = _Record(root / RECORD)
     for number, stage in enumerate(stages, start=1):
@@ -93,6 +94,10 @@ def read_stages(path: Path, root: Path, commands: Mapping[str, Command]) -> list
     outputs: dict[str, str] = {}
     for number, item in enumerate(listed, start=1):
         stage = _read_stage(item, f"{path}: stage {number}", root, outputs, commands)
+        if (output := getattr(stage.config, "output", None)) is not None:
+            check_folder(Path(output).parent)
+            if str(output) in outputs.values():
+                raise UserError(f"{path}: stage {number} ({stage.name}): {output} is another's")
         stages.append(stage)
         if (output := getattr(stage.config, "output", None)) is not None:
             outputs[stage.name] = str(output)
@@ -113,13 +118,15 @@ def _read_stage(
             raise UserError(f"{where}: unknown key `{key}`; give name, command and settings")
     name, command = str(item.get("name", "")), str(item.get("command", ""))
     where = f"{where} ({name})"
-    if not re.fullmatch(r"[\w.-]+", name) or name in outputs:
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name in outputs:
         raise UserError(f"{where}: `name` must be a word of its own, used by no other stage")
-    if command not in commands or command == "run":
-        remedy = nearest(command, commands) or f"; choose from {', '.join(commands)}"
+    listed = [known for known in commands if known != "run"]
+    if command not in listed:
+        remedy = nearest(command, listed) or f"; choose from {', '.join(listed)}"
         raise UserError(f"{where}: no command `{command}`{remedy}")
     config_class = commands[command].config
-    settings = {key: _fill(value, outputs, where) for key, value in item["settings"].items()}
+    given = item.get("settings", {})
+    settings = {key: _fill(value, outputs, where) for key, value in given.items()}
     if "output" in {field.name for field in fields(config_class)}:
         settings.setdefault("output", str(root / name))
     config: Any = build(config_class, settings, where)
@@ -197,8 +204,12 @@ class _Record:
         self.stages: dict[str, dict[str, str]] = {}
         if path.exists():
             try:
-                self.stages = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                known = json.loads(path.read_text(encoding="utf-8"))
+                self.stages = {
+                    name: {key: stage[key] for key in ("fingerprint", "status")}
+                    for name, stage in known.items()
+                }
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: not a pipeline's record; remove it") from error
 
     def set(self, name: str, fingerprint: str, status: str) -> None:

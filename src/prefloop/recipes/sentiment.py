@@ -24,10 +24,10 @@ from prefloop.config import (
 )
 from prefloop.evaluation.compare import compare
 from prefloop.evaluation.report import Comparison
+from prefloop.files import check_folder, write_atomic
 from prefloop.generation.commands import sample
 from prefloop.recipes import sentiment_data
 from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings
-from prefloop.records import write_atomic
 from prefloop.settings import as_dict
 from prefloop.training import ppo, preference, reward, sft
 
@@ -186,6 +186,7 @@ class Plan:
 
 def demo(config: DemoConfig) -> Comparison:
     """Run all stages under `config.output` and return the comparison."""
+    check_folder(config.output)
     plan = Plan(config.output, config.seed, QUICK if config.quick else FULL)
     _same_demo(plan)
     # 1. A pre-trained model, and sentences that people rated (both real).

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.config import UserError
+from prefloop.files import read_rows, write_atomic, write_jsonl
 from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, cache_dir, fetch_movie_ratings
-from prefloop.records import Ranking, ranking_to_json, read_rows, write_atomic, write_jsonl
+from prefloop.records import Ranking, ranking_to_json
 
 Floats = NDArray[np.float64]
 SPLITS = {"gold": 5000, "sft": 3200, "preference": 1000, "ppo": 900, "evaluation": 505}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prefloop.config import UserError
+from prefloop.data.tokenize import Example
+from prefloop.files import first_line
 from prefloop.runs import checkpoint_step
 
 FILE = "state.pt"
@@ -24,10 +31,17 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     temporary = folder / f".step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    with open(temporary / FILE, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary / FILE, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot be written ({first_line(error)}); make room, then give the same "
+            "command again"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     fsync_folder(folder)
@@ -49,9 +63,58 @@ def fsync_folder(folder: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Reads one checkpoint (its folder)."""
     try:
-        return torch.load(path / FILE, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({error}); name another") from error
+        state = torch.load(path / FILE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint ({first_line(error)}); remove it or name another"
+        ) from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise UserError(f"{path}: not a checkpoint of prefloop; remove it or name another")
+    return state
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint, and the folder of checkpoints if it was the only one."""
+    shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random number generator, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Puts it back."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+
+
+def fingerprint(examples: Iterable[Example], tensors: Sequence[Tensor], more: str = "") -> str:
+    """sha256 of rows as tokens, of tensors' contents, and of `more`."""
+    digest = hashlib.sha256(more.encode())
+    for e in examples:
+        row = (e.prompt, e.answers, e.answer_masks, e.tiers, e.labels, e.margin)
+        digest.update(repr(row).encode())
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def frozen(*modules: nn.Module) -> list[Tensor]:
+    """The weights that training leaves as they are."""
+    return [p for module in modules for p in module.parameters() if not p.requires_grad]
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -62,8 +125,9 @@ def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
 def load_trainable_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Puts a checkpoint's tensors back; the names must be exactly the module's."""
     mine = dict(_trainable(module))
-    if set(mine) != set(state):
-        raise UserError("the checkpoint was made with another model or other LoRA settings")
+    shapes = {name: p.shape for name, p in mine.items()}
+    if shapes != {name: tensor.shape for name, tensor in state.items()}:
+        raise ValueError("made with another model or other LoRA settings")
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(state[name])

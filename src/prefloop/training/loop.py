@@ -5,6 +5,7 @@ rest: divides once by the counts of the whole step, clips, steps, logs, evaluate
 from __future__ import annotations
 
 import math
+import random
 import signal
 import time
 from collections import Counter
@@ -14,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig, UserError
+from prefloop.files import first_line
 from prefloop.models.load import LoadedModel, ModelOptions, pick_device
 from prefloop.models.precision import autocast
 from prefloop.runs import Run, newest_checkpoint
@@ -77,6 +80,11 @@ class Method(Protocol[Batch]):
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out rows; empty without any."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what a resumed run must find unchanged: rows, and weights that are not trained."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,17 +165,19 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
             run.log_samples(number, step.samples)
             progress.advance(number, tokens, line["loss"])
             stop = distributed.any_rank(interrupt.asked, device)
-            if (config.save_every and number % config.save_every == 0 and not last) or stop:
+            if (config.save_every and number % config.save_every == 0) or stop or last:
                 _save(method, optimizer, run, number, total_tokens, config.keep_checkpoints)
             if stop:
                 raise KeyboardInterrupt
             if last:
                 break
             began = time.perf_counter()
-    # 6. The result.
-    if distributed.rank() == 0:
-        method.export(run.directory)
-    distributed.barrier()
+        # 6. The result; a last checkpoint that was not asked for has then served its time.
+        if distributed.rank() == 0:
+            method.export(run.directory)
+            if not config.save_every:
+                checkpoint.remove(run.checkpoint(method.total_steps))
+        distributed.barrier()
     run.finish("finished", steps=method.total_steps, tokens=total_tokens)
 
 
@@ -176,6 +186,8 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     device = distributed.local_device(pick_device(config.device))
     distributed.start(device)
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # ours take none of these two; a user's reward function may
+    np.random.seed(config.seed % 2**32)
     if distributed.world() > 1:  # every rank sees the directory as it was before the first writes
         run = Run.open(config, command, writes=False)
         distributed.barrier()
@@ -274,7 +286,8 @@ def _save(
         "models": {n: checkpoint.trainable_state(m.module) for n, m in method.trained.items()},
         "optimizer": optimizer.state_dict(),
         "method": method.state_dict(),  # on every rank: it may gather
-        "rng": torch.get_rng_state(),
+        "fingerprint": method.fingerprint,
+        "rng": checkpoint.rng_state(),
         "tokens": tokens,
     }
     if distributed.rank() == 0:
@@ -287,9 +300,25 @@ def _resume(method: Method[Any], optimizer: torch.optim.Optimizer, run: Run) -> 
     if run.resume_from is None:
         return 0, 0
     state = checkpoint.load(run.resume_from)
-    for name, model in method.trained.items():
-        checkpoint.load_trainable_state(model.module, state["models"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    method.load_state_dict(state["method"])
-    torch.set_rng_state(state["rng"])
+    if state.get("fingerprint") != method.fingerprint:
+        raise UserError(
+            f"{run.directory}: the rows, or weights that stay fixed (reference, reward model, the "
+            "base of LoRA), are not those that the run began with; put them back, or give another "
+            "--output"
+        )
+    if state["step"] > method.total_steps:
+        raise UserError(
+            f"{run.resume_from}: of step {state['step']}, beyond the {method.total_steps} steps of "
+            "this run; raise --max-steps or --epochs, or name an earlier checkpoint"
+        )
+    try:
+        for name, model in method.trained.items():
+            checkpoint.load_trainable_state(model.module, state["models"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        method.load_state_dict(state["method"])
+        checkpoint.set_rng_state(state["rng"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{run.resume_from}: not a checkpoint of this run ({first_line(error)}); name another"
+        ) from error
     return int(state["step"]), int(state["tokens"])

@@ -9,28 +9,35 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefloop import distributed
 from prefloop.config import PPOConfig, UserError
 from prefloop.data import stream
 from prefloop.data.batches import TokenBatch, micro_batches, pack, to_batches
-from prefloop.data.tokenize import Example, stop_token_ids
+from prefloop.data.tokenize import Example, same_ids, stop_token_ids
 from prefloop.evaluation.judges import function_judge, model_judge
 from prefloop.losses import ppo as losses
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs, token_values
-from prefloop.models.load import LoadedModel, load_policy, load_reward_model, load_scorer
+from prefloop.models.load import (
+    LoadedModel,
+    load_policy,
+    load_reward_model,
+    load_scorer,
+    require_same_ids,
+)
 from prefloop.runs import Run
-from prefloop.training import loop
+from prefloop.training import checkpoint, loop
 from prefloop.training.loop import LossSums, Step
-from prefloop.training.rollout import Rollouts, Sampler, text_scorer, token_scorer
+from prefloop.training.rollout import Rollouts, RunningScores, Sampler, text_scorer, token_scorer
 from prefloop.training.rows import Prompts, read_demonstrations, read_prompts
 
 
@@ -54,14 +61,17 @@ class PPO:
         prompts: Prompts,
         ptx_examples: list[Example],
         eval_prompts: Prompts,
+        fixed: Sequence[nn.Module],
     ) -> None:
+        """`fixed`: all modules whose weights, where frozen, must be the same when resumed."""
         self.config, self.sampler, self.prompts = config, sampler, prompts
         self.policy, self.critic = sampler.policy, sampler.critic
-        self.ptx_examples, self.eval_prompts = ptx_examples, eval_prompts
+        self.ptx_examples, self.eval_prompts, self.fixed = ptx_examples, eval_prompts, fixed
         self.kl_coef = config.kl_coef
         self.rollouts: Rollouts | None = None  # of the iteration under way
         self.stopped_early = False  # the iteration under way, by target_kl
-        self._approxkl = {"sum": 0.0, "count": 0.0}
+        self.running = RunningScores()
+        self._approxkl: dict[str, Tensor | float] = {"sum": 0.0, "count": 0.0}
 
     @property
     def trained(self) -> Mapping[str, LoadedModel]:
@@ -101,7 +111,8 @@ class PPO:
                 self.rollouts, metrics, samples = self._roll_out(iteration, iterations)
             for number in range(within, self._steps_per_iteration):
                 batches = [] if self.stopped_early else self._minibatch(iteration, number)
-                tokens = sum(b.batch.tokens for b in batches) * len(self.trained)
+                passes = {True: 1, False: len(self.trained)}  # PPO-ptx rows train the policy only
+                tokens = sum(b.batch.tokens * passes[b.log_probs is None] for b in batches)
                 yield Step(batches, tokens, metrics, samples)
                 metrics, samples = {}, []
                 self._maybe_stop_early()
@@ -116,7 +127,7 @@ class PPO:
         mine = distributed.mine(next(order))
         seed = self.config.seed * 1_000_003 + iteration
         rollouts, metrics, samples = self.sampler.roll_out(
-            self.prompts.take(mine), self.kl_coef, seed
+            self.prompts.take(mine), self.kl_coef, seed, self.running, version=iteration
         )
         metrics["kl_coef"] = self.kl_coef
         if self.config.kl_target:
@@ -135,8 +146,10 @@ class PPO:
         epoch, part = divmod(number, self.config.num_minibatches)
         examples = self.rollouts.examples
         seed = self.config.seed * 1_000_003 + iteration
-        order = stream.epoch_order(len(examples), seed, epoch)
-        chosen = order[part :: self.config.num_minibatches]
+        size = min(self._prompts_per_iteration, len(self.prompts.examples))
+        order = stream.epoch_order(size, seed, epoch)[part :: self.config.num_minibatches]
+        rank, world = distributed.rank(), distributed.world()  # who holds row i: rank i mod world
+        chosen = [i // world for i in order if i % world == rank]
         batches = []
         for group in micro_batches([examples[i] for i in chosen], self.config.micro_batch_tokens):
             picked, chosen = chosen[: len(group)], chosen[len(group) :]
@@ -179,7 +192,7 @@ class PPO:
         policy = losses.policy_loss(
             log_probs, item.log_probs, item.advantages, cliprange=config.cliprange
         )
-        count = float(policy.count)
+        count = float(batch.target_ids.numel())
         terms = {"policy_avg": policy.sum}
         metrics: dict[str, tuple[Tensor | float, float]] = {
             "policy/approxkl_avg": (policy.approxkl_sum, count),
@@ -197,28 +210,38 @@ class PPO:
             terms["value_avg"] = config.vf_coef * value.sum
             metrics["val/clipfrac_avg"] = (value.clipfrac_sum, count)
         if torch.is_grad_enabled():
-            self._approxkl["sum"] += float(policy.approxkl_sum)
+            self._approxkl["sum"] += policy.approxkl_sum
             self._approxkl["count"] += count
         return LossSums(terms, metrics)
 
     def _maybe_stop_early(self) -> None:
-        total = distributed.sum_mapping(self._approxkl, self.policy.device)
+        if self.config.target_kl:
+            own = {name: float(value) for name, value in self._approxkl.items()}
+            total = distributed.sum_mapping(own, self.policy.device)
+            if total["count"]:
+                self.stopped_early |= total["sum"] / total["count"] > self.config.target_kl
         self._approxkl = {"sum": 0.0, "count": 0.0}
-        if self.config.target_kl and total["count"]:
-            self.stopped_early |= total["sum"] / total["count"] > self.config.target_kl
 
     def evaluate(self) -> dict[str, float]:
         """Answers to held-out prompts: score, KL, length."""
         if not self.eval_prompts.examples:
             return {}
         mine = range(distributed.rank(), len(self.eval_prompts.examples), distributed.world())
-        return self.sampler.roll_out(self.eval_prompts.take(mine), self.kl_coef, 0)[1]
+        prompts, running = self.eval_prompts.take(mine), replace(self.running)
+        return self.sampler.roll_out(prompts, self.kl_coef, 0, running, version=-1)[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See Method; a Python reward function cannot be looked into."""
+        examples = [*self.prompts.examples, *self.ptx_examples]
+        return checkpoint.fingerprint(examples, checkpoint.frozen(*self.fixed))
 
     def state_dict(self) -> dict[str, Any]:
         """The KL controller, and the rollouts of the iteration under way."""
         self._maybe_stop_early()  # by what the last step measured
         return {
             "kl_coef": self.kl_coef,
+            "running_scores": asdict(self.running),
             "stopped_early": self.stopped_early,
             "rollouts": self.rollouts.state_dict() if self.rollouts else None,
         }
@@ -226,6 +249,7 @@ class PPO:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See Method."""
         self.kl_coef, self.stopped_early = state["kl_coef"], state["stopped_early"]
+        self.running = RunningScores(**state["running_scores"])
         if state["rollouts"] is not None:
             self.rollouts = Rollouts.from_state_dict(state["rollouts"])
 
@@ -240,42 +264,45 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
     """Loads the models and prompts that the settings name."""
     # 1. Policy and its frozen reference.
     policy = load_policy(config.model, device, **loop.model_options(config))
+    stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     reference = None
     if config.ref_model is not None:
         reference = load_policy(config.ref_model, device)
+        require_same_ids("--ref-model", reference, policy)
+        reference.module.requires_grad_(False)
     elif not config.lora_rank:
         frozen = copy.deepcopy(policy.module).requires_grad_(False)
         reference = replace(policy, module=frozen)
+    fixed = [policy.module, *([reference.module] if reference else [])]
     # 2. What scores.
     if (config.reward_model is None) == (config.reward_function is None):
         raise UserError("ppo needs one of --reward-model and --reward-function")
     value_start = config.value_model or config.model
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, device)
-        if reward_model.tokenizer.get_vocab() == policy.tokenizer.get_vocab():
+        fixed.append(reward_model.module.requires_grad_(False))
+        if same_ids(policy.tokenizer, reward_model.tokenizer):
             scorer = token_scorer(reward_model, config)
             value_start = config.value_model or config.reward_model
         else:
-            judge = model_judge(
-                reward_model, config.dtype, config.max_length, config.micro_batch_tokens
-            )
-            scorer = text_scorer(judge)
+            judge = model_judge(reward_model, config.dtype, config.micro_batch_tokens)
+            scorer = text_scorer(judge, stops)
     else:
         assert config.reward_function is not None
-        scorer = text_scorer(function_judge(config.reward_function))
+        scorer = text_scorer(function_judge(config.reward_function), stops)
     # 3. The critic.
     critic = None
     if config.advantage == "gae":
         critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
+        require_same_ids("--value-model", critic, policy)
     # 4. Prompts.
-    prompts, eval_prompts = read_prompts(config, policy.tokenizer, run)
+    prompts, eval_prompts = read_prompts(config, policy, run)
     _require_enough(config, prompts, eval_prompts)
     ptx: list[Example] = []
     if config.sft_data is not None:
-        ptx = read_demonstrations(config.sft_data, config, policy.tokenizer, run)
-    stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
+        ptx = read_demonstrations(config.sft_data, config, policy, run)
     sampler = Sampler(config, policy, critic, reference, scorer, stops)
-    return PPO(config, sampler, prompts, ptx, eval_prompts)
+    return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
 
 
 def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:

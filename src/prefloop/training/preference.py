@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import LoadedModel, load_policy
 from prefloop.models.precision import autocast
 from prefloop.runs import Run
-from prefloop.training import loop, rows
+from prefloop.training import checkpoint, loop, rows
 from prefloop.training.loop import LossSums, Step
 from prefloop.training.reference import mismatched, reference_log_probs
 
@@ -91,7 +92,13 @@ class Preference:
     def counts(self, item: MicroBatch) -> Mapping[str, float]:
         """Pairs (rankings for Plackett-Luce, answers for KTO), and tokens of chosen answers."""
         batch = item.batch
-        chosen = len(self._token_in_chosen(batch).nonzero()) if self._uses_nll else 0
+        chosen = sum(
+            sum(mask)
+            for e in batch.examples
+            if self._uses_nll
+            for i, mask in enumerate(e.answer_masks)
+            if i in e.tiers[0]
+        )
         if self.config.loss == "kto":
             return {"preference": batch.answers}
         if self.config.loss == "plackett-luce":
@@ -191,6 +198,7 @@ class Preference:
         }
         if self.references:
             metrics["logps/chosen_shift"] = shift[winners]  # displacement of the chosen answer
+            metrics["kl/forward"] = -(shift[winners] + shift[losers]) / 2
         return {name: (masked_sum(value), pairs) for name, value in metrics.items()}
 
     def _kto(self, batch: TokenBatch, answers: Answers, kl_estimate: float) -> LossSums:
@@ -204,16 +212,18 @@ class Preference:
             desirable_weight=self.config.desirable_weight,
             undesirable_weight=self.config.undesirable_weight,
         )
+        good = float(sum(e.labels[0] for e in batch.examples))
+        sides = {"chosen": (labels, good), "rejected": (~labels, batch.answers - good)}
+        metrics: dict[str, tuple[Tensor | float, float]] = {}
         with torch.no_grad():
-            rewards = self.config.beta * (answers.log_probs - answers.ref_log_probs)
-        return LossSums(
-            {"preference": total.sum},
-            {
-                "rewards/chosen": (masked_sum(rewards, labels), float(labels.sum())),
-                "rewards/rejected": (masked_sum(rewards, ~labels), float((~labels).sum())),
-                "kl": (kl_estimate * batch.answers, batch.answers),
-            },
-        )
+            shift = answers.log_probs - answers.ref_log_probs
+            for name, (side, count) in sides.items():
+                metrics[f"rewards/{name}"] = (self.config.beta * masked_sum(shift, side), count)
+                metrics[f"logps/{name}"] = (masked_sum(answers.log_probs, side), count)
+            metrics["logps/chosen_shift"] = (masked_sum(shift, labels), good)
+            metrics["kl"] = (kl_estimate * batch.answers, batch.answers)
+            metrics["kl/forward"] = (masked_sum(-shift), batch.answers)
+        return LossSums({"preference": total.sum}, metrics)
 
     @torch.no_grad()
     def _kl_estimate(self, partners: list[Example]) -> float:
@@ -237,6 +247,12 @@ class Preference:
         items = [MicroBatch(batch, estimate) for batch in batches]
         return loop.evaluate(self, items, device, self.config.dtype)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """See Method; the reference's log-probs stand for its weights."""
+        fixed = [*self.references.values(), *checkpoint.frozen(self.policy.module)]
+        return checkpoint.fingerprint(self.examples, fixed)
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step, the reference from the start."""
         return {}
@@ -257,7 +273,7 @@ def run(config: DPOConfig) -> Run:
             return run
         policy = load_policy(config.model, device, **loop.model_options(config))
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
-        examples, held_out = rows.read_examples(config, kind, policy.tokenizer, run)
+        examples, held_out = rows.read_examples(config, kind, policy, run)
         cache = run.directory / "reference_log_probs.safetensors"
         loop.train(Preference(config, policy, examples, held_out, cache), config, run)
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -15,8 +14,9 @@ from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import LoadedModel, load_policy, require_same_ids
 from prefloop.models.precision import autocast
+from prefloop.training import checkpoint
 
 
 def mismatched(examples: list[Example]) -> list[Example]:
@@ -49,7 +49,9 @@ def reference_log_probs(
     reference = policy
     if config.ref_model is not None:
         reference = load_policy(config.ref_model, policy.device)
-    key = _fingerprint(reference, examples, config.dtype)
+        require_same_ids("--ref-model", reference, policy)
+    weights = list(reference.hf.state_dict().values())
+    key = checkpoint.fingerprint(examples, weights, more=config.dtype)
     sizes = [len(example.answers) for example in examples]
     if cache.exists():
         stored = load_file(cache)
@@ -71,13 +73,3 @@ def reference_log_probs(
         save_file({key: sums}, temporary)
         temporary.replace(cache)
     return list(sums.split(sizes))
-
-
-def _fingerprint(model: LoadedModel, examples: list[Example], dtype: str) -> str:
-    digest = hashlib.sha256(dtype.encode())
-    for name, tensor in model.hf.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    for example in examples:
-        digest.update(repr((example.prompt, example.answers, example.answer_masks)).encode())
-    return digest.hexdigest()

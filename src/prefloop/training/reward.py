@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from prefloop.data.tokenize import Example
 from prefloop.losses import reward as losses
 from prefloop.losses.masked import Total
 from prefloop.models.export import export_model
-from prefloop.models.heads import answer_scores
+from prefloop.models.heads import answer_scores, score_mean
 from prefloop.models.load import LoadedModel, load_scorer
+from prefloop.models.precision import autocast
 from prefloop.runs import Run
-from prefloop.training import loop, rows
+from prefloop.training import checkpoint, loop, rows
 from prefloop.training.loop import LossSums, Step
 
+LEARN_FROM_TIES = ("rao-kupper", "davidson")  # losses to which ties are pairs, too
 STATISTICS_PROMPTS = 512  # training prompts whose answers give the stored mean and deviation
 
 
@@ -63,10 +67,9 @@ class Reward:
         return {"ranking": size, "center": batch.answers}
 
     def _pairs(self, example: Example) -> int:
-        sizes = [len(tier) for tier in example.tiers]
-        if self.config.loss in ("rao-kupper", "davidson"):  # ties count as pairs
-            return sum(sizes) * (sum(sizes) - 1) // 2
-        return (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
+        if self.config.loss in LEARN_FROM_TIES:
+            return comb(len(example.answers), 2)
+        return _strict_pairs(example)
 
     def loss(self, batch: TokenBatch) -> LossSums:
         """The ranking loss, and c * sum(score^2) where asked."""
@@ -81,7 +84,7 @@ class Reward:
         return LossSums(
             terms,
             {
-                "accuracy": (accuracy.sum, float(accuracy.count)),
+                "accuracy": (accuracy.sum, float(sum(map(_strict_pairs, batch.examples)))),
                 "scores/mean": (total, batch.answers),
                 "scores/mean_square": (center.sum, batch.answers),
             },
@@ -101,6 +104,11 @@ class Reward:
         """See Method."""
         return loop.evaluate(self, self.eval_batches, self.scorer.device, self.config.dtype)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """See Method."""
+        return checkpoint.fingerprint(self.examples, checkpoint.frozen(self.scorer.module))
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step."""
         return {}
@@ -115,15 +123,23 @@ class Reward:
         """
         scores = self._training_scores()
         config = self.scorer.hf.config
-        config.reward_mean, config.reward_std = float(scores.mean()), float(scores.std())
+        config.reward_mean = score_mean(self.scorer) + float(scores.mean())
+        config.reward_std = float(scores.std())
         export_model(self.scorer, folder / "model")
 
     @torch.no_grad()
     def _training_scores(self) -> Tensor:
-        batches = to_batches(
-            self.examples[:STATISTICS_PROMPTS], self.config.micro_batch_tokens, self.scorer.device
-        )
-        return torch.cat([answer_scores(self.scorer, batch) for batch in batches])
+        stride = -(-len(self.examples) // STATISTICS_PROMPTS)
+        some, device = self.examples[::stride], self.scorer.device
+        scores = []
+        for batch in to_batches(some, self.config.micro_batch_tokens, device):
+            with autocast(device, self.config.dtype):
+                scores.append(answer_scores(self.scorer, batch))
+        return torch.cat(scores)
+
+
+def _strict_pairs(example: Example) -> int:
+    return comb(len(example.answers), 2) - sum(comb(len(tier), 2) for tier in example.tiers)
 
 
 def run(config: RewardConfig) -> Run:
@@ -133,6 +149,8 @@ def run(config: RewardConfig) -> Run:
         if run.finished:
             return run
         scorer = load_scorer(config.model, device, seed=config.seed, **loop.model_options(config))
-        examples, held_out = rows.read_examples(config, "preference", scorer.tokenizer, run)
+        examples, held_out = rows.read_examples(
+            config, "preference", scorer, run, keep_ties=config.loss in LEARN_FROM_TIES
+        )
         loop.train(Reward(config, scorer, examples, held_out), config, run)
     return run

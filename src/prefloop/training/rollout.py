@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -89,7 +90,6 @@ def padded(flat: Tensor, examples: Sequence[Example]) -> Tensor:
 
 def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
     """Scores of the sampled tokens themselves, by a reward model with the policy's tokenizer."""
-    mean = float(getattr(scorer.hf.config, "reward_mean", 0.0))  # of its training answers
 
     @torch.no_grad()
     def score(
@@ -99,14 +99,45 @@ def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
         for batch in to_batches(examples, config.micro_batch_tokens, scorer.device):
             with autocast(scorer.device, config.dtype):
                 scores += answer_scores(scorer, batch).tolist()
-        return [value - mean for value in scores]
+        return scores
 
     return score
 
 
-def text_scorer(judge: Judge) -> Scorer:
+def text_scorer(judge: Judge, stop_token_ids: frozenset[int]) -> Scorer:
     """Scores of the answers' text, by a Python function or a model with another tokenizer."""
-    return lambda prompts, completions, examples: judge(prompts, completions)
+
+    def score(
+        prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
+    ) -> list[float]:
+        ended = [answer[-1] in stop_token_ids for e in examples for answer in e.answers]
+        return judge(prompts, completions, ended)
+
+    return score
+
+
+@dataclass
+class RunningScores:
+    """Moments of all scores so far, over all ranks."""
+
+    sum: float = 0.0
+    sum_of_squares: float = 0.0
+    count: float = 0.0
+
+    def add(self, scores: Tensor, device: torch.device) -> None:
+        """Counts in the scores [B] of all ranks."""
+        own = losses.moments(scores, torch.ones_like(scores, dtype=torch.bool))
+        parts = {name: float(value) for name, value in own._asdict().items()}
+        total = distributed.sum_mapping(parts, device)
+        self.sum += total["sum"]
+        self.sum_of_squares += total["sum_of_squares"]
+        self.count += total["count"]
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """(s - mean) / deviation."""
+        mean = self.sum / self.count
+        variance = max(self.sum_of_squares / self.count - mean**2, 0.0)
+        return (scores - mean) / math.sqrt(variance + 1e-8)
 
 
 def advantages_and_returns(
@@ -158,12 +189,16 @@ class Sampler:
 
     @torch.no_grad()
     def roll_out(
-        self, prompts: Prompts, kl_coef: float, seed: int
+        self, prompts: Prompts, kl_coef: float, seed: int, running: RunningScores, version: int
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
-        """Samples, scores and weighs answers; returns them with metrics and readable samples."""
+        """Samples, scores and weighs answers; returns them with metrics and readable samples.
+
+        `version` numbers the weights that sample.
+        """
         config = self.config
         # 1. Sample from the newest weights.
         engine = Engine(self.policy, config.max_concurrent, config.dtype)
+        engine.weights_version = version
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -187,7 +222,7 @@ class Sampler:
         asked = [p.prompt for p in prompts.records for _ in range(k)]
         stopped = torch.tensor([sample.finish_reason == "stop" for sample in flat])
         raw = torch.tensor(self.scorer(asked, texts, examples), dtype=torch.float32)
-        scores = self._adjusted(raw, stopped)
+        scores = self._adjusted(raw, stopped, running)
         # 4. Advantages and returns.
         advantages, returns = advantages_and_returns(
             config, scores, log_probs, ref_log_probs, values, mask, kl_coef
@@ -195,9 +230,16 @@ class Sampler:
         rollouts = Rollouts(
             tuple(examples), mask, log_probs, ref_log_probs, advantages, values, returns
         )
-        metrics = rollout_metrics(rollouts, scores, stopped, kl_coef, self.policy.device)
+        sampled = padded(torch.tensor([p for s in flat for p in s.log_probs]), examples)
+        gap = (sampled - log_probs).abs()
+        metrics = rollout_metrics(rollouts, scores, stopped, gap, kl_coef, self.policy.device)
         samples = [
-            {"prompt": text_to_json(asked[i]), "completion": texts[i], "score": float(raw[i])}
+            {
+                "prompt": text_to_json(asked[i]),
+                "completion": texts[i],
+                "score": float(raw[i]),
+                "weights_version": flat[i].weights_version,
+            }
             for i in range(0, len(flat), max(1, len(flat) // LOGGED_SAMPLES))
         ][:LOGGED_SAMPLES]
         return rollouts, metrics, samples
@@ -224,26 +266,34 @@ class Sampler:
             return log_probs, ref_log_probs, torch.zeros_like(log_probs)
         return log_probs, ref_log_probs, padded(torch.cat(values).cpu(), examples)
 
-    def _adjusted(self, scores: Tensor, stopped: Tensor) -> Tensor:
-        if self.config.missing_eos_penalty is not None:
-            scores = torch.where(stopped, scores, self.config.missing_eos_penalty)
+    def _adjusted(self, scores: Tensor, stopped: Tensor, running: RunningScores) -> Tensor:
+        if self.config.normalize_scores:
+            running.add(scores, self.policy.device)
+            scores = running.scaled(scores)
         if self.config.reward_clip:
             scores = scores.clamp(-self.config.reward_clip, self.config.reward_clip)
+        if self.config.missing_eos_penalty is not None:
+            scores = torch.where(stopped, scores, self.config.missing_eos_penalty)
         return scores
 
 
 def rollout_metrics(
-    rollouts: Rollouts, scores: Tensor, stopped: Tensor, kl_coef: float, device: torch.device
+    rollouts: Rollouts,
+    scores: Tensor,
+    stopped: Tensor,
+    sampler_gap: Tensor,
+    kl_coef: float,
+    device: torch.device,
 ) -> dict[str, float]:
-    """Means over all ranks' answers, named as TRL 1.12's PPO names them.
+    """Over all ranks' answers, named as TRL 1.12's PPO names them.
 
-    length_p95 and distinct_2 are means of the ranks' own.
+    val/sampler_gap is the mean |log pi| difference of a token between sampler and trainer, nats.
     """
     mask = rollouts.mask
     kl = k1(rollouts.log_probs - rollouts.ref_log_probs).mul(mask).sum(1)
     lengths = mask.sum(1).float()
     answers = [answer for example in rollouts.examples for answer in example.answers]
-    size = len(scores)
+    everyone = [a for part in distributed.gather(answers) for a in part]
     sums = {
         "objective/kl": kl.sum(),
         "objective/entropy": -(rollouts.log_probs * mask).sum(),
@@ -251,13 +301,20 @@ def rollout_metrics(
         "objective/non_score_reward": -kl_coef * kl.sum(),
         "objective/rlhf_reward": scores.sum() - kl_coef * kl.sum(),
         "length_mean": lengths.sum(),
-        "length_p95": lengths.quantile(0.95) * size,
         "truncated": (~stopped).sum(),
-        "distinct_2": torch.tensor(distinct_n(answers, 2)) * size,
+        "tokens": lengths.sum(),
+        "gap": sampler_gap.mul(mask).sum(),
     }
-    totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()} | {"n": size}, device)
-    metrics = {name: totals[name] / totals["n"] for name in sums}
-    metrics["val/num_eos_tokens"] = totals["n"] - totals["truncated"]
+    totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()}, device)
+    tokens, gap = totals.pop("tokens"), totals.pop("gap")
+    metrics = {name: total / len(everyone) for name, total in totals.items()}
+    all_lengths = torch.tensor([len(answer) for answer in everyone], dtype=torch.float32)
+    metrics |= {
+        "length_p95": float(all_lengths.quantile(0.95)),
+        "distinct_2": distinct_n(everyone, 2),
+        "val/sampler_gap": gap / tokens,
+        "val/num_eos_tokens": len(everyone) - totals["truncated"],
+    }
     spread = global_moments(rollouts.returns, mask).variance
     if spread > 0:
         error = global_moments(rollouts.returns - rollouts.values, mask).variance

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig, UserError
 from prefloop.data import formats, stream
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example, tokenize
+from prefloop.models.load import LoadedModel
 from prefloop.records import Prompt, RowCounts
 from prefloop.runs import Run
 from prefloop.training.loop import Step
@@ -24,20 +25,28 @@ Kind = Literal["demonstration", "preference", "unpaired"]
 def read_examples(
     config: TrainingConfig,
     kind: Kind,
-    tokenizer: PreTrainedTokenizerBase,
+    model: LoadedModel,
     run: Run,
     train_on: Literal["answer", "all"] = "answer",
+    keep_ties: bool = False,
 ) -> tuple[list[Example], list[Example]]:
-    """The training and the held-out examples; the run's record tells what was dropped and why."""
+    """The training and the held-out examples; what was dropped and why is printed and recorded."""
     train, held_out = _records(config, kind)
+    limits = (config.max_length, config.truncation)
     parts = [
-        tokenize(records, tokenizer, config.max_length, config.truncation, counts, train_on)
-        if records
-        else []
+        tokenize(records, model.tokenizer, *limits, counts, train_on, keep_ties) if records else []
         for records, counts in (train, held_out)
     ]
+    _check_positions([*parts[0], *parts[1]], model)
     _note_rows(config, run, train[1], held_out[1])
     return parts[0], parts[1]
+
+
+def _check_positions(examples: Sequence[Example], model: LoadedModel, room: int = 0) -> None:
+    """Before the first step: every sequence, with `room` for an answer, has exact positions."""
+    for example in examples:
+        longest = max(map(len, example.answers), default=room)
+        model.check_length(len(example.prompt) + longest, example.where)
 
 
 def _records(
@@ -54,19 +63,26 @@ def _records(
 
 
 def _note_rows(config: TrainingConfig, run: Run, counts: RowCounts, eval_counts: RowCounts) -> None:
-    run.set_rows(counts.as_dict())
+    _note(run, counts, config.data, "data")
     if config.eval_data is not None:
-        run.set_rows(eval_counts.as_dict(), of="eval_data")
+        _note(run, eval_counts, config.eval_data, "eval_data")
+
+
+def _note(run: Run, counts: RowCounts, source: str, of: str) -> None:
+    run.set_rows(counts.as_dict(), of=of)
+    if distributed.rank() == 0:
+        print(f"{source}: {counts.summary()}", file=sys.stderr)
 
 
 def read_demonstrations(
-    source: str, config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, run: Run
+    source: str, config: TrainingConfig, model: LoadedModel, run: Run
 ) -> list[Example]:
     """The rows of an SFT term beside another loss."""
     counts = RowCounts()
     records = formats.load(source, "demonstration", counts)
-    examples = tokenize(records, tokenizer, config.max_length, config.truncation, counts)
-    run.set_rows(counts.as_dict(), of="sft_data")
+    examples = tokenize(records, model.tokenizer, config.max_length, config.truncation, counts)
+    _check_positions(examples, model)
+    _note(run, counts, source, "sft_data")
     return examples
 
 
@@ -85,9 +101,7 @@ class Prompts:
         )
 
 
-def read_prompts(
-    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run
-) -> tuple[Prompts, Prompts]:
+def read_prompts(config: PPOConfig, model: LoadedModel, run: Run) -> tuple[Prompts, Prompts]:
     """Training and held-out prompts, with room for the answers within --max-length."""
     room = config.max_length - config.max_new_tokens
     if room < 1:
@@ -100,7 +114,8 @@ def read_prompts(
     for records, counts in (train, held_out):
         examples: list[Example] = []
         if records:
-            examples = tokenize(records, tokenizer, room, config.truncation, counts)
+            examples = tokenize(records, model.tokenizer, room, config.truncation, counts)
+            _check_positions(examples, model, config.max_new_tokens)
         by_place = {record.where: record for record in records}
         parts.append(Prompts(tuple(by_place[e.where] for e in examples), tuple(examples)))
     _note_rows(config, run, train[1], held_out[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import LoadedModel, load_policy
 from prefloop.runs import Run
-from prefloop.training import loop, rows
+from prefloop.training import checkpoint, loop, rows
 from prefloop.training.loop import LossSums, Step
 
 
@@ -63,6 +64,11 @@ class SFT:
         """See Method."""
         return loop.evaluate(self, self.eval_batches, self.policy.device, self.config.dtype)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """See Method."""
+        return checkpoint.fingerprint(self.examples, checkpoint.frozen(self.policy.module))
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step."""
         return {}
@@ -83,7 +89,7 @@ def run(config: SFTConfig) -> Run:
             return run
         policy = load_policy(config.model, device, **loop.model_options(config))
         examples, held_out = rows.read_examples(
-            config, "demonstration", policy.tokenizer, run, config.train_on
+            config, "demonstration", policy, run, config.train_on
         )
         loop.train(SFT(config, policy, examples, held_out), config, run)
     return run

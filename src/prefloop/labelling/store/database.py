@@ -22,8 +22,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Operati
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefloop.config import UserError
+from prefloop.files import first_line
 from prefloop.labelling.store.transaction import Transaction
-from prefloop.records import first_line
 
 BUSY_SECONDS = 10.0
 """How long a writer waits for SQLite's lock before it gives up."""

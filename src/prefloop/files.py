@@ -1,0 +1,222 @@
+"""Files of rows: JSONL, CSV and Parquet in, JSONL out; whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from prefloop.config import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """A file that takes its name only when the block ends well and its bytes are on disk.
+
+    Through a symbolic link it is the link's target that is written. UserError where it cannot be.
+    """
+    check_writable(path)
+    path = Path(path).resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            told = f"{path}: cannot be written ({error.strerror}); make room, or give another"
+            raise UserError(told) from error
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_writable(path: Path | str) -> None:
+    """UserError where no file of this name can be made: told before the work, not after it."""
+    try:
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path}: not a file; give the name of a file")
+        check_folder(target.parent)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}; give another") from error
+
+
+def check_folder(path: Path) -> None:
+    """UserError where there is no such folder and none can be made."""
+    try:
+        there = next(part for part in (path, *path.absolute().parents) if part.exists())
+        made = there.is_dir() and os.access(there, os.W_OK)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}; give another") from error
+    if not made:
+        raise UserError(f"{path}: {there} is no folder one can write to; give another")
+
+
+def write_atomic(path: Path | str, data: str | bytes) -> None:
+    """Write a whole file, or leave what was there."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write one object a line (gzip for `.gz`, the same bytes every time), or nothing at all."""
+    with atomic_file(path) as file:
+        packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if _is_gz(path) else None
+        for row in rows:
+            (packed or file).write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        if packed:
+            packed.close()
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _is_gz(path: Path | str) -> bool:
+    return str(path).endswith(".gz")
+
+
+def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`file:line`, row) of a JSONL, JSONL.gz, CSV or Parquet file.
+
+    Raises UserError for what cannot be read: the file, a line that is not UTF-8 or not a JSON
+    object, a CSV row that does not fit its header.
+    """
+    name = str(path)
+    if not name.endswith(SUFFIXES):
+        raise UserError(f"{name}: unknown kind of file; use {', '.join(SUFFIXES)}")
+    if not Path(path).is_file():
+        raise UserError(f"{name}: no such file; check the path")
+    try:
+        if name.endswith(".parquet"):
+            yield from _read_parquet(name)
+        elif name.endswith(".csv"):
+            yield from _read_csv(name)
+        else:
+            yield from _read_jsonl(name)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: cannot be read ({error}); check or fetch it again") from error
+
+
+def _lines(name: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines, decoded one by one so that a bad byte can be told with its line."""
+    with gzip.open(name, "rb") if _is_gz(name) else open(name, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{name}:{number}: byte 0x{error.object[error.start]:02x} at column "
+                    f"{error.start + 1} is not UTF-8; convert the file "
+                    "(iconv -f ITS-ENCODING -t UTF-8)"
+                ) from error
+
+
+def _read_jsonl(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _lines(name):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            told = first_line(error)
+            if isinstance(error, json.JSONDecodeError):
+                told = f"{error.msg}, column {error.colno}"
+            raise UserError(
+                f"{where}: malformed JSON ({told}); each line must be one JSON object"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{where}: a JSON {json_type(row)}; each line must be one JSON object with the "
+                "columns as keys"
+            )
+        yield where, row
+
+
+def _read_csv(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cells are strings; a quoted cell may span lines, then the row's first line is named."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader((line for _, line in _lines(name)), strict=True)
+    header: Sequence[str] = ()
+    start = 1
+    try:
+        for cells in reader:
+            where, start = f"{name}:{start}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header and len(set(cells)) < len(cells):
+                raise UserError(f"{where}: a column stands twice in {', '.join(cells)}; rename one")
+            if not header:
+                header = cells
+            elif len(cells) != len(header):
+                raise UserError(
+                    f"{where}: {len(cells)} cells under {len(header)} columns "
+                    f"({', '.join(header)}); quote cells that hold commas or line breaks"
+                )
+            else:
+                yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{name}:{start}: malformed CSV ({error}); mend it or use JSONL") from error
+
+
+def _read_parquet(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows are numbered from 1."""
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{name}: Parquet needs pyarrow; pip install pyarrow") from error
+    try:
+        number = 0
+        with parquet.ParquetFile(name) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{name}:{number}", row
+    except arrow.ArrowException as error:
+        told = first_line(error)
+        raise UserError(f"{name}: malformed Parquet ({told}); write it again") from error
+
+
+def json_type(value: object) -> str:
+    """What JSON calls a value's type.
+
+    >>> [json_type(value) for value in (None, True, 1.5, "a", [], {})]
+    ['null', 'boolean', 'number', 'string', 'list', 'object']
+    """
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    kinds = {str: "string", list: "list", dict: "object", int: "number", float: "number"}
+    return kinds.get(type(value), type(value).__name__)
