@@ -58,8 +58,12 @@ def sample(config: c.SampleConfig) -> Path:
     """Sample several answers to each prompt, ready to be ranked."""
     validate(config)
     from prefloop.generation.commands import sample as run
+    from prefloop.labelling.imports import add_samples
 
-    return run(config)
+    path = run(config)
+    if config.to_labels is not None:
+        show(add_samples(config.to_labels, path))
+    return path
 
 
 def generate(config: c.GenerateConfig) -> Path | None:

@@ -152,3 +152,49 @@ def test_a_damaged_record_is_the_users_to_mend(go, text):
     Path("runs/p/pipeline.json").write_text(text)
     with pytest.raises(UserError, match=r"pipeline\.json: not a pipeline's record; remove it"):
         go()
+
+
+ROUNDS = """
+stages:
+  - {name: base, command: copy, settings: {data: in.txt}}
+  - rounds: 2
+    start: ${base}
+    stages:
+      - {name: sample, command: copy, settings: {data: "${policy}", seed: 1}}
+      - {name: train, command: copy, settings: {data: "${sample}", seed: 2}}
+  - {name: last, command: copy, settings: {data: "${train-2}"}}
+"""
+
+
+def test_rounds_go_on_from_the_round_before(tmp_path, monkeypatch):
+    """`in` is copied; each round adds 1 and 2 to what the round before left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("in")
+    (tmp_path / "p.yaml").write_text(ROUNDS)
+    copier = Copier()
+    commands = {"copy": Command(CopyConfig, copier)}
+    run(RunConfig(pipeline=tmp_path / "p.yaml"), commands)
+    assert copier.calls == ["base", "sample-1", "train-1", "sample-2", "train-2", "last"]
+    assert (tmp_path / "runs" / "p" / "last" / "copy").read_text() == "in012120"
+    run(RunConfig(pipeline=tmp_path / "p.yaml"), commands)
+    assert len(copier.calls) == 6  # nothing changed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("rounds: 2", "rounds: 0", "`rounds`, 1 or more"),
+        ("start: ${base}", "start: ${bass}", "names no earlier stage"),
+        ("start: ${base}", "begin: x", "unknown key `begin`"),
+        ('"${policy}"', '"${sample-2}"', "names no earlier stage"),
+        ('data: "${train-2}"', 'data: "${policy}"', "names no earlier stage"),
+    ],
+)
+def test_faulty_rounds_are_told_before_anything_runs(tmp_path, monkeypatch, old, new, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("in")
+    (tmp_path / "p.yaml").write_text(ROUNDS.replace(old, new))
+    copier = Copier()
+    with pytest.raises(UserError, match=told):
+        run(RunConfig(pipeline=tmp_path / "p.yaml"), {"copy": Command(CopyConfig, copier)})
+    assert copier.calls == []

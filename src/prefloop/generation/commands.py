@@ -19,7 +19,9 @@ from prefloop.files import check_writable, write_jsonl
 from prefloop.generation.engine import Engine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.provenance import weights_sha256
 from prefloop.records import Message, Prompt, RowCounts, text_to_json
+from prefloop.runs import model_path
 
 VERDICTS = ("tiers", "label")  # columns that speak of a row's former answers are not carried along
 
@@ -31,6 +33,7 @@ def sample(config: SampleConfig) -> Path:
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, config.samples_per_prompt, counts)
     settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}
+    weights = weights_sha256(Path(model_path(config.model)))
     rows = [
         _carried(prompt)
         | {
@@ -38,6 +41,7 @@ def sample(config: SampleConfig) -> Path:
             "finish_reasons": [s.finish_reason for s in samples],
             "log_probs": [sum(s.log_probs) for s in samples],
             "model": config.model,
+            "weights": weights,
             "seed": config.seed,
             "sampling": settings,
         }

@@ -6,6 +6,7 @@ admin has adjudicated gives that ranking alone.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from prefloop.labelling.store.reading import (
     prompts_of,
     responses_of,
 )
-from prefloop.records import Ranking, RowCounts, Text, ranking_to_json, text_to_json
+from prefloop.records import Ranking, RowCounts, Text, Unpaired, ranking_to_json, text_to_json
 
 GOOD, BAD = 5, 3
 """In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""
@@ -122,15 +123,36 @@ def _wait(store: Store, project: str, seconds: float) -> None:
 # --- deciding ------------------------------------------------------------------------------------
 
 
-def read_rankings(address: str, counts: RowCounts) -> list[Ranking]:
-    """Rankings of `STORE#PROJECT`, one a labeller and task, for the training commands."""
-    path, _, project = address.partition("#")
+def is_store(source: str) -> bool:
+    """Whether rows are to come from a labelling store: `labels.db`, `labels.db#PROJECT`, a URL.
+
+    >>> [is_store(s) for s in ("labels.db", "x/labels.db#main", "postgresql://h/x", "rows.jsonl")]
+    [True, True, True, False]
+    """
+    return bool(re.fullmatch(r"(postgresql(\+\w+)?://[^#]+|[^#]+\.(db|sqlite3?))(#.*)?", source))
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """(store, project) of `STORE` or `STORE#PROJECT`."""
+    store, _, project = address.partition("#")
+    return store, project or "main"
+
+
+def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | Unpaired]:
+    """Training records of `STORE#PROJECT`: a ranking an annotation, or KTO's unpaired rows."""
+    if kind not in ("preference", "unpaired"):
+        raise UserError(f"{address}: a labelling store gives preferences; give a file of {kind}s")
+    path, project = split_address(address)
     store = Store(path, must_exist=True)
     try:
-        decided = decisions(store, project or "main", "labeller", (), counts)
+        decided = decisions(store, project, "labeller", (), counts)
     finally:
         store.close()
-    return [decision.ranking for decision in decided]
+    if kind == "preference":
+        return [decision.ranking for decision in decided]
+    rows = [(d.ranking.where, row) for d in decided for row in form_rows("kto", d, counts)]
+    found = [record for where, row in rows for record in parse_row(row, where, "unpaired")]
+    return [record for record in found if isinstance(record, Unpaired)]
 
 
 def decisions(

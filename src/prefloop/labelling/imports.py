@@ -14,6 +14,7 @@ from typing import Any
 from prefloop.config import UserError
 from prefloop.config_labelling import LabelImportConfig
 from prefloop.data.formats import parse_row
+from prefloop.labelling.export import split_address
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of
 from prefloop.records import Ranking, RowCounts, text_to_json
@@ -56,9 +57,25 @@ def run(config: LabelImportConfig) -> dict[str, Any]:
     return {"project": config.project, "rows": len(items), "tasks": made, "dropped": counts.dropped}
 
 
+def add_samples(address: str, path: Path) -> dict[str, Any]:
+    """Put what `prefloop sample` wrote into `STORE#PROJECT`, whose settings stay as they are."""
+    place, name = split_address(address)
+    store = Store(place)
+    try:
+        with store.read() as t:
+            project = t.project(name)
+    finally:
+        store.close()
+    kept = {"mode": project["mode"], **project["settings"]} if project else {}
+    return run(LabelImportConfig(store=place, project=name, data=str(path), **kept))
+
+
 def _settings(config: LabelImportConfig) -> dict[str, object]:
     """What hand-out goes by."""
     return {
+        "need": config.need,
+        "overlap": config.overlap,
+        "overlap_need": config.overlap_need,
         "gold_share": config.gold_share,
         "repeat_share": config.repeat_share,
         "strategy": config.strategy,

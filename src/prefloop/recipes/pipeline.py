@@ -12,6 +12,10 @@ A stage's output is its setting `output`, or a folder of its name under the pipe
 `${name}` in a later stage's settings stands for it. A stage is skipped when it has finished with
 the same settings and the same contents of the files they name; it resumes when it was interrupted;
 when settings or contents changed, its old output is moved aside and it starts anew.
+
+An item with `rounds` and `stages` of its own repeats them: in round R, `sample` is the stage
+`sample-R`, `${round}` is R, and `${policy}` is the output of the last stage of the round before, in
+the first round `start`.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ from prefloop.settings import as_dict, build, nearest, read_yaml, validate
 
 RECORD = "pipeline.json"
 NOT_INPUTS = ("output", "resume")
+WORDS = ("round", "policy")
+STORES = ("store", "to_labels")
+"""Settings that name a place to work in: what it holds is not part of a stage's fingerprint."""
 
 
 class Command(Protocol):
@@ -92,22 +99,48 @@ def read_stages(path: Path, root: Path, commands: Mapping[str, Command]) -> list
         raise UserError(f"{path}: `stages` must be a list of {{name, command, settings}}")
     stages: list[Stage] = []
     outputs: dict[str, str] = {}
-    for number, item in enumerate(listed, start=1):
-        stage = _read_stage(item, f"{path}: stage {number}", root, outputs, commands)
+    for where, item, words in _unrolled(listed, path):
+        known = {w: text for w, text in words.items() if w in WORDS or text[2:-1] in outputs}
+        names = outputs | {w: str(_fill(text, outputs, where)) for w, text in known.items()}
+        stage = _read_stage(item, where, root, names, outputs, commands)
         if (output := getattr(stage.config, "output", None)) is not None:
             check_folder(Path(output).parent)
             if str(output) in outputs.values():
-                raise UserError(f"{path}: stage {number} ({stage.name}): {output} is another's")
+                raise UserError(f"{where} ({stage.name}): {output} is another's")
         stages.append(stage)
         if (output := getattr(stage.config, "output", None)) is not None:
             outputs[stage.name] = str(output)
     return stages
 
 
+def _unrolled(listed: list[Any], path: Path) -> Iterator[tuple[str, Any, dict[str, str]]]:
+    """(place in messages, stage, what its `${word}`s stand for beside the earlier stages)."""
+    for number, item in enumerate(listed, start=1):
+        where = f"{path}: stage {number}"
+        if not isinstance(item, dict) or "rounds" not in item:
+            yield where, item, {}
+            continue
+        inner, rounds, policy = item.get("stages"), item["rounds"], item.get("start")
+        if extra := next((key for key in item if key not in ("rounds", "start", "stages")), None):
+            raise UserError(f"{where}: unknown key `{extra}`; a round has rounds, start and stages")
+        if type(rounds) is not int or rounds < 1 or not isinstance(policy, str):
+            raise UserError(f"{where}: give `rounds`, 1 or more, and `start`, the first policy")
+        if not isinstance(inner, list) or not inner or not all(isinstance(i, dict) for i in inner):
+            raise UserError(f"{where}: `stages` must be a list of {{name, command, settings}}")
+        for turn in range(1, rounds + 1):
+            words = {"round": str(turn), "policy": policy}
+            for stage in inner:
+                name = str(stage.get("name"))
+                yield where, stage | {"name": f"{name}-{turn}"}, dict(words)
+                words[name] = policy_of_next = f"${{{name}-{turn}}}"
+            policy = policy_of_next
+
+
 def _read_stage(
     item: object,
     where: str,
     root: Path,
+    names: Mapping[str, str],
     outputs: Mapping[str, str],
     commands: Mapping[str, Command],
 ) -> Stage:
@@ -126,7 +159,7 @@ def _read_stage(
         raise UserError(f"{where}: no command `{command}`{remedy}")
     config_class = commands[command].config
     given = item.get("settings", {})
-    settings = {key: _fill(value, outputs, where) for key, value in given.items()}
+    settings = {key: _fill(value, names, where) for key, value in given.items()}
     if "output" in {field.name for field in fields(config_class)}:
         settings.setdefault("output", str(root / name))
     config: Any = build(config_class, settings, where)
@@ -157,7 +190,9 @@ def fingerprint(stage: Stage) -> str:
     """sha256 of a stage's command, settings and the contents of every file the settings name."""
     settings = {k: v for k, v in as_dict(stage.config).items() if k not in NOT_INPUTS}
     digest = hashlib.sha256(json.dumps([stage.command, settings], sort_keys=True).encode())
-    for value in settings.values():
+    for name, value in settings.items():
+        if name in STORES:
+            continue
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 for file in _input_files(text):

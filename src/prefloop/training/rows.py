@@ -14,6 +14,7 @@ from prefloop.config import PPOConfig, TrainingConfig, UserError
 from prefloop.data import formats, stream
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example, tokenize
+from prefloop.labelling.export import is_store, read_records
 from prefloop.models.load import LoadedModel
 from prefloop.records import Prompt, RowCounts
 from prefloop.runs import Run
@@ -54,12 +55,20 @@ def _records(
 ) -> tuple[tuple[list[Any], RowCounts], tuple[list[Any], RowCounts]]:
     """Training and held-out records with their counts: one count where one file gives both."""
     counts, eval_counts = RowCounts(), RowCounts()
-    records: list[Any] = formats.load(config.data, kind, counts)
+    records = _load(config.data, kind, counts)
     if config.eval_data is not None:
-        held_out: list[Any] = formats.load(config.eval_data, kind, eval_counts)
+        held_out = _load(config.eval_data, kind, eval_counts)
         return (records, counts), (held_out, eval_counts)
     records, held_out = formats.split_by_prompt(records, config.eval_fraction, config.seed)
     return (records, counts), (held_out, counts)
+
+
+def _load(source: str, kind: Kind | Literal["prompt"], counts: RowCounts) -> list[Any]:
+    """Records of a file, a data set, or a labelling store."""
+    if is_store(source):
+        return list(read_records(source, kind, counts))
+    found: list[Any] = formats.load(source, kind, counts)
+    return found
 
 
 def _note_rows(config: TrainingConfig, run: Run, counts: RowCounts, eval_counts: RowCounts) -> None:
