@@ -39,8 +39,15 @@ def put(folder, data, address=None, **changes):
     return imports.run(config)
 
 
+OPENED: list[Store] = []
+"""Closed after each test (conftest.py)."""
+
+
 def open_store(folder, clock=None, address=None):
-    return Store(address or str(folder / "labels.db"), **({"clock": clock} if clock else {}))
+    OPENED.append(
+        Store(address or str(folder / "labels.db"), **({"clock": clock} if clock else {}))
+    )
+    return OPENED[-1]
 
 
 def add(store, *names, role="labeller"):
