@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from prefloop.commands import COMMANDS
 from prefloop.config import UserError
 from prefloop.data.formats import load
 from prefloop.evaluation.health import Vitals
+from prefloop.labelling.assign import Judgement, next_assignment, submit
+from prefloop.labelling.store import Store
 from prefloop.records import RowCounts
 from prefloop.settings import flag, resolve, validate
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -239,6 +242,30 @@ def write_guide_world(folder):
     write_rows(folder / "held-out.jsonl", [{"prompt": f"oath {n}"} for n in range(4)])
     ranked = [row | {"chosen": " a bath", "rejected": " the thin ant"} for row in asked]
     write_rows(folder / "held-out-rankings.jsonl", ranked)
+
+
+@pytest.mark.slow
+def test_the_labelling_guide_runs(tmp_path, monkeypatch, capsys):
+    """Commands in their order; where the page is served, a labeller does all tasks."""
+    write_guide_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guidelines.md").write_text("Be kind.")
+    more = [{"prompt": f"oath {n}", "completions": [" a", " b"]} for n in range(3)]
+    write_rows(tmp_path / "more-samples.jsonl", more)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(tmp_path / "base", tmp_path / "runs" / "sft")
+    for words in commands_in(text_of("labelling.md")):
+        if words[:2] != ["label", "serve"]:
+            assert main(words) == 0, words
+            continue
+        store = Store("labels.db")
+        while task := next_assignment(store, 1):
+            tiers = [[place] for place in task.shown]
+            submit(store, 1, task.id, Judgement(tiers, request_id=str(task.id)))
+        store.close()
+    assert "Krippendorff" in capsys.readouterr().out
+    assert (tmp_path / "quality.html").exists()
+    assert (tmp_path / "runs/dpo/model").is_dir()
 
 
 @pytest.mark.slow
