@@ -58,8 +58,10 @@ def sample(config: c.SampleConfig) -> Path:
     """Sample several answers to each prompt, ready to be ranked."""
     validate(config)
     from prefloop.generation.commands import sample as run
-    from prefloop.labelling.imports import add_samples
+    from prefloop.labelling.imports import add_samples, check_store
 
+    if config.to_labels is not None:
+        check_store(config.to_labels)
     path = run(config)
     if config.to_labels is not None:
         show(add_samples(config.to_labels, path))

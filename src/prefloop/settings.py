@@ -311,6 +311,14 @@ def _check_together(config: Any) -> None:
         rules.append((bool(config.prompt) == bool(config.data), "give either --prompt or --data"))
     if has("models", "judge"):
         rules += _compare_rules(config)
+    if has("to_labels"):
+        rules.append(
+            (
+                bool(config.to_labels) and not 2 <= config.samples_per_prompt <= 9,
+                f"--to-labels: people rank 2 to 9 answers, and --samples-per-prompt is "
+                f"{config.samples_per_prompt}; change it",
+            )
+        )
     for wrong, message in rules:
         if wrong:
             raise UserError(message)

@@ -245,6 +245,18 @@ def test_a_task_that_all_have_skipped_holds_nothing_up(tmp_path):
     assert result["left_out"] == {"skipped": 1}
 
 
+def test_admins_need_not_label(tmp_path):
+    """Two annotations are needed, and ann is the only labeller: boss holds nothing up."""
+    put(tmp_path, rows(1), need=2)
+    store = open_store(tmp_path)
+    (ann,) = add(store, "ann")
+    add(store, "boss", role="admin")
+    task = next_assignment(store, ann)
+    submit(store, ann, task.id, in_order(task, "r"))
+    result, _ = run(tmp_path, wait=True)
+    assert result["rows"] == 1
+
+
 def test_rows_are_plain_json(tmp_path):
     put(tmp_path, ranked([[0], [1], [2]]))
     run(tmp_path)

@@ -176,7 +176,7 @@ def label_5000(folder, address, servers, record):
     add(store, *(name.replace(" ", "-") for name in names))
     served = [Served(address) for _ in range(servers)]
     labellers = [
-        Labeller(name.replace(" ", "-"), served[n % servers].port, think=0.6)
+        Labeller(name.replace(" ", "-"), served[n % servers].port, think=1.0)
         for n, name in enumerate(names)
     ]
     for thread in work_all(labellers):

@@ -24,12 +24,12 @@ def label_all(folder):
 
 def sample(folder, model="model", **changes):
     settings = {"max_length": 64, "max_new_tokens": 6, "device": "cpu", "samples_per_prompt": 3}
+    settings |= {"to_labels": f"{folder / 'labels.db'}#loop", **changes}
     config = SampleConfig(
         model=str(folder / model),
         data=str(folder / "prompts.jsonl"),
         output=folder / "samples.jsonl",
-        to_labels=f"{folder / 'labels.db'}#loop",
-        **{**settings, **changes},
+        **settings,
     )
     return commands.sample(config)
 
@@ -65,6 +65,14 @@ def test_sampling_again_keeps_the_projects_settings(tmp_path):
     with store.read() as t:
         assert t.project("loop")["settings"]["gold_share"] == 0.25
         assert set(t.connection.exec_driver_sql("SELECT need FROM tasks").scalars()) == {2}
+
+
+def test_bad_stores_are_told_before_sampling(tmp_path):
+    """There is no model either, and nobody looks for it."""
+    with pytest.raises(UserError, match="no folder"):
+        sample(tmp_path, to_labels=str(tmp_path / "absent" / "labels.db"))
+    with pytest.raises(UserError, match="people rank 2 to 9 answers"):
+        sample(tmp_path, samples_per_prompt=1)
 
 
 def test_rows_of_a_store(tmp_path):

@@ -57,6 +57,11 @@ def run(config: LabelImportConfig) -> dict[str, Any]:
     return {"project": config.project, "rows": len(items), "tasks": made, "dropped": counts.dropped}
 
 
+def check_store(address: str) -> None:
+    """UserError where `STORE#PROJECT` cannot be written: before hours of sampling, not after."""
+    Store(split_address(address)[0]).close()
+
+
 def add_samples(address: str, path: Path) -> dict[str, Any]:
     """Put what `prefloop sample` wrote into `STORE#PROJECT`, whose settings stay as they are."""
     place, name = split_address(address)

@@ -5,6 +5,7 @@ import re
 import sqlite3
 
 import pytest
+from sqlalchemy import event
 from starlette.testclient import TestClient
 
 from prefloop.config import UserError
@@ -99,11 +100,10 @@ def test_a_wrong_token_is_told_and_logged(made, token):
 
 
 def test_guessing_tokens_is_slowed_down(made):
-    _, app = made
+    app = create_app(made[0], hosts=["testserver"], clock=Clock(0.0))
     client = TestClient(app)
-    codes = [client.get(f"/enter?token={n}").status_code for n in range(25)]
-    assert codes[:20] == [403] * 20
-    assert codes[-1] == 429
+    codes = [client.get(f"/enter?token={n}").status_code for n in range(21)]
+    assert codes == [403] * 20 + [429]
 
 
 def test_an_expired_session_is_told(tmp_path):
@@ -148,11 +148,16 @@ def test_large_and_lengthless_requests_are_refused(made):
 
 
 def test_too_many_requests_are_refused(made):
-    _, app = made
+    """100 at once (opening the page was one of them), then 20 a second; each labeller alone."""
+    clock = Clock(0.0)
+    app = create_app(made[0], hosts=["testserver"], clock=clock)
     page = Page(app, "ann")
-    codes = {page.post("/api/undo").status_code for _ in range(130)}
-    assert codes == {200, 429}
+    codes = [page.post("/api/undo").status_code for _ in range(100)]
+    assert codes == [200] * 99 + [429]
     assert Page(app, "bob").post("/api/undo").status_code == 200
+    clock.now = 0.05
+    assert page.post("/api/undo").status_code == 200
+    assert reason(page.post("/api/undo")) == (429, "too-many")
 
 
 def test_the_rate_limit_by_hand():
@@ -306,6 +311,32 @@ def test_a_locked_database_is_told_and_loses_nothing(made, tmp_path):
     other.execute("COMMIT")
     assert impatient.submit(task, [[0], [1], [2]]).json() == {"version": 1}
     short.close()
+
+
+@pytest.mark.usefixtures("made")
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
+    """The database may not grow: what cannot be saved is refused, and goes in when it may."""
+    small = Store(str(tmp_path / "labels.db"))
+    page = Page(create_app(small, hosts=["testserver"]), "ann")
+    task = page.task()
+    draft = {"assignment": task["assignment"], "draft": {"text": "x" * 60_000}}
+
+    def limit(pages):
+        with small.read() as t:
+            used = t.connection.exec_driver_sql("PRAGMA page_count").scalar()
+        small.engine.dispose()
+
+        @event.listens_for(small.engine, "connect")
+        def set_limit(connection, record):
+            connection.execute(f"PRAGMA max_page_count = {used + pages}")
+
+    limit(0)
+    answer = page.client.put("/api/draft", json=draft, headers=page.headers)
+    assert reason(answer) == (507, "full")
+    limit(10_000)
+    assert page.client.put("/api/draft", json=draft, headers=page.headers).status_code == 200
+    assert page.task()["draft"] == draft["draft"]
+    small.close()
 
 
 # --- languages -----------------------------------------------------------------------------------

@@ -66,9 +66,12 @@ class Store:
             self._migrate()
         except DBAPIError as error:
             told = first_line(error.orig or error)
-            raise UserError(
-                f"--store {self.engine.url.render_as_string()}: {told}; check the address"
-            ) from error
+            raise UserError(f"--store {self.name}: {told}; check the address") from error
+
+    @property
+    def name(self) -> str:
+        """The address without its password."""
+        return self.engine.url.render_as_string()
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:

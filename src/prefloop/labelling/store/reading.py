@@ -152,13 +152,15 @@ def progress_of(t: Transaction, project_id: int) -> Progress:
         func.coalesce(func.sum(tasks.c.taken - tasks.c.done), 0),
     )
     counted = t.connection.execute(select(*totals).select_from(tasks).where(real)).one()
-    # A task that lacks annotations is settled all the same when every active labeller skipped it.
-    active = select(func.count()).select_from(labellers).where(labellers.c.active).scalar_subquery()
+    # A task that lacks annotations is settled all the same when no labeller (admins apart, who need
+    # not label) is left to whom it could be given.
+    counts = and_(labellers.c.active, labellers.c.role == "labeller")
+    active = select(func.count()).select_from(labellers).where(counts).scalar_subquery()
     gone = (
         select(func.count())
         .select_from(assignments)
         .join(labellers, labellers.c.id == assignments.c.labeller_id)
-        .where(assignments.c.task_id == tasks.c.id, labellers.c.active)
+        .where(assignments.c.task_id == tasks.c.id, counts)
         .where(assignments.c.state.in_(("done", "skipped")))
         .scalar_subquery()
     )

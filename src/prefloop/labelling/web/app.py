@@ -4,6 +4,7 @@ FastAPI reads annotations at run time, in functions too, so this module does not
 """
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,14 +80,16 @@ class Draft(Body):
 class Site:
     """What every page needs: the store, templates, and who asks."""
 
-    def __init__(self, store: Store, session_hours: float, *, secure: bool) -> None:
+    def __init__(
+        self, store: Store, session_hours: float, clock: Callable[[], float], *, secure: bool
+    ) -> None:
         self.store = store
         self.session_seconds = 3600 * session_hours
         self.secure = secure
         self.renderer = Renderer()
         self.words = read_words()
-        self.requests = RateLimit(rate=20, burst=100)
-        self.entries = RateLimit(rate=0.2, burst=20)
+        self.requests = RateLimit(rate=20, burst=100, clock=clock)
+        self.entries = RateLimit(rate=0.2, burst=20, clock=clock)
         self._templates = Environment(
             loader=PackageLoader("prefloop.labelling.web"),
             undefined=StrictUndefined,
@@ -127,12 +130,16 @@ def create_app(
     hosts: Sequence[str] = ("127.0.0.1", "localhost", "::1"),
     origins: Sequence[str] = (),
     session_hours: float = 24.0,
+    clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """The server on a store; it answers to the names `hosts` and trusts the pages of `origins`."""
+    """The server on a store; it answers to the names `hosts` and trusts the pages of `origins`.
+
+    `clock` (seconds) is what limits of rate go by.
+    """
     from prefloop.labelling.web.admin import add_admin
 
     secure = any(origin.startswith("https://") for origin in origins)
-    site = Site(store, session_hours, secure=secure)
+    site = Site(store, session_hours, clock, secure=secure)
     app = FastAPI(openapi_url=None)
     _add_pages(app, site)
     _add_api(app, site)

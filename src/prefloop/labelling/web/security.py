@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import time
 from collections.abc import Callable, Collection
 from hashlib import sha256
 from urllib.parse import urlsplit
@@ -42,9 +41,7 @@ def csrf_matches(session: str, given: str) -> bool:
 class RateLimit:
     """A bucket a key: `burst` requests at once, `rate` a second on average."""
 
-    def __init__(
-        self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
         self._rate, self._burst, self._clock = rate, burst, clock
         self._left: dict[str, tuple[float, float]] = {}  # what is left, and when that was so
 

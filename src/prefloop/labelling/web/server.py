@@ -22,7 +22,7 @@ def run(config: LabelServeConfig) -> None:
     try:
         app = create_app(store, hosts=hosts, origins=origins, session_hours=config.session_hours)
         address = origins[0] if origins else f"http://{_bracketed(config.host)}:{config.port}"
-        print(f"serving {config.store} at {address}; `prefloop label add-user` makes links, "
+        print(f"serving {store.name} at {address}; `prefloop label add-user` makes links, "
               "Ctrl-C ends", file=sys.stderr, flush=True)  # fmt: skip
         server = uvicorn.Config(
             app, config.host, config.port, log_level="warning", access_log=False,
