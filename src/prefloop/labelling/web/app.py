@@ -27,6 +27,7 @@ from prefloop.labelling.assign import (
 )
 from prefloop.labelling.store import Store, Unavailable
 from prefloop.labelling.store.reading import count_of, texts_of
+from prefloop.labelling.web.admin import add_admin
 from prefloop.labelling.web.render import Renderer
 from prefloop.labelling.web.security import (
     COOKIE,
@@ -136,8 +137,6 @@ def create_app(
 
     `clock` (seconds) is what limits of rate go by.
     """
-    from prefloop.labelling.web.admin import add_admin
-
     secure = any(origin.startswith("https://") for origin in origins)
     site = Site(store, session_hours, clock, secure=secure)
     app = FastAPI(openapi_url=None)

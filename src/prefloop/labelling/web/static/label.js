@@ -443,6 +443,7 @@ function undo() {
     buildFlags();
     show();
     keep();
+    say(words.undone);
     return;
   }
   saveDraft()
