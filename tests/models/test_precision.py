@@ -17,10 +17,14 @@ def test_bfloat16_products_would_be_noticed():
         assert not precision._is_float32(8, 576, 1536, torch.Generator().manual_seed(0))
 
 
-def test_a_precision_that_the_user_chose_is_left_alone(monkeypatch):
+def test_a_precision_that_the_user_chose_is_left_alone():
     backend = torch.backends.mkldnn.matmul
-    monkeypatch.setattr(backend, "fp32_precision", "ieee")
+    before = backend.fp32_precision
     precision.speed_up_float32.cache_clear()
-    assert not precision.speed_up_float32()
-    assert backend.fp32_precision == "ieee"
-    precision.speed_up_float32.cache_clear()
+    try:
+        backend.fp32_precision = "ieee"
+        assert not precision.speed_up_float32()
+        assert backend.fp32_precision == "ieee"
+    finally:
+        backend.fp32_precision = before
+        precision.speed_up_float32.cache_clear()
