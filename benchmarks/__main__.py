@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.meter import MARK
 from benchmarks.work import WORKS, write_rows
 from prefloop import provenance
 from prefloop.models.load import load_policy, load_tokenizer
@@ -90,8 +91,8 @@ class Side:
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("{"):
-                facts: dict[str, Any] = json.loads(line)
+            if line.startswith(MARK):
+                facts: dict[str, Any] = json.loads(line.removeprefix(MARK))
                 return facts
         raise SystemExit(f"a side ended; see {BUILD}/*.log")
 
