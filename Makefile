@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 QUICK ?=
+WORK ?= dpo
 # Two busy thread pools on shared cores can collapse: idle threads must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
@@ -40,7 +41,7 @@ slow: setup
 	$(PYTEST) -m slow
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(WORK)
 
 demo: setup
 	$(BIN)/prefloop demo $(if $(QUICK),--quick)

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks`."""
+"""prefloop and its peers on the same work: `python -m benchmarks WORK`, see docs/benchmarks.md."""

@@ -84,7 +84,7 @@ class TrainingConfig:
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end and on interruption only."""
+    """Steps between checkpoints; 0 saves on interruption, and at the end until `model` stands."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     track: Tracker = "none"

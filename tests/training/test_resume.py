@@ -65,6 +65,15 @@ def test_every_checkpoint_leads_to_the_same_bits(name, world, tmp_path):
         assert (record["status"], record["resumed"]) == ("finished", 1)
 
 
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
+def test_one_seed_gives_the_same_bits_twice_and_another_seed_others(name, world, tmp_path):
+    command, changes = RUNS[name]
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(command, world, tmp_path / folder, seed=seed, **with_paths(world, changes))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert lines(tmp_path / "a") != lines(tmp_path / "c")
+
+
 def test_the_ppo_cases_pass_through_what_they_are_for(world, tmp_path):
     """Steps without a batch after target_kl; a beta that moves."""
     train("ppo", world, tmp_path / "a", **RUNS["ppo-stops"][1])

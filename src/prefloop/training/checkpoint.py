@@ -75,7 +75,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint, and the folder of checkpoints if it was the only one."""
-    shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.parent.rmdir()
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig, UserError
@@ -127,31 +127,21 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
     parameters = {name: model.trainable() for name, model in method.trained.items()}
     optimizer = optim.build_optimizer(parameters, config, method.learning_rates)
     done, total_tokens = _resume(method, optimizer, run)
-    everything = [p for group in parameters.values() for p in group]
     with Interrupt() as interrupt, Progress(method.total_steps, done) as progress:
         began = time.perf_counter()
         for number, step in enumerate(method.steps(done), start=done + 1):
-            # 2. Counts of the whole step first, so that each sum is divided once.
-            counts = distributed.sum_mapping(_total(method.counts(b) for b in step.batches), device)
-            # 3. Loss and gradients, micro-batch by micro-batch.
+            # 2. Loss and gradients of the whole step.
             optimizer.zero_grad()
-            values, metrics = _accumulate(method, step.batches, counts, device, config.dtype)
-            distributed.sum_gradients(everything)
-            norms = {
-                "grad_norm" if not i else f"grad_norm/{name}": float(
-                    optim.clip_gradients(group, config.max_grad_norm)
-                )
-                for i, (name, group) in enumerate(parameters.items())
-            }
-            _stop_if_not_finite(values["loss"], norms, number, step.batches, run)
-            # 4. The step.
+            values, metrics, norms = gradients(method, step.batches, parameters, config)
+            _stop_if_not_finite(values["loss"], norms, number, run)
+            # 3. The step.
             factor = optim.lr_factor(
                 number - 1, method.total_steps, config.warmup, config.lr_schedule
             )
             optim.set_lr(optimizer, factor)
-            if counts:  # PPO's target_kl leaves steps without a batch
+            if distributed.any_rank(bool(step.batches), device):  # PPO's target_kl leaves some out
                 optimizer.step()
-            # 5. Log, evaluate, save.
+            # 4. Log, evaluate, save.
             tokens = int(distributed.sum_mapping({"tokens": float(step.tokens)}, device)["tokens"])
             last = number >= method.total_steps
             seconds = time.perf_counter() - began
@@ -172,7 +162,7 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
             if last:
                 break
             began = time.perf_counter()
-        # 6. The result; a last checkpoint that was not asked for has then served its time.
+        # 5. The result; a last checkpoint that was not asked for has then served its time.
         if distributed.rank() == 0:
             method.export(run.directory)
             if not config.save_every:
@@ -205,6 +195,27 @@ def model_options(config: TrainingConfig) -> ModelOptions:
         "lora_alpha": config.lora_alpha,
         "gradient_checkpointing": config.gradient_checkpointing,
     }
+
+
+def gradients(
+    method: Method[Any],
+    batches: list[Any],
+    parameters: Mapping[str, list[nn.Parameter]],
+    config: TrainingConfig,
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Leaves a step's clipped gradients; returns loss terms, metrics and gradient norms.
+
+    Counts of the whole step and of all ranks come first, so that each sum is divided once.
+    """
+    device = next(iter(method.trained.values())).device
+    counts = distributed.sum_mapping(_total(method.counts(b) for b in batches), device)
+    values, metrics = _accumulate(method, batches, counts, device, config.dtype)
+    norms: dict[str, float] = {}
+    for name, group in parameters.items():
+        distributed.sum_gradients(group)
+        key = f"grad_norm/{name}" if norms else "grad_norm"
+        norms[key] = float(optim.clip_gradients(group, config.max_grad_norm))
+    return values, metrics, norms
 
 
 def _total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -261,9 +272,7 @@ def evaluate(
     return values | metrics
 
 
-def _stop_if_not_finite(
-    loss: float, norms: Mapping[str, float], number: int, batches: list[Any], run: Run
-) -> None:
+def _stop_if_not_finite(loss: float, norms: Mapping[str, float], number: int, run: Run) -> None:
     if math.isfinite(loss) and all(map(math.isfinite, norms.values())):
         return
     kept = newest_checkpoint(run.directory)

@@ -37,7 +37,6 @@ def mismatched(examples: list[Example]) -> list[Example]:
     return pairs
 
 
-@torch.no_grad()
 def reference_log_probs(
     config: DPOConfig, policy: LoadedModel, examples: list[Example], cache: Path
 ) -> list[Tensor]:
@@ -57,6 +56,20 @@ def reference_log_probs(
         stored = load_file(cache)
         if key in stored:
             return list(stored[key].split(sizes))
+    sums = sequence_log_probs(config, reference, examples)
+    if distributed.rank() == 0:
+        temporary = cache.with_name(f".{cache.name}.tmp")
+        save_file({key: sums}, temporary)
+        temporary.replace(cache)
+    return list(sums.split(sizes))
+
+
+@torch.no_grad()
+def sequence_log_probs(
+    config: DPOConfig, reference: LoadedModel, examples: list[Example]
+) -> Tensor:
+    """log pi_ref of all answers in their order, each rank computing its share of the examples."""
+    sizes = [len(example.answers) for example in examples]
     sums = torch.zeros(sum(sizes))
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     mine = range(distributed.rank(), len(examples), distributed.world())
@@ -67,9 +80,4 @@ def reference_log_probs(
             tokens = answer_log_probs(reference, batch).log_probs
         for value in segment_sum(tokens, batch.target_answer, batch.answers).cpu():
             sums[next(spots)] = value
-    sums = distributed.sum_tensor(sums.to(reference.device)).cpu()
-    if distributed.rank() == 0:
-        temporary = cache.with_name(f".{cache.name}.tmp")
-        save_file({key: sums}, temporary)
-        temporary.replace(cache)
-    return list(sums.split(sizes))
+    return distributed.sum_tensor(sums.to(reference.device)).cpu()
