@@ -90,7 +90,7 @@ class Site:
         self.renderer = Renderer()
         self.words = read_words()
         self.requests = RateLimit(rate=20, burst=100, clock=clock)
-        self.entries = RateLimit(rate=0.2, burst=20, clock=clock)
+        self.wrong_links = RateLimit(rate=0.2, burst=20, clock=clock)
         self._templates = Environment(
             loader=PackageLoader("prefloop.labelling.web"),
             undefined=StrictUndefined,
@@ -180,15 +180,16 @@ def _add_pages(app: FastAPI, site: Site) -> None:
     def enter(request: Request, token: str = "") -> Response:
         """A personal link: its token is exchanged for a session's cookie."""
         client = request.client.host if request.client else ""
-        if not site.entries.allows(client):
-            return site.page(request, "message.html", 429, key="reason-too-many")
         session = secrets.token_urlsafe(32)
         with site.store.write() as t:
             owner = t.open_session(token, session, site.session_seconds)
-            t.log(
-                "enter" if owner else "wrong token", owner["id"] if owner else None, client=client
-            )
-        if owner is None:
+            if owner is not None:
+                t.log("enter", owner["id"], client=client)
+        if owner is None:  # only wrong links are limited: many people may share an address
+            if not site.wrong_links.allows(client):
+                return site.page(request, "message.html", 429, key="reason-too-many")
+            with site.store.write() as t:
+                t.log("wrong token", None, client=client)
             return site.page(request, "message.html", 403, key="wrong-token")
         answer = RedirectResponse("/", 303)
         flags: dict[str, Any] = {"httponly": True, "samesite": "lax", "secure": site.secure}
