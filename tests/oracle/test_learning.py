@@ -49,12 +49,14 @@ def reached(here: World, run: Run, beta: float, every: int) -> Reached:
 
     variances = covariance(implicit, implicit), covariance(here.reward, here.reward)
     both = covariance(implicit, here.reward)
-    return Reached(
+    result = Reached(
         gained / best,
         float(kl(log_pi, here.log_ref)) / distance,
         both / (variances[0] * variances[1]) ** 0.5,
         both / variances[1],
     )
+    print(run.record["command"], beta, result)  # shown by pytest -rP
+    return result
 
 
 def learn_ppo(folder: Path, beta: float, stopping: bool = False, **settings: Any) -> Reached:
