@@ -1,6 +1,7 @@
 """Under load: 50 labellers and 5,000 tasks, kill -9, PostgreSQL, a million annotations."""
 
 import json
+import os
 import random
 import re
 import signal
