@@ -47,7 +47,7 @@ class Scale:
     reward_steps: int = 0
     dpo_steps: int = 0
     ppo_prompts: int = 8  # an optimiser step's
-    ppo_iterations: int = 20
+    ppo_iterations: int = 32
     compared_prompts: int = 250
     max_new_tokens: int = 24
 
