@@ -59,7 +59,7 @@ def test_log_probs_are_the_trainers(arch: Arch) -> None:
         )
         for prompt, row in zip(PROMPTS, rows, strict=True)
     ]
-    expected = answer_log_probs(model, pack(examples), temperature=0.7).log_probs
+    expected = answer_log_probs(model, pack(examples), temperature=0.7)
     sampled = torch.tensor([x for row in rows for s in row for x in s.log_probs])
     torch.testing.assert_close(sampled, expected.detach(), atol=1e-5, rtol=0)
 

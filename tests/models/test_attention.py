@@ -1,11 +1,14 @@
-"""Rectangles of segments: however they are grouped, each query sees its path within its window."""
+"""Packed attention: however segments are grouped, each query sees its path within its window."""
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from prefloop.data.batches import Segment, pack, rows_of_path
-from prefloop.models import heads
+from prefloop.models import attention, block_attention, heads
 from prefloop.models.attention import PackedPlan
+from prefloop.models.block_attention import Blocks
+from prefloop.models.rectangle_attention import Rectangles
 from tests.models.plain import (
     CPU,
     assert_close,
@@ -56,62 +59,117 @@ SHAPES = {
 }
 
 
+@pytest.fixture(params=["blocks", "small blocks", "rectangles"])
+def form(request, monkeypatch):
+    """What computes the attention of segments: on the CPU, and on CUDA."""
+    if request.param == "small blocks":
+        monkeypatch.setattr(block_attention, "QUERIES", 3)
+    if request.param == "rectangles":
+        return lambda segments: Rectangles(segments, CPU)
+    return Blocks
+
+
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
-def test_attention_by_hand(shapes, window):
+def test_attention_by_hand(form, shapes, window):
     batch = pack(random_examples(shapes))
-    q, k, v = tensors(batch.tokens)
-    ours = PackedPlan(batch.segments, CPU).attend(0, q, k, v, 0.3, window)
-    assert_close(ours, by_hand(batch.segments, q, k, v, 0.3, window), 1e-12)
+    qkv = tensors(batch.tokens)
+    for x in qkv:
+        x.requires_grad_()
+    ours = form(batch.segments).attend(*qkv, 0.3, window)
+    theirs = by_hand(batch.segments, *qkv, 0.3, window)
+    assert_close(ours, theirs, 1e-12)
+    given = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5), dtype=ours.dtype)
+    gradients = [torch.autograd.grad(out, qkv, given) for out in (ours, theirs)]
+    for mine, right in zip(*gradients, strict=True):
+        assert_close(mine, right, 1e-12)
 
 
-def test_a_tree_of_three_levels():
+def test_a_tree_of_three_levels(form):
     """Prompt, its continuation, and two continuations of that."""
     segments = (Segment(0, 3, -1, 0), Segment(3, 4, 0, 3), Segment(7, 2, 1, 7), Segment(9, 5, 1, 7))
     q, k, v = tensors(14)
     for window in (None, 4):
-        ours = PackedPlan(segments, CPU).attend(0, q, k, v, 1.0, window)
+        ours = form(segments).attend(q, k, v, 1.0, window)
         assert_close(ours, by_hand(segments, q, k, v, 1.0, window), 1e-12)
 
 
-def test_values_narrower_than_keys():
+def test_values_narrower_than_keys(form):
     """Multi-head latent attention; the fast path and the masked one."""
     batch = pack(random_examples(((4, (2, 3)), (4, (5,)))))
     q, k, v = tensors(batch.tokens, width=12, value_width=5)
-    ours = PackedPlan(batch.segments, CPU).attend(0, q, k, v, 0.3, None)
+    ours = form(batch.segments).attend(q, k, v, 0.3, None)
     assert_close(ours, by_hand(batch.segments, q, k, v, 0.3, None), 1e-12)
+
+
+def test_bfloat16_blocks_have_better_gradients_than_torchs_own_attention():
+    """Against float64 on the same numbers: the blocks stay within a rounding."""
+    batch = pack(random_examples(((40, ()),)))
+    exact = [(3 * x).bfloat16().double() for x in tensors(40, width=64, value_width=64)]
+    given = tensors(40, heads=4, width=64)[0].transpose(0, 1)
+
+    def results(attend, dtype):
+        qkv = [x.to(dtype).requires_grad_() for x in exact]
+        output = attend(*qkv)
+        return [output.detach(), *torch.autograd.grad(output, qkv, given.to(dtype))]
+
+    def blocks(q, k, v):
+        return Blocks(batch.segments).attend(q, k, v, 0.125, None)
+
+    def sdpa(q, k, v):
+        how = {"is_causal": True, "enable_gqa": True, "scale": 0.125}
+        return scaled_dot_product_attention(q[None], k[None], v[None], **how)[0].transpose(0, 1)
+
+    right = results(blocks, torch.float64)
+    ours, theirs = (results(attend, torch.bfloat16) for attend in (blocks, sdpa))
+    for name, x, mine, other in zip(("output", *"qkv"), right, ours, theirs, strict=True):
+        errors = [float((y.double() - x).norm() / x.norm()) for y in (mine, other)]
+        assert errors[0] < 2**-8, (name, errors)
+        assert name == "output" or errors[0] < errors[1], (name, errors)
+
+
+def test_autocast_gives_bfloat16_attention():
+    batch = pack(random_examples(((4, (2,)),)))
+    q, k, v = (x.float() for x in tensors(batch.tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = PackedPlan(batch.segments, CPU).attend(0, q, k, v, 1.0, None)
+    assert ours.dtype == torch.bfloat16
+    assert_close(ours.float(), by_hand(batch.segments, q, k, v, 1.0, None), 0.02)
 
 
 def test_fast_path_equals_masked_path():
     """A window of the whole length takes the fast path, one token less masks one pair."""
     batch = pack(random_examples(((8, ()), (8, ()))))
     q, k, v = tensors(batch.tokens)
-    plan = PackedPlan(batch.segments, CPU)
-    (rectangle,) = plan.rectangles
+    rectangles = Rectangles(batch.segments, CPU)
+    (rectangle,) = rectangles.groups
     assert rectangle.causal
-    fast = plan.attend(0, q, k, v, 0.3, 8)
+    fast = rectangles.attend(q, k, v, 0.3, 8)
     assert rectangle.masks == {}
     rectangle.causal = False
-    masked = plan.attend(0, q, k, v, 0.3, 8)
+    masked = rectangles.attend(q, k, v, 0.3, 8)
     assert rectangle.masks != {}
     assert_close(fast, masked, 1e-12)
-    narrower = plan.attend(0, q, k, v, 0.3, 7)
+    narrower = rectangles.attend(q, k, v, 0.3, 7)
     moved = [row for row in range(16) if not torch.allclose(narrower[row], fast[row])]
     assert moved == [7, 15]
 
 
 def test_long_segments_make_several_rectangles():
-    plan = PackedPlan(pack(random_examples(LONG)).segments, CPU)
-    assert len(plan.rectangles) > 3
-    short = PackedPlan(pack(random_examples()).segments, CPU)
-    assert len(short.rectangles) == 2  # the prompts and the answers
+    assert len(Rectangles(pack(random_examples(LONG)).segments, CPU).groups) > 3
+    short = Rectangles(pack(random_examples()).segments, CPU)
+    assert len(short.groups) == 2  # the prompts and the answers
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "gpt2"])
-def test_models_with_several_rectangles(arch):
+@pytest.mark.parametrize("cuda", [False, True])
+def test_models_with_long_segments(arch, cuda, monkeypatch):
+    """Several blocks, or several rectangles."""
+    if cuda:
+        monkeypatch.setattr(attention, "Blocks", lambda segments: Rectangles(segments, CPU))
     model, plain = with_plain_twin(tiny_model(arch))
     examples = random_examples(LONG)
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     theirs = plain_log_probs(plain, examples)
     assert_close(ours, theirs, 1e-5)
     assert_same_gradients(gradients(model.hf, ours), gradients(plain, theirs), 1e-5)

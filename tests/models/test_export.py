@@ -38,7 +38,7 @@ def moved(model):
 
 @torch.no_grad()
 def log_probs(model):
-    return heads.answer_log_probs(model, pack(random_examples())).log_probs
+    return heads.answer_log_probs(model, pack(random_examples()))
 
 
 @torch.no_grad()

@@ -21,17 +21,14 @@ from tests.tiny import tiny_model
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 @torch.no_grad()
-def test_temperature_and_entropy(temperature):
+def test_temperature(temperature):
     model, plain = with_plain_twin(tiny_model("gpt2"))
     (example,) = random_examples([(3, (6,))])
     example = type(example)(example.prompt, example.answers, ((True,) * 6,))
     ids = torch.tensor([[*example.prompt, *example.answers[0]]])
     actions = Categorical(logits=plain(input_ids=ids).logits[0, 2:8] / temperature)
-    ours = heads.answer_log_probs(model, pack([example]), temperature, entropy=True)
-    assert_close(ours.log_probs, actions.log_prob(ids[0, 3:]), 1e-5)
-    assert ours.entropy is not None
-    assert_close(ours.entropy, actions.entropy(), 1e-5)
-    assert heads.answer_log_probs(model, pack([example]), temperature).entropy is None
+    ours = heads.answer_log_probs(model, pack([example]), temperature)
+    assert_close(ours, actions.log_prob(ids[0, 3:]), 1e-5)
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 1000])
@@ -43,35 +40,52 @@ def test_recomputed_chunks_equal_logits_kept(tokens_at_once, temperature):
 
     def run(**sizes):
         hidden = heads.hidden_states(model, batch)[batch.source_index]
-        return heads.head_log_probs(model, hidden, batch.target_ids, temperature, True, **sizes)
+        return heads.head_log_probs(model, hidden, batch.target_ids, temperature, **sizes)
 
     sizes = {"logit_bytes": 0, "chunk_bytes": 4 * 268 * tokens_at_once}
     kept, chunked = run(), run(**sizes)
-    assert_close(chunked.log_probs, kept.log_probs, 1e-6)
-    assert kept.entropy is not None and chunked.entropy is not None
-    assert_close(chunked.entropy, kept.entropy, 1e-6)
-    assert not kept.entropy.requires_grad and not chunked.entropy.requires_grad
-    ours = gradients(model.hf, chunked.log_probs)
-    assert_same_gradients(ours, gradients(model.hf, kept.log_probs), 1e-5)
+    assert_close(chunked, kept, 1e-6)
+    ours = gradients(model.hf, chunked)
+    assert_same_gradients(ours, gradients(model.hf, kept), 1e-5)
     with torch.no_grad():
-        assert_close(run(**sizes).log_probs, kept.log_probs, 1e-6)
+        assert_close(run(**sizes), kept, 1e-6)
 
 
-def test_gradient_of_the_selected_log_prob():
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_of_the_selected_log_prob(rows, temperature):
     generator = torch.Generator().manual_seed(0)
     scores = 3 * torch.randn(5, 11, dtype=torch.float64, generator=generator)
     targets = torch.tensor([0, 10, 3, 3, 7])
-    selected = heads._SelectedLogProb.apply
-    expected = scores.log_softmax(-1)[torch.arange(5), targets]
-    assert_close(selected(scores, targets), expected, 1e-14)
+
+    def selected(x):
+        return heads._SelectedLogProb.apply(x, targets, 1 / temperature, rows)
+
+    expected = (scores / temperature).log_softmax(-1)[torch.arange(5), targets]
+    assert_close(selected(scores), expected, 1e-14)
     scores.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: selected(x, targets), scores)
+    assert torch.autograd.gradcheck(selected, scores)
+
+
+def test_bfloat16_logits_are_differentiated_in_float32():
+    """The gradient is float32's for the same logits, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    scores = (3 * torch.randn(5, 300, generator=generator)).bfloat16()
+    targets, given = torch.tensor([0, 299, 3, 3, 7]), torch.randn(5, generator=generator)
+    halves, exact = scores.clone().requires_grad_(), scores.float().requires_grad_()
+    ours = heads._SelectedLogProb.apply(halves, targets, 1.0, 2)
+    theirs = exact.log_softmax(-1)[torch.arange(5), targets]
+    assert ours.dtype == torch.float32
+    assert_close(ours, theirs, 1e-6)
+    (by_half,) = torch.autograd.grad(ours, halves, given)
+    (by_exact,) = torch.autograd.grad(theirs, exact, given)
+    assert_close(by_half.float(), by_exact.bfloat16().float(), 1e-2)
 
 
 def test_log_probs_of_large_logits():
     """log(1/4 * 3), and -log(1 + e) far from zero: an offset must not eat the digits."""
     scores = torch.tensor([[0.0, 1.0986123], [1048576.0, 1048577.0]])
-    ours = heads._SelectedLogProb.apply(scores, torch.tensor([1, 0]))
+    ours = heads._SelectedLogProb.apply(scores, torch.tensor([1, 0]), 1.0, 2)
     assert_close(ours, torch.tensor([-0.28768207, -1.3132617]), 1e-6)
 
 
@@ -86,7 +100,7 @@ def test_bfloat16_autocast_keeps_the_softmax_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         hidden = heads.hidden_states(model, batch)[batch.source_index]
         logits = heads.logits(model, hidden)
-        ours = heads.head_log_probs(model, hidden, batch.target_ids).log_probs
+        ours = heads.head_log_probs(model, hidden, batch.target_ids)
         half = model.hf.lm_head(hidden)
     assert half.dtype == torch.bfloat16
     assert logits.dtype == ours.dtype == torch.float32
@@ -111,7 +125,7 @@ def test_no_loss_tokens_at_all():
     model = loaded(tiny_model("llama"))
     (example,) = random_examples([(3, (2,))])
     example = type(example)(example.prompt, example.answers, ((False, False),))
-    ours = heads.answer_log_probs(model, pack([example]), entropy=True)
-    assert ours.log_probs.shape == (0,)
-    ours.log_probs.sum().backward()
+    ours = heads.answer_log_probs(model, pack([example]))
+    assert ours.shape == (0,)
+    ours.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.hf.parameters())

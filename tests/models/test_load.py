@@ -53,7 +53,7 @@ def test_a_policy_folder(tmp_path):
     assert model.packed and not model.is_scorer
     assert not model.module.training
     assert len(model.trainable()) == len(list(plain.parameters()))
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     assert_close(ours, plain_log_probs(plain, examples), 1e-5)
 
 
@@ -74,7 +74,7 @@ def test_dropout_is_off(tmp_path, checkpointing):
     examples = random_examples()
     for mode in (model.module.training, True):
         model.module.train(mode)
-        ours = heads.answer_log_probs(model, pack(examples)).log_probs
+        ours = heads.answer_log_probs(model, pack(examples))
         theirs = plain_log_probs(plain, examples)
         assert_close(ours, theirs, 1e-5)
         assert_same_gradients(gradients(model.hf, ours), gradients(plain, theirs), 1e-5)
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, arch):
             "h.0.attn.c_attn" if arch == "gpt2" else "layers.0.self_attn.q_proj"
         )
         handle.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        numbers = heads.answer_log_probs(model, batch).log_probs
+        numbers = heads.answer_log_probs(model, batch)
         found.append((numbers, gradients(model.hf, numbers), len(calls)))
     (direct, direct_gradients, once), (again, again_gradients, twice) = found
     assert (once, twice) == (1, 2)  # it did recompute
@@ -116,7 +116,7 @@ def test_lora_trains_its_adapters_alone(tmp_path):
         names = {n for n, p in model.module.named_parameters() if p.requires_grad}
         assert len(names) == 2 * 7 * 2  # A and B of seven linear maps in each of two layers
         assert all("lora" in name for name in names)
-        heads.answer_log_probs(model, pack(random_examples())).log_probs.sum().backward()
+        heads.answer_log_probs(model, pack(random_examples())).sum().backward()
         assert all(p.grad is not None for p in model.trainable())
 
 
@@ -124,7 +124,7 @@ def test_lora_starts_from_the_models_numbers(tmp_path):
     plain = tiny_model("gpt2")
     model = load_policy(folder_of(tmp_path / "m", plain), CPU, lora_rank=2)
     examples = random_examples()
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     assert_close(ours, plain_log_probs(plain, examples), 1e-5)
 
 

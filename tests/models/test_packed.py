@@ -34,7 +34,7 @@ def test_log_probs_and_gradients(arch, dtype, tolerance):
     model, plain = with_plain_twin(tiny_model(arch, dtype=dtype))
     examples = random_examples()
     assert model.packed
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     theirs = plain_log_probs(plain, examples)
     assert ours.dtype == dtype
     assert_close(ours, theirs, tolerance)
@@ -86,7 +86,7 @@ def padded_log_probs(module, examples, left):
 def test_plain_padded_forwards_agree(arch, left):
     model, plain = with_plain_twin(tiny_model(arch))
     examples = random_examples()
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     assert_close(ours, padded_log_probs(plain, examples, left), 1e-5)
 
 
@@ -102,8 +102,8 @@ def test_an_answers_tokens_move_no_other_number(arch):
     answers[2] = other[3].answers[2]  # answer 8 of the batch
     changed[3] = type(examples[3])(examples[3].prompt, tuple(answers), examples[3].answer_masks)
     batch = pack(examples)
-    before = heads.answer_log_probs(model, batch).log_probs
-    after = heads.answer_log_probs(model, pack(changed)).log_probs
+    before = heads.answer_log_probs(model, batch)
+    after = heads.answer_log_probs(model, pack(changed))
     own = batch.target_answer == 8
     assert torch.equal(before[~own], after[~own])
     assert not torch.isclose(before[own], after[own]).any()
@@ -117,7 +117,7 @@ def test_a_later_token_moves_no_earlier_number(arch):
     answer = example.answers[0]
     changed = type(example)(example.prompt, ((*answer[:-1], 6),), ((True,) * 12,))
     whole = type(example)(example.prompt, (answer,), ((True,) * 12,))
-    before, after = (heads.answer_log_probs(model, pack([e])).log_probs for e in (whole, changed))
+    before, after = (heads.answer_log_probs(model, pack([e])) for e in (whole, changed))
     assert torch.equal(before[:-1], after[:-1])
 
 
@@ -130,8 +130,8 @@ def test_sharing_a_prompt_changes_nothing():
         type(shared)(shared.prompt, (answer,), (mask,))
         for answer, mask in zip(shared.answers, shared.answer_masks, strict=True)
     ]
-    together = heads.answer_log_probs(model, pack(examples)).log_probs
-    apart = heads.answer_log_probs(model, pack(alone)).log_probs
+    together = heads.answer_log_probs(model, pack(examples))
+    apart = heads.answer_log_probs(model, pack(alone))
     assert_close(together, apart, 1e-5)
     assert_same_gradients(gradients(model.hf, together), gradients(model.hf, apart), 1e-5)
 
@@ -140,5 +140,5 @@ def test_no_prompt_at_all():
     """The very first token has nothing that predicts it; the rest equals the plain forward."""
     model, plain = with_plain_twin(tiny_model("gpt2"))
     examples = random_examples([(0, (5,)), (3, (2,)), (0, (8,))])
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     assert_close(ours, plain_log_probs(plain, examples), 1e-5)

@@ -99,7 +99,7 @@ def test_what_cannot_pack_is_padded_and_exact(config, caplog):
     message = "tiny takes padded batches: packed attention is not exact for it"
     assert [record.message for record in caplog.records] == [message]
     examples = random_examples()
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     theirs = plain_log_probs(plain, examples)
     assert_close(ours, theirs, 1e-5)
     assert_same_gradients(gradients(model.hf, ours), gradients(plain, theirs), 1e-5)
@@ -125,7 +125,7 @@ def test_other_models_that_pack(config):
     model, plain = with_plain_twin(from_config(config))
     examples = random_examples()
     assert model.packed
-    ours = heads.answer_log_probs(model, pack(examples)).log_probs
+    ours = heads.answer_log_probs(model, pack(examples))
     assert_close(ours, plain_log_probs(plain, examples), 1e-5)
 
 

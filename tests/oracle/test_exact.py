@@ -64,7 +64,7 @@ def test_answers_that_share_a_prompt_have_the_enumerated_log_probs(
     drawn = here.draw(16, seed=1)
     (batch,) = to_batches(w.examples(here, drawn), 8192, CPU)
     with torch.no_grad():
-        tokens = answer_log_probs(policy, batch).log_probs
+        tokens = answer_log_probs(policy, batch)
     ours = segment_sum(tokens, batch.target_answer, batch.answers).view(4, 16)
     expected = here.log_ref.gather(1, drawn).float()
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)

@@ -300,7 +300,7 @@ def test_ppo(variant: str, folders: dict[str, str], tmp_path: Path) -> None:
     assert sampler.critic is not None
     with torch.no_grad():
         log_probs, ref_log_probs = (
-            padded(torch.cat([answer_log_probs(m, b, 0.7).log_probs for b in batches]), examples)
+            padded(torch.cat([answer_log_probs(m, b, 0.7) for b in batches]), examples)
             for m in (sampler.policy, sampler.reference)
         )
         values = padded(torch.cat([token_values(sampler.critic, b) for b in batches]), examples)

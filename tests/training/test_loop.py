@@ -82,7 +82,7 @@ def test_weight_decay_falls_on_matrices_only():
 
 def gradients(model, batch, dtype="float32"):
     with precision.autocast(CPU, dtype):
-        loss = sft_loss(answer_log_probs(model, batch).log_probs).sum
+        loss = sft_loss(answer_log_probs(model, batch)).sum
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.module.named_parameters() if p.requires_grad}
     model.module.zero_grad()
@@ -115,7 +115,7 @@ def test_checkpointing_keeps_fewer_activations(world):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            answer_log_probs(model, pack(SHORT * 8)).log_probs.sum()
+            answer_log_probs(model, pack(SHORT * 8)).sum()
         return count
 
     assert saved(policy(world, gradient_checkpointing=True)) < 0.5 * saved(policy(world))
@@ -144,9 +144,9 @@ def test_every_method_runs_in_bfloat16_with_checkpointing(name, world, tmp_path)
 def test_scores_and_log_softmax_are_float32_in_bfloat16(world):
     batch, model = pack(SHORT), policy(world)
     with precision.autocast(CPU, "bfloat16"):
-        log_probs = answer_log_probs(model, batch).log_probs
+        log_probs = answer_log_probs(model, batch)
     assert log_probs.dtype == torch.float32
-    exact = answer_log_probs(model, batch).log_probs
+    exact = answer_log_probs(model, batch)
     assert (log_probs - exact).abs().max() < 0.1
 
 

@@ -80,7 +80,7 @@ def test_sampler_and_trainer_agree_on_log_probs(temperature, world):
     for prompt, group in zip(prompts, groups, strict=True):
         for sample in group:
             example = Example(prompt, (sample.tokens,), ((True,) * len(sample.tokens),))
-            ours = answer_log_probs(model, pack([example]), temperature).log_probs
+            ours = answer_log_probs(model, pack([example]), temperature)
             torch.testing.assert_close(ours.detach(), torch.tensor(sample.log_probs))
 
 

@@ -335,7 +335,7 @@ def test_it_learns_its_preferences(rank, world, tmp_path):
     examples = examples_of(world / "rank.jsonl", trained)
     batch = pack(examples)
     with torch.no_grad():
-        per_token = [answer_log_probs(m, batch).log_probs for m in (trained, policy(world))]
+        per_token = [answer_log_probs(m, batch) for m in (trained, policy(world))]
     gained = segment_sum(per_token[0] - per_token[1], batch.target_answer, batch.answers)
     winners, losers = batch.pairs()
     assert float((gained[winners] > gained[losers]).float().mean()) > 0.95

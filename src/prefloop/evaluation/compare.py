@@ -195,7 +195,7 @@ def _sequence_log_probs(
     with autocast(model.device, config.dtype):
         for group in micro_batches(examples, SCORING_TOKENS):
             batch = pack(group).to(model.device)
-            log_probs = answer_log_probs(model, batch, config.temperature or 1.0).log_probs
+            log_probs = answer_log_probs(model, batch, config.temperature or 1.0)
             total = torch.zeros(batch.answers, device=model.device)
             sums += total.index_add_(0, batch.target_answer, log_probs).tolist()
     return sums

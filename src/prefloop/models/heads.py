@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.data.batches import TokenBatch
@@ -16,14 +16,7 @@ if TYPE_CHECKING:
     from prefloop.models.load import LoadedModel
 
 LOGIT_BYTES = 1 << 30  # logits kept for the backward pass; beyond, chunks recompute theirs
-CHUNK_BYTES = 1 << 28  # logits held at once otherwise
-
-
-class TokenLogProbs(NamedTuple):
-    """Of each of the N loss tokens, in float32."""
-
-    log_probs: Tensor  # [N] nats
-    entropy: Tensor | None  # [N] nats, without gradient
+CHUNK_BYTES = 1 << 26  # float32 logits held at once otherwise
 
 
 def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
@@ -56,15 +49,13 @@ def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     return flat[torch.tensor(where, device=model.device)]
 
 
-def answer_log_probs(
-    model: LoadedModel, batch: TokenBatch, temperature: float = 1.0, entropy: bool = False
-) -> TokenLogProbs:
+def answer_log_probs(model: LoadedModel, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
     """log pi(y_t | x, y_<t) at the sampling temperature for each of the batch's N loss tokens.
 
-    The head runs on the rows that predict a loss token only, in chunks; logits are float32.
+    In nats, float32 [N]. The head runs on the rows that predict a loss token only, in chunks.
     """
     hidden = hidden_states(model, batch)[batch.source_index]
-    return head_log_probs(model, hidden, batch.target_ids, temperature, entropy)
+    return head_log_probs(model, hidden, batch.target_ids, temperature)
 
 
 def head_log_probs(
@@ -72,54 +63,45 @@ def head_log_probs(
     hidden: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
-    entropy: bool = False,
     logit_bytes: int = LOGIT_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
-) -> TokenLogProbs:
-    """Log-probs of `targets` [N] under the model's own head on hidden states [N, D]."""
+) -> Tensor:
+    """Log-probs [N] of `targets` [N] under the model's own head on hidden states [N, D]."""
     row_bytes = 4 * model.hf.get_output_embeddings().weight.shape[0]
     recompute = torch.is_grad_enabled() and len(targets) * row_bytes > logit_bytes
     keep_all = torch.is_grad_enabled() and not recompute
     size = max(1, len(targets) if keep_all else chunk_bytes // row_bytes)
-    log_probs: list[Tensor] = []
-    entropies: list[Tensor] = []
-    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-        if recompute:
-            pair = checkpoint(_chunk, model, h, t, temperature, entropy, use_reentrant=False)
-        else:
-            pair = _chunk(model, h, t, temperature, entropy)
-        log_probs.append(pair[0])
-        entropies.append(pair[1])
-    return TokenLogProbs(torch.cat(log_probs), torch.cat(entropies) if entropy else None)
+    rows = max(1, chunk_bytes // row_bytes)
 
+    def chunk(h: Tensor, t: Tensor) -> Tensor:
+        args = (_head(model, h), t, 1.0 / temperature, rows)
+        return _SelectedLogProb.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
 
-def _chunk(
-    model: LoadedModel, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    scaled = logits(model, hidden) / temperature if temperature != 1.0 else logits(model, hidden)
-    log_probs: Tensor = _SelectedLogProb.apply(scaled, targets)  # type: ignore[no-untyped-call]
-    if not entropy:
-        return log_probs, targets
-    with torch.no_grad():
-        log_p = scaled.log_softmax(-1)
-        return log_probs, -(log_p.exp() * log_p).sum(-1)
+    return torch.cat(
+        [
+            checkpoint(chunk, h, t, use_reentrant=False) if recompute else chunk(h, t)
+            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+    )
 
 
 def logits(model: LoadedModel, hidden: Tensor) -> Tensor:
-    """The model's own float32 logits [N, V] of hidden states [N, D], its scalings included."""
-    hf = model.hf
-    output = at_least_float32(hf.get_output_embeddings()(hidden))
-    config = hf.config.get_text_config()
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        output = output / scaling
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        output = output * scale
-    if multiplier := getattr(config, "lm_head_multiplier", None):  # Falcon-H1
-        output = output * multiplier
+    """The model's own logits [N, V] of hidden states [N, D], in float32."""
+    return at_least_float32(_head(model, hidden))
+
+
+def _head(model: LoadedModel, hidden: Tensor) -> Tensor:
+    """Logits as the head gives them, in bfloat16 too; if scaled or capped, then in float32."""
+    config = model.hf.config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)  # Granite
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    multiplier = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    if cap := cap or getattr(config, "logits_soft_cap", None):  # RecurrentGemma
-        output = torch.tanh(output / cap) * cap
-    return output
+    cap = cap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
+    output: Tensor = model.hf.get_output_embeddings()(hidden)
+    if scaling or scale or multiplier or cap:
+        output = at_least_float32(output) / (scaling or 1.0) * (scale or 1.0) * (multiplier or 1.0)
+    return torch.tanh(output / cap) * cap if cap else output
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -128,20 +110,42 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class _SelectedLogProb(torch.autograd.Function):
-    """log_softmax(scores)[target] that keeps one matrix and makes one more going back."""
+    """log softmax(scores / temperature)[target] in float32, some rows of the scores at a time.
+
+    It keeps the scores as they came, and gives their gradient in their own type.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
-        log_p = scores.log_softmax(-1)
-        ctx.save_for_backward(log_p, targets)
-        return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, factor: float, rows: int) -> Tensor:
+        parts = []
+        for part, target in zip(scores.split(rows), targets.split(rows), strict=True):
+            scaled = at_least_float32(part) * factor
+            largest = scaled.amax(-1, keepdim=True)  # apart: a sum with it would lose digits
+            scaled.sub_(largest)
+            picked = scaled.gather(-1, target.unsqueeze(-1))
+            parts.append(
+                torch.cat([largest, scaled.exp_().sum(-1, keepdim=True).log_(), picked], -1)
+            )
+        largest, log_sum, picked = torch.cat(parts).split(1, -1)
+        ctx.save_for_backward(scores, targets, largest, log_sum)
+        ctx.how = factor, rows
+        log_probs: Tensor = (picked - log_sum).squeeze(-1)
+        return log_probs
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        log_p, targets = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = log_p.exp().mul_(-grads[0].unsqueeze(-1))
-        grad.scatter_add_(-1, targets.unsqueeze(-1), grads[0].unsqueeze(-1))
-        return grad, None
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        scores, targets, largest, log_sum = ctx.saved_tensors  # type: ignore[attr-defined]
+        factor, rows = ctx.how  # type: ignore[attr-defined]
+        found = torch.empty_like(scores)
+        grad = (grads[0] * factor).unsqueeze(-1)
+        whole = (scores, targets.unsqueeze(-1), largest, log_sum, grad, found)
+        for part, target, top, total, weight, out in zip(
+            *(x.split(rows) for x in whole), strict=True
+        ):
+            by_score = (at_least_float32(part) * factor).sub_(top).sub_(total).exp_()
+            out.copy_(by_score.mul_(-weight).scatter_add_(-1, target, weight))
+        return found, None, None, None
 
 
 def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from prefloop.config import UserError
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.models import adapters, selftest
+from prefloop.models.memory import keep_freed_memory
 from prefloop.models.precision import speed_up_float32
 from prefloop.records import located
 from prefloop.runs import model_path
@@ -82,6 +83,7 @@ class ModelOptions(TypedDict):
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one."""
+    keep_freed_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -17,7 +17,8 @@ from torch import Tensor
 from prefloop.config import UserError
 from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.tokenize import Example
-from prefloop.models import attention, heads
+from prefloop.models import attention, heads, lean
+from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +53,27 @@ def choose_path(model: LoadedModel) -> None:
                 "%s takes padded batches: packed attention is not exact for it", model.source
             )
             _check_padded(model, batch, alone)
+        _take_lean_parts(model, batch)
+
+
+def _take_lean_parts(model: LoadedModel, batch: TokenBatch) -> None:
+    """Keeps the lean norms and MLPs where the model, in float32, gives the same bits with them."""
+    if model.hf.dtype != torch.float32:
+        return
+    parts = lean.lean_parts(model.hf)
+    plain = _both_precisions(model, batch)
+    before = lean.swap(parts)
+    same = map(torch.equal, _both_precisions(model, batch), plain)
+    if not all(same):
+        lean.swap(before)
+
+
+def _both_precisions(model: LoadedModel, batch: TokenBatch) -> list[Tensor]:
+    states = []
+    for dtype in ("float32", "bfloat16"):
+        with autocast(model.device, dtype):
+            states.append(heads.hidden_states(model, batch))
+    return states
 
 
 def _check_padded(model: LoadedModel, batch: TokenBatch, alone: Tensor) -> None:

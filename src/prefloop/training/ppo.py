@@ -185,10 +185,10 @@ class PPO:
         """Clipped policy loss + vf_coef x clipped value loss, or ptx_coef x NLL."""
         config, batch = self.config, item.batch
         if item.log_probs is None:
-            nll = sft_loss(answer_log_probs(self.policy, batch).log_probs).sum
+            nll = sft_loss(answer_log_probs(self.policy, batch)).sum
             return LossSums({"ptx": config.ptx_coef * nll}, {})
         assert item.advantages is not None and item.values is not None
-        log_probs = answer_log_probs(self.policy, batch, config.temperature).log_probs
+        log_probs = answer_log_probs(self.policy, batch, config.temperature)
         policy = losses.policy_loss(
             log_probs, item.log_probs, item.advantages, cliprange=config.cliprange
         )

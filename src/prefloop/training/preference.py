@@ -141,7 +141,7 @@ class Preference:
         return LossSums(terms, self._metrics(answers, *batch.pairs()))
 
     def _answers(self, batch: TokenBatch) -> Answers:
-        tokens = answer_log_probs(self.policy, batch).log_probs
+        tokens = answer_log_probs(self.policy, batch)
         log_probs = segment_sum(tokens, batch.target_answer, batch.answers)
         lengths = torch.bincount(batch.target_answer, minlength=batch.answers)
         if self.references:

@@ -77,7 +77,7 @@ def sequence_log_probs(
     spots = iter([spot for i in mine for spot in range(starts[i], starts[i + 1])])
     for batch in to_batches(own, config.micro_batch_tokens, reference.device):
         with autocast(reference.device, config.dtype):
-            tokens = answer_log_probs(reference, batch).log_probs
+            tokens = answer_log_probs(reference, batch)
         for value in segment_sum(tokens, batch.target_answer, batch.answers).cpu():
             sums[next(spots)] = value
     return distributed.sum_tensor(sums.to(reference.device)).cpu()

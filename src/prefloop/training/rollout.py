@@ -251,13 +251,13 @@ class Sampler:
         values: list[Tensor] = []
         for batch in to_batches(examples, config.micro_batch_tokens, device):
             with autocast(device, config.dtype):
-                new.append(answer_log_probs(self.policy, batch, config.temperature).log_probs)
+                new.append(answer_log_probs(self.policy, batch, config.temperature))
                 if self.reference:
                     ref = answer_log_probs(self.reference, batch, config.temperature)
                 else:
                     with adapters.without_adapters(self.policy.module):
                         ref = answer_log_probs(self.policy, batch, config.temperature)
-                old.append(ref.log_probs)
+                old.append(ref)
                 if self.critic:
                     values.append(token_values(self.critic, batch))
         log_probs = padded(torch.cat(new).cpu(), examples)

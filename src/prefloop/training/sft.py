@@ -57,7 +57,7 @@ class SFT:
 
     def loss(self, batch: TokenBatch) -> LossSums:
         """L = -sum_t log pi(y_t | .) / N."""
-        log_probs = answer_log_probs(self.policy, batch).log_probs
+        log_probs = answer_log_probs(self.policy, batch)
         return LossSums({"sft": sft_loss(log_probs).sum}, {})
 
     def evaluate(self) -> dict[str, float]:

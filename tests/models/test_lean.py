@@ -1,0 +1,76 @@
+"""Lean norms and MLPs: the same bits as Transformers' own, and gradients of the same formula."""
+
+import pytest
+import torch
+
+from prefloop.data.batches import pack
+from prefloop.models import heads, lean
+from tests.models.plain import (
+    assert_same_gradients,
+    gradients,
+    random_examples,
+    with_plain_twin,
+)
+from tests.tiny import tiny_model
+
+
+def test_gradients_of_the_norm():
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((2, 5, 7), (7,)))
+    args = (x.requires_grad_(), w.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, w: lean._RMSNorm.apply(x, w, 1e-3, x.dtype), args)
+    expected = w * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    assert torch.allclose(lean._RMSNorm.apply(*args, 1e-3, x.dtype), expected, atol=1e-14)
+
+
+def test_gradients_of_the_gate():
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    args = (gate.requires_grad_(), up.requires_grad_())
+    assert torch.autograd.gradcheck(lean._Gated.apply, args)
+    assert torch.allclose(lean._Gated.apply(*args), gate * gate.sigmoid() * up, atol=1e-14)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_models_keep_their_numbers(arch, bfloat16):
+    """Forward the same bits as with the plain modules in their places, and the same gradients."""
+    model, plain = with_plain_twin(tiny_model(arch))
+    assert lean_modules(model.hf)
+    batch = pack(random_examples())
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return heads.answer_log_probs(model, batch)
+
+    ours = run()
+    by_ours = gradients(model.hf, ours)
+    layers = zip(model.base.layers, plain.model.layers, strict=True)
+    names = ("input_layernorm", "post_attention_layernorm", "mlp")
+    lean.swap([(mine, name, getattr(other, name)) for mine, other in layers for name in names])
+    assert not lean_modules(model.hf)
+    theirs = run()
+    assert torch.equal(ours, theirs)
+    assert_same_gradients(by_ours, gradients(model.hf, theirs), 2e-2 if bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "gpt2"])
+def test_models_with_other_parts_keep_them(arch):
+    """Gemma's norms add one to their weights and feed the residual; GPT-2 has neither part."""
+    model, _ = with_plain_twin(tiny_model(arch))
+    assert lean_modules(model.hf) == []
+
+
+def lean_modules(hf):
+    return [part for part in hf.modules() if isinstance(part, lean.LeanRMSNorm | lean.LeanMLP)]
+
+
+def test_a_saved_model_has_the_names_of_the_plain_one(tmp_path):
+    model, plain = with_plain_twin(tiny_model("llama"))
+    model.hf.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path)
+    for (name, x), (other, y) in zip(
+        again.state_dict().items(), plain.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(x, y)

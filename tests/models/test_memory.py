@@ -1,0 +1,27 @@
+"""Freed memory is kept: the second large tensor needs no new pages."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, torch
+from prefloop.models.memory import keep_freed_memory
+if {keep}: keep_freed_memory()
+torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4): torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_large_tensors_take_freed_memory():
+    def faults(keep):
+        words = [sys.executable, "-c", SCRIPT.format(keep=keep)]
+        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    pages = (1 << 26) // 4096
+    assert faults(True) < 100
+    assert faults(False) > pages
