@@ -1,4 +1,8 @@
-"""Lean norms and MLPs: the same bits as Transformers' own, and gradients of the same formula."""
+"""Lean parts: the same bits as Transformers' own, and gradients of the same formula."""
+
+import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,11 +35,26 @@ def test_gradients_of_the_gate():
     assert torch.allclose(lean._Gated.apply(*args), gate * gate.sigmoid() * up, atol=1e-14)
 
 
+def test_rotation_by_hand():
+    """Pairs (x1, x3) and (x2, x4) turn by their angles."""
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=torch.float64, requires_grad=True)
+    angles = torch.tensor([[[0.3, 1.1, 0.3, 1.1]]], dtype=torch.float64)
+    turned = lean._Rotated.apply(x, angles.cos(), angles.sin(), x.dtype)
+    pairs = [complex(1, 3), complex(2, 4)]
+    hand = [
+        pair * complex(math.cos(a), math.sin(a)) for pair, a in zip(pairs, (0.3, 1.1), strict=True)
+    ]
+    expected = [*(z.real for z in hand), *(z.imag for z in hand)]
+    assert turned.flatten().tolist() == pytest.approx(expected, abs=1e-14)
+    tables = (angles.cos(), angles.sin())
+    assert torch.autograd.gradcheck(lambda x: lean._Rotated.apply(x, *tables, x.dtype), (x,))
+
+
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3"])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_models_keep_their_numbers(arch, bfloat16):
     """Forward the same bits as with the plain modules in their places, and the same gradients."""
-    model, plain = with_plain_twin(tiny_model(arch))
+    model, _ = with_plain_twin(tiny_model(arch))
     assert lean_modules(model.hf)
     batch = pack(random_examples())
 
@@ -45,9 +64,7 @@ def test_models_keep_their_numbers(arch, bfloat16):
 
     ours = run()
     by_ours = gradients(model.hf, ours)
-    layers = zip(model.base.layers, plain.model.layers, strict=True)
-    names = ("input_layernorm", "post_attention_layernorm", "mlp")
-    lean.swap([(mine, name, getattr(other, name)) for mine, other in layers for name in names])
+    lean.make_plain(lean.lean_parts(model.hf))
     assert not lean_modules(model.hf)
     theirs = run()
     assert torch.equal(ours, theirs)
@@ -62,7 +79,7 @@ def test_models_with_other_parts_keep_them(arch):
 
 
 def lean_modules(hf):
-    return [part for part in hf.modules() if isinstance(part, lean.LeanRMSNorm | lean.LeanMLP)]
+    return [part for part in hf.modules() if "forward" in vars(part)]
 
 
 def test_a_saved_model_has_the_names_of_the_plain_one(tmp_path):
@@ -74,3 +91,16 @@ def test_a_saved_model_has_the_names_of_the_plain_one(tmp_path):
     ):
         assert name == other
         assert torch.equal(x, y)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    """PPO copies the policy as its reference."""
+    model, _ = with_plain_twin(tiny_model("llama"))
+    frozen = replace(model, module=copy.deepcopy(model.module))
+    batch = pack(random_examples())
+    before = heads.answer_log_probs(model, batch)
+    with torch.no_grad():
+        for parameter in model.trainable():
+            parameter.mul_(1.5)
+    assert torch.equal(heads.answer_log_probs(frozen, batch), before)
+    assert not torch.equal(heads.answer_log_probs(model, batch), before)

@@ -1,4 +1,4 @@
-"""Freed memory is kept: the second large tensor needs no new pages."""
+"""Freed memory is kept: of many large tensors in turn only the first needs new pages."""
 
 import subprocess
 import sys
@@ -23,5 +23,5 @@ def test_large_tensors_take_freed_memory():
         return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
     pages = (1 << 26) // 4096
-    assert faults(True) < 100
-    assert faults(False) > pages
+    assert faults(True) < 1.5 * pages
+    assert faults(False) > 3.5 * pages

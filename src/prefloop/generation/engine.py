@@ -19,6 +19,7 @@ from torch import Tensor
 from prefloop.config import UserError
 from prefloop.data.batches import Segment
 from prefloop.generation.cache import DecodePlan, SlotCache
+from prefloop.generation.packed import packed_linears
 from prefloop.generation.sampler import Sampling, draw, request_uniforms
 from prefloop.generation.scheduler import Request, Scheduler
 from prefloop.models import adapters
@@ -143,7 +144,11 @@ class Engine:
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=enabled):
+            with (
+                torch.no_grad(),
+                torch.autocast(device, torch.bfloat16, enabled=enabled),
+                packed_linears(module, torch.bfloat16 if enabled else self.model.hf.dtype),
+            ):
                 yield
         finally:
             for parameter in frozen:

@@ -1,35 +1,41 @@
-"""Norms and gated MLPs that keep less for the backward pass than Transformers' own modules.
+"""A decoder layer's parts with fewer operations and less kept for the backward pass.
 
-Their numbers are the same bits: RMSNorm gives the linear layers what autocast would make of it,
-once instead of once for each, and a gated MLP keeps two of its three wide activations.
+Their numbers are the same bits as those of Transformers' own modules: RMSNorm gives the linear
+layers what autocast would make of it, once instead of once for each; rotary positions keep nothing
+but themselves; a gated MLP keeps two of its three wide activations.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import silu
 
-MLP = ("gate", "up", "down")
+Part = tuple[nn.Module, Callable[..., Any]]
 
 
-class LeanRMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) (arXiv 1910.07467, equation 4), in autocast's type."""
+def _dtype(x: Tensor) -> torch.dtype:
+    """Autocast's type where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = weight, eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-        output: Tensor = _RMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
-        return output
+def norm_forward(norm: Any, x: Tensor) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) (arXiv 1910.07467, equation 4) of x [..., D]."""
+    args = (x, norm.weight, norm.variance_epsilon, _dtype(x))
+    if not torch.is_grad_enabled():
+        return _normed(*args)[0]
+    return _RMSNorm.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return (x * inverse).mul_(weight).to(dtype), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -37,20 +43,30 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        output, inverse = _normed(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight).to(dtype)
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
         normed = x * inverse
-        by_weight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
         along = (grad * normed).mean(-1, keepdim=True)
         return grad.sub_(normed.mul_(along)).mul_(inverse), by_weight, None, None
+
+
+def mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of x [..., D]."""
+    gate, up = projected(mlp, GATED, x)
+    if not torch.is_grad_enabled():
+        return mlp.down_proj(silu(gate).mul_(up))  # type: ignore[no-any-return]
+    return mlp.down_proj(_Gated.apply(gate, up))  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Gated(torch.autograd.Function):
@@ -65,48 +81,111 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad = grads[0]
-        by_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return by_gate, silu(gate).mul_(grad)
+        by_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return by_gate, silu(gate).mul_(grads[0])
 
 
-class LeanMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+def attention_forward(
+    part: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_plan: Any = None,
+    **others: Any,
+) -> tuple[Tensor, Any]:
+    """Attention over a packed stream [1, T, D] whose heads turn with their positions."""
+    if attention_plan is None:  # somebody uses the model as any of Transformers'
+        own_forward = type(part).forward
+        return own_forward(part, hidden_states, position_embeddings, **others)  # type: ignore[no-any-return]
+    x = hidden_states[0]
+    q, k, v = (y.unflatten(-1, (-1, part.head_dim)) for y in projected(part, HEADS, x))
+    if hasattr(part, "q_norm"):
+        q, k = part.q_norm(q), part.k_norm(k)
+    cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    own = hasattr(part, "sliding_window")  # of this layer, or of all layers
+    window = part.sliding_window if own else getattr(part.config, "sliding_window", None)
+    heads = (y.transpose(0, 1) for y in (q, k, v))
+    output = attention_plan.attend(part.layer_idx, *heads, part.scaling, window)
+    return part.o_proj(output.flatten(1)).unsqueeze(0), None
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        gated: Tensor = _Gated.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
-        return self.down_proj(gated)  # type: ignore[no-any-return]
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [T, N, D] by tables [T, 1, D] (arXiv 2104.09864, equation 34), in autocast's type."""
+    if not torch.is_grad_enabled():
+        return _turned(x, cos, sin).to(_dtype(x))
+    return _Rotated.apply(x, cos, sin, _dtype(x))  # type: ignore[no-untyped-call,no-any-return]
 
 
-def lean_parts(hf: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """What may stand for a decoder layer's norms and MLP: (layer, name, part of the same weights).
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+class _Rotated(torch.autograd.Function):
+    """Keeps the tables, which all layers share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _turned(x, cos, sin).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        left, right = (grads[0] * sin).chunk(2, -1)
+        by_x = (grads[0] * cos).add_(torch.cat((right, -left), -1))
+        return by_x.to(ctx.dtype), None, None, None
+
+
+class Joined(NamedTuple):
+    """Several linear layers of one input as one, for the time of a generation."""
+
+    layer: Callable[[Tensor], Tensor]
+    sizes: tuple[int, ...]
+
+
+GATED, HEADS = ("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")
+
+
+def projected(part: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """What the part's linear layers of these names make of x."""
+    joined: Joined | None = vars(part).get("joined")
+    if joined is not None:
+        return torch.split(joined.layer(x), list(joined.sizes), -1)
+    return tuple(getattr(part, name)(x) for name in names)
+
+
+LEAN_NAMES: dict[Any, tuple[str, ...]] = {mlp_forward: GATED, attention_forward: HEADS}
+"""Linear layers that read one input, by the forward that calls them."""
+
+
+def lean_parts(hf: nn.Module) -> list[Part]:
+    """Parts of decoder layers that look as if they had a lean forward, with it.
 
     Whether a model computes the same with them is for the caller to see: architectures differ.
     """
-    found: list[tuple[nn.Module, str, nn.Module]] = []
+    found: list[Part] = []
     for layer in hf.modules():
-        if not (hasattr(layer, "self_attn") and hasattr(layer, "mlp")):
+        children = dict(layer.named_children())
+        if not {"self_attn", "mlp"} <= children.keys():
             continue
-        for name, part in layer.named_children():
-            if type(part).__name__.endswith("RMSNorm"):
-                eps: Any = getattr(part, "variance_epsilon", getattr(part, "eps", 0.0))
-                found.append((layer, name, LeanRMSNorm(part.weight, eps)))  # type: ignore[arg-type]
-        linear: list[Any] = [getattr(layer.mlp, f"{name}_proj", None) for name in MLP]
-        if all(linear) and len(list(layer.mlp.parameters())) == sum(  # type: ignore[union-attr]
-            len(list(part.parameters())) for part in linear
-        ):
-            found.append((layer, "mlp", LeanMLP(*linear)))
+        if set(GATED) <= children["mlp"]._modules.keys():
+            found.append((children["mlp"], mlp_forward))
+        if set(HEADS) <= children["self_attn"]._modules.keys():
+            found.append((children["self_attn"], attention_forward))
+        found += [(p, norm_forward) for p in children.values() if hasattr(p, "variance_epsilon")]
     return found
 
 
-def swap(parts: list[tuple[nn.Module, str, nn.Module]]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Puts parts in their places; returns those that stood there."""
-    before = [(layer, name, getattr(layer, name)) for layer, name, _ in parts]
-    for layer, name, part in parts:
-        setattr(layer, name, part)
-    return before
+def make_lean(parts: list[Part]) -> None:
+    """Lets the parts compute by their lean forwards."""
+    for part, forward in parts:
+        part.forward = MethodType(forward, part)
+
+
+def make_plain(parts: list[Part]) -> None:
+    """Lets the parts compute as their classes say."""
+    for part, _ in parts:
+        vars(part).pop("forward", None)

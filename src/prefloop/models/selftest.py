@@ -53,19 +53,23 @@ def choose_path(model: LoadedModel) -> None:
                 "%s takes padded batches: packed attention is not exact for it", model.source
             )
             _check_padded(model, batch, alone)
-        _take_lean_parts(model, batch)
+        else:
+            _take_lean_parts(model, batch)
 
 
 def _take_lean_parts(model: LoadedModel, batch: TokenBatch) -> None:
-    """Keeps the lean norms and MLPs where the model, in float32, gives the same bits with them."""
+    """Keeps lean parts where the model, in float32, gives the same bits with them."""
     if model.hf.dtype != torch.float32:
         return
     parts = lean.lean_parts(model.hf)
     plain = _both_precisions(model, batch)
-    before = lean.swap(parts)
-    same = map(torch.equal, _both_precisions(model, batch), plain)
-    if not all(same):
-        lean.swap(before)
+    lean.make_lean(parts)
+    try:
+        if all(map(torch.equal, _both_precisions(model, batch), plain)):
+            return
+    except Exception as error:  # an architecture may differ in any way
+        log.debug("lean parts: %r", error)
+    lean.make_plain(parts)
 
 
 def _both_precisions(model: LoadedModel, batch: TokenBatch) -> list[Tensor]:
