@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks.prefloop_side import CPU, records
-from benchmarks.sides import BUILD, prepare_models, prepare_rows
+from benchmarks.sides import prepare_models, prepare_rows
 from benchmarks.work import WORKS
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from prefloop.data.batches import TokenBatch, to_batches
@@ -126,7 +126,7 @@ def _method(
         return Reward(reward, model, examples, []), batches, reward
     if method == "dpo":
         dpo = DPOConfig(**settings, ref_model=f"{models}/reference")
-        trained = Preference(dpo, model, examples, [], BUILD / "gradients.ref")
+        trained = Preference(dpo, model, examples, [], Path(rows).with_suffix(".ref"))
         return trained, [MicroBatch(batch, 0.0) for batch in batches], dpo
     config = PPOConfig(**settings)
     old, critic = policy(f"{models}/reference"), as_scorer(f"{models}/scorer")

@@ -21,7 +21,7 @@ from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
-from prefloop.models.load import load_policy
+from prefloop.models.load import LoadedModel, load_policy
 from prefloop.training import loop, optim
 from prefloop.training.preference import MicroBatch, Preference
 
@@ -34,25 +34,31 @@ def main(model: str, dtype: str, point: str) -> None:
     serve((decode if shape.get("decode") else train)(model, dtype, shape))
 
 
-def random_tokens(count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Ids beyond the special ones."""
-    return tuple(torch.randint(100, 40_000, (count,), generator=generator).tolist())
+class Draw:
+    """Random token ids of a model's vocabulary."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.size = model.hf.config.get_text_config().vocab_size
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(self.size, (count,), generator=self.generator).tolist())
 
 
 def train(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str, Any]]:
     """An optimiser step."""
-    generator, k = torch.Generator().manual_seed(0), shape["answers"]
+    model, k = load_policy(path, CPU), shape["answers"]
+    draw = Draw(model)
     examples = [
         Example(
-            random_tokens(shape["prompt"], generator),
-            tuple(random_tokens(shape["answer"], generator) for _ in range(k)),
+            draw(shape["prompt"]),
+            tuple(draw(shape["answer"]) for _ in range(k)),
             ((True,) * shape["answer"],) * k,
             tiers=tuple((i,) for i in range(k)),
         )
         for _ in range(shape["rows"])
     ]
     config = DPOConfig(model=path, data="", output=Path("unused"), loss="simpo", dtype=dtype)
-    model = load_policy(path, CPU)
     method = Preference(config, model, examples, [], Path("unused"))
     batches = to_batches(examples, config.micro_batch_tokens, CPU)
     parameters = {"policy": model.trainable()}
@@ -69,9 +75,10 @@ def train(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str
 
 def decode(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str, Any]]:
     """Sampled answers of full length."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [random_tokens(shape["prompt"], generator) for _ in range(shape["rows"])]
-    engine = Engine(load_policy(path, CPU), shape["rows"], dtype)
+    model = load_policy(path, CPU)
+    draw = Draw(model)
+    prompts = [draw(shape["prompt"]) for _ in range(shape["rows"])]
+    engine = Engine(model, shape["rows"] * shape["answers"], dtype)
     sampling = Sampling(max_new_tokens=shape["answer"])
 
     def turn() -> dict[str, Any]:

@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import llama_cpp as c
 import numpy as np
 
 from benchmarks.meter import serve
@@ -26,6 +26,9 @@ class Engine:
 
     def __init__(self, path: str, sequences: int, longest: int, most: int, greedy: bool) -> None:
         """`longest` tokens a sequence, `most` tokens in a call."""
+        import llama_cpp as c  # in its own venv only
+
+        self.c: Any = c
         c.llama_backend_init()
         self.model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
         settings = c.llama_context_default_params()
@@ -47,23 +50,31 @@ class Engine:
         for i, (token, position, sequence, wanted) in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-        assert c.llama_decode(self.context, batch) == 0
+        assert self.c.llama_decode(self.context, batch) == 0
 
     def draw(self, place: int) -> int:
         """A token from the logits of the last call's token at `place`."""
-        return int(c.llama_sampler_sample(self.sampler, self.context, place))
+        return int(self.c.llama_sampler_sample(self.sampler, self.context, place))
 
     def log_prob(self, tokens: Sequence[int]) -> float:
         """Mean log-prob of a text's tokens after its first: shows that the weights are the same."""
         self.read([(t, i, 0, True) for i, t in enumerate(tokens)])
         total = 0.0
         for i, target in enumerate(tokens[1:]):
-            row = c.llama_get_logits_ith(self.context, i)
+            row = self.c.llama_get_logits_ith(self.context, i)
             scores = np.ctypeslib.as_array(row, (self.vocabulary,)).astype(np.float64)
             top = float(scores.max())
             total += float(scores[target]) - top - float(np.log(np.exp(scores - top).sum()))
-        c.llama_memory_clear(self.memory, True)
+        self.clear()
         return total / (len(tokens) - 1)
+
+    def clear(self) -> None:
+        """Forgets all sequences."""
+        self.c.llama_memory_clear(self.memory, True)
+
+    def share(self, source: int, target: int) -> None:
+        """Gives one sequence the tokens of another."""
+        self.c.llama_memory_seq_cp(self.memory, source, target, -1, -1)
 
 
 def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
@@ -85,10 +96,10 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
 
 
 def generate(
-    engine: Engine, work: Work, prompts: Sequence[Sequence[int]], stops: frozenset[int]
+    engine: Any, work: Work, prompts: Sequence[Sequence[int]], stops: frozenset[int]
 ) -> int:
     """Answers to all prompts, each prompt computed once; returns their tokens."""
-    c.llama_memory_clear(engine.memory, True)
+    engine.clear()
     count, k = 0, work.answers
     tokens = [
         (token, i, number * k, i == len(prompt) - 1)
@@ -101,7 +112,7 @@ def generate(
     for number, place in enumerate(lasts):
         for sequence in range(number * k, (number + 1) * k):
             if sequence > number * k:
-                c.llama_memory_seq_cp(engine.memory, number * k, sequence, -1, -1)
+                engine.share(number * k, sequence)
             active.append((engine.draw(place), len(prompts[number]), sequence))
     for _ in range(work.answer[1] - 1):
         count += len(active)

@@ -54,7 +54,7 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
 
 def records(work: Work, path: str) -> list[Any]:
     """Rows as demonstrations or as rankings whose answers stand best first."""
-    if work.kind == "sft":
+    if work.answers == 1:
         return [Demonstration(r["prompt"], r["completions"][0]) for r in read_texts(path)]
     tiers = tuple((i,) for i in range(work.answers))
     return [Ranking(r["prompt"], tuple(r["completions"]), tiers) for r in read_texts(path)]

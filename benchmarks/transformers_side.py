@@ -26,7 +26,8 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     work, policy = WORKS[name], f"{models}/policy"
     prompts = [row["prompt"] for row in read_texts(path)]
     tokenizer: Any = AutoTokenizer.from_pretrained(policy, padding_side="left")
-    tokenizer.pad_token = "<|endoftext|>"
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = "<|endoftext|>"
     model: Any = AutoModelForCausalLM.from_pretrained(policy, dtype=getattr(torch, dtype)).eval()
     stops = stop_ids(work, tokenizer)
     model.generation_config.eos_token_id = None  # ours are below
