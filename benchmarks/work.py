@@ -40,7 +40,7 @@ WORKS = {
     "dpo": Work("dpo", 8, (256, 256), (32, 192), 2),
     "dpo-lora": Work("dpo", 8, (256, 256), (32, 192), 2, lora=True),
     "memory": Work("dpo", 8, (256, 256), (32, 192), 2),
-    "ppo": Work("ppo", 4, (48, 80), (64, 64), 1),
+    "ppo": Work("ppo", 16, (48, 80), (64, 64), 1),
     "generate": Work("generate", 32, (32, 96), (8, 128), 1, stops=True),
     "generate-1": Work("generate", 1, (64, 64), (128, 128), 1),
     "generate-8": Work("generate", 8, (32, 96), (128, 128), 1),
