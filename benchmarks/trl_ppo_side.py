@@ -1,11 +1,13 @@
 """TRL 1.12's side of PPO, the last TRL with it, in a venv of its own: one iteration a turn.
 
-`python -m benchmarks.trl_ppo_side WORK ROWS MODELS DTYPE FORM`; FORM is `as-it-comes`, or `best`:
-reference and reward model, which take no gradient, in the dtype themselves.
+`python -m benchmarks.trl_ppo_side WORK ROWS MODELS DTYPE FORM`; FORM is `as-it-comes`, whose
+setting `bf16` does nothing, or `best`: no recomputation, in bfloat16 autocast around what is trained,
+as `accelerate launch` sets it, and reference and reward model in bfloat16 themselves.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from typing import Any
@@ -50,6 +52,9 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     work, rows = WORKS[name], read_texts(path)
     tokenizer = AutoTokenizer.from_pretrained(f"{models}/policy", padding_side="left")
     tokenizer.pad_token = "<|endoftext|>"
+    best = form == "best"
+    if best and dtype == "bfloat16":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=len(rows),
@@ -65,8 +70,9 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
         use_cpu=True,
         bf16=dtype == "bfloat16",
         disable_tqdm=True,
+        gradient_checkpointing=not best,
     )
-    fixed = getattr(torch, dtype) if form == "best" else torch.float32
+    fixed = getattr(torch, dtype) if best else torch.float32
 
     def scorer(weights: torch.dtype) -> Any:
         model: Any = AutoModelForSequenceClassification.from_pretrained(
