@@ -1,8 +1,8 @@
 """TRL 1.12's side of PPO, the last TRL with it, in a venv of its own: one iteration a turn.
 
-`python -m benchmarks.trl_ppo_side WORK ROWS MODELS DTYPE FORM`; FORM is `as-it-comes`, whose
-setting `bf16` does nothing, or `best`: no recomputation, in bfloat16 autocast around what is trained,
-as `accelerate launch` sets it, and reference and reward model in bfloat16 themselves.
+`python -m benchmarks.trl_ppo_side WORK ROWS MODELS DTYPE FORM`; FORM is `as-it-comes`, with a
+setting `bf16` that does nothing, or `best`: no recomputation, in bfloat16 autocast around what is
+trained, as `accelerate launch` sets it, and reference and reward model in bfloat16 themselves.
 """
 
 from __future__ import annotations
