@@ -12,12 +12,14 @@ import argparse
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import gradients, growth, startup
 from benchmarks.compare import compare
-from benchmarks.sides import BUILD
+from benchmarks.sides import BUILD, VENVS
 from benchmarks.work import WORKS
 from prefloop import provenance
 
@@ -45,11 +47,21 @@ def main() -> None:
     facts = vars(asked) | {
         "revision": provenance.revision(),
         "versions": provenance.versions(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        "peers": {side: packages for side, (_, packages) in VENVS.items()},
+        "machine": f"{processor()}, {os.cpu_count()} CPUs",
     }
     name = f"{asked.work}-{asked.dtype}.json"
     text = json.dumps(facts | found, indent=2) + "\n"
     (BUILD / name).write_text(text, encoding="utf-8")
+
+
+def processor() -> str:
+    """Its model's name where Linux tells it."""
+    try:
+        named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    return named[1] if named else platform.machine()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
             found[f"{method} {name}"] = sides
             told = [f"{k} cosine {v['cosine']:.5f} norm {v['norm']:.4f}" for k, v in sides.items()]
             worse = sides["prefloop"]["cosine"] < sides["stock"]["cosine"]
-            print(f"{method} {name}:", "  ".join(told), "WORSE THAN STOCK" if worse else "")
+            told.append("WORSE THAN STOCK" if worse else "")
+            print(f"{method} {name}:", *told, flush=True)
     return {"gradients": found}
 
 
