@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -32,36 +33,51 @@ from prefloop.training.rollout import Sampler
 from prefloop.training.rows import Prompts
 from prefloop.training.sft import SFT
 
-METHODS = {"sft": "sft", "reward": "reward-4", "dpo": "dpo", "ppo": "ppo"}  # and whose rows
-TOKENS = 1024  # of a micro-batch
+METHODS = {"sft": "sft", "reward": "reward-2", "dpo": "dpo", "ppo": "ppo"}  # and whose rows
+TOKENS = 512  # of a micro-batch
 Gradient = dict[str, list[Tensor]]  # of each trained model
 Loaders = tuple[Callable[[str], LoadedModel], Callable[[str], LoadedModel]]  # policy, scorer
 
 
 def measure(dtype: str, threads: int) -> dict[str, Any]:
-    """Cosine and norm ratio against float32, printed for each method's models."""
+    """Means over micro-batches of cosine and norm ratio, printed for each method's models."""
     torch.set_num_threads(threads)
     models = prepare_models()
     found: dict[str, Any] = {}
     for method, work in METHODS.items():
-        parts = compare(method, work, prepare_rows(work), models)
-        for name, sides in parts.items():
+        for name, sides in compare(method, work, prepare_rows(work), models).items():
             found[f"{method} {name}"] = sides
-            told = [f"{k} cosine {v['cosine']:.5f} norm {v['norm']:.4f}" for k, v in sides.items()]
-            worse = sides["prefloop"]["cosine"] < sides["stock"]["cosine"]
-            told.append("WORSE THAN STOCK" if worse else "")
+            told = []
+            for side, parts in sides.items():
+                cosine, norm = fmean(parts["cosine"]), fmean(parts["norm"])
+                told.append(f"{side} 1 - cosine {1 - cosine:.2e} norm {norm:.4f}")
+            lost = loses_more(sides["prefloop"]["cosine"], sides["stock"]["cosine"])
+            told.append("MORE THAN STOCK" if lost else "")
             print(f"{method} {name}:", *told, flush=True)
     return {"gradients": found}
 
 
+def loses_more(ours: list[float], stock: list[float]) -> bool:
+    """Whether the cosines are smaller by more than two standard errors of their differences."""
+    differences = [s - o for o, s in zip(ours, stock, strict=True)]
+    error: float = stdev(differences) / len(differences) ** 0.5
+    return fmean(differences) > 2 * error
+
+
 def compare(method: str, work: str, rows: str, models: str) -> dict[str, Any]:
-    """Of each trained model: prefloop's and the stock path's cosine and norm ratio."""
-    exact = gradient(method, work, rows, models, "float32", (policy, scorer))
-    found: dict[str, Any] = {name: {} for name in exact}
-    for side, load in (("prefloop", (policy, scorer)), ("stock", (stock_policy, stock_scorer))):
-        rough = gradient(method, work, rows, models, "bfloat16", load)
-        for name in exact:
-            found[name][side] = agreement(rough[name], exact[name])
+    """Of each trained model and side: cosine and norm ratio of every micro-batch's gradient."""
+    sides = {
+        "prefloop": _method(method, work, rows, models, (policy, scorer)),
+        "stock": _method(method, work, rows, models, (stock_policy, stock_scorer)),
+    }
+    found: dict[str, Any] = {}
+    for number in range(len(sides["prefloop"][1])):
+        exact = gradient(*sides["prefloop"], number, "float32")
+        for side, parts in sides.items():
+            for name, rough in gradient(*parts, number, "bfloat16").items():
+                measured = found.setdefault(name, {}).setdefault(side, {"cosine": [], "norm": []})
+                for key, value in agreement(rough, exact[name]).items():
+                    measured[key].append(value)
     return found
 
 
@@ -95,15 +111,16 @@ def stock_scorer(path: str) -> LoadedModel:
     return replace(load_scorer(path, CPU), module=module.eval(), packed=False)
 
 
-def gradient(method: str, work: str, rows: str, models: str, dtype: str, load: Loaders) -> Gradient:
-    """Of a step over all rows; what the loss holds fixed is float32's for every side."""
-    trained, batches, config = _method(method, work, rows, models, load)
+def gradient(trained: Any, batches: list[Any], config: Any, number: int, dtype: str) -> Gradient:
+    """Of one micro-batch; what the loss holds fixed is float32's for every side."""
     parameters = {name: model.trainable() for name, model in trained.trained.items()}
-    loop.gradients(trained, batches, parameters, replace(config, dtype=dtype))
-    return {
-        name: [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]
-        for name, group in parameters.items()
-    }
+    loop.gradients(trained, [batches[number]], parameters, replace(config, dtype=dtype))
+    found: Gradient = {}
+    for name, group in parameters.items():
+        found[name] = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]
+        for p in group:
+            p.grad = None
+    return found
 
 
 def _method(
