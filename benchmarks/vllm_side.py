@@ -21,13 +21,7 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     work, policy = WORKS[name], f"{models}/policy"
     tokenizer: Any = AutoTokenizer.from_pretrained(policy)
     prompts = [{"prompt_token_ids": tokenizer(r["prompt"])["input_ids"]} for r in read_texts(path)]
-    engine = LLM(
-        policy,
-        dtype=dtype,
-        max_model_len=1024,
-        enforce_eager=form == "eager",
-        enable_prefix_caching=False,  # a turn must not find the last one's prompts
-    )
+    engine = LLM(policy, dtype=dtype, max_model_len=1024)
     sampling = SamplingParams(
         n=work.answers,
         temperature=1.0,
@@ -38,6 +32,7 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     )
 
     def turn() -> dict[str, Any]:
+        engine.reset_prefix_cache()  # a turn must not find the last one's prompts
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
         return {"tokens": sum(len(answer.token_ids) for o in outputs for answer in o.outputs)}
 
