@@ -133,9 +133,11 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
         flops += forward(fixed, examples) + 2 * forward(critic, examples)  # critic, reward model
         flops += PPO_EPOCHS * forward_and_backward(policy, examples)
         flops += PPO_EPOCHS * forward_and_backward(critic, examples)
+        tokens = int(method.rollouts.mask.sum())
         return {
+            "same": {"tokens": tokens},
             "alike": {"score": metrics["objective/scores"], "kl": metrics["objective/kl"]},
-            "tokens": int(method.rollouts.mask.sum()),
+            "tokens": tokens,
             "flops": flops,
         }
 

@@ -42,7 +42,8 @@ class Turns(TrainerCallback):
         self.alike = {"score": logs["objective/scores"], "kl": logs["objective/kl"]}
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        tell(alike=self.alike, tokens=self.tokens, **self.meter.stop())
+        found = self.meter.stop()
+        tell(same={"tokens": self.tokens}, alike=self.alike, tokens=self.tokens, **found)
         wait()
         self.meter.start()
 
