@@ -145,4 +145,6 @@ def _panel(axes: Axes, title: str, turns: list[dict[str, Any]]) -> None:
         rate = turns[0]["cpu"] / turns[0]["tokens"]
         axes.plot(places, [rate * t["padded_pairs"] for t in turns], ":", color=COLOURS[0])
         axes.set_title("dotted: all pairs, padded, at K = 2's cost a token", fontsize=8)
-    axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
