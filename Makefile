@@ -6,6 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 QUICK ?=
 WORK ?= dpo
+ARGS ?=
 # Two busy thread pools on shared cores can collapse: idle threads must not spin.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
@@ -41,7 +42,7 @@ slow: setup
 	$(PYTEST) -m slow
 
 bench: setup
-	$(BIN)/python -m benchmarks $(WORK)
+	$(BIN)/python -m benchmarks $(WORK) $(ARGS)
 
 demo: setup
 	$(BIN)/prefloop demo $(if $(QUICK),--quick)

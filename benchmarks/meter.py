@@ -53,4 +53,4 @@ def serve(turn: Callable[[], dict[str, Any]]) -> None:
         wait()
         meter.start()
         facts = turn()
-        tell(**facts, **meter.stop())
+        tell(**(facts | meter.stop()))

@@ -1,57 +1,73 @@
-"""prefloop's side: `python -m benchmarks.prefloop_side WORK ROWS POLICY REFERENCE DTYPE FORM`."""
+"""prefloop's side: `python -m benchmarks.prefloop_side WORK ROWS MODELS DTYPE FORM`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.ceilings import model_flops, weight_bytes
 from benchmarks.meter import serve
-from benchmarks.work import STOPS, WORKS
-from prefloop.config import DPOConfig, RewardConfig, SFTConfig
-from prefloop.data.batches import to_batches
-from prefloop.data.tokenize import encode_prompt, stop_token_ids, tokenize
-from prefloop.files import read_rows
+from benchmarks.work import LORA_ALPHA, LORA_RANK, PPO_EPOCHS, WORKS, Work, read_texts, stop_ids
+from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from prefloop.data.batches import pack, to_batches
+from prefloop.data.tokenize import Example, encode_prompt, tokenize
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
+from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import LoadedModel, load_policy, load_scorer
+from prefloop.models.precision import autocast
 from prefloop.records import Demonstration, Ranking, RowCounts
-from prefloop.training import loop, optim
+from prefloop.runs import Run
+from prefloop.training import loop, optim, ppo
 from prefloop.training.preference import MicroBatch, Preference
 from prefloop.training.reference import sequence_log_probs
 from prefloop.training.reward import Reward
 from prefloop.training.sft import SFT
 
 CPU = torch.device("cpu")
-LR = 1e-6
+Turn = Callable[[], dict[str, Any]]
 
 
-def main(name: str, path: str, policy: str, reference: str, dtype: str, form: str) -> None:
+def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     """Load, then take turns."""
     work = WORKS[name]
-    rows = [row for _, row in read_rows(path)]
     settings: dict[str, Any] = {
-        "model": policy, "data": path, "output": Path("unused"), "lr": LR, "dtype": dtype,
+        "model": f"{models}/policy", "data": path, "output": Path(tempfile.mkdtemp()) / "run",
+        "lr": 1e-6, "dtype": dtype, "gradient_checkpointing": form == "checkpointing",
     }  # fmt: skip
+    if work.lora:
+        settings |= {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA}
     if work.kind == "generate":
-        serve(generation(load_policy(policy, CPU), rows, name, dtype))
-    records: list[Any] = [
-        Demonstration(row["prompt"], row["completions"][0])
-        if work.kind == "sft"
-        else Ranking(
-            row["prompt"],
-            tuple(row["completions"]),
-            tuple((i,) for i in range(work.answers)),
-        )
-        for row in rows
-    ]
-    scorer = work.kind == "reward"
-    model = load_scorer(policy, CPU) if scorer else load_policy(policy, CPU)
-    examples = tokenize(records, model.tokenizer, 1024, "error", RowCounts())
+        serve(generation(work, path, settings))
+    elif work.kind == "ppo":
+        serve(iteration(work, f"{models}/scorer", f"{models}/reference", settings))
+    else:
+        serve(step(work, path, f"{models}/reference", settings, form))
+
+
+def records(work: Work, path: str) -> list[Any]:
+    """Rows as demonstrations or as rankings whose answers stand best first."""
+    if work.answers == 1:
+        return [Demonstration(r["prompt"], r["completions"][0]) for r in read_texts(path)]
+    tiers = tuple((i,) for i in range(work.answers))
+    return [Ranking(r["prompt"], tuple(r["completions"]), tiers) for r in read_texts(path)]
+
+
+def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: str) -> Turn:
+    """One optimiser step over all rows."""
+    load = load_scorer if work.kind == "reward" else load_policy
+    kept = ("lora_rank", "lora_alpha", "gradient_checkpointing")
+    model = load(settings["model"], CPU, **{k: v for k, v in settings.items() if k in kept})
+    examples = tokenize(records(work, path), model.tokenizer, 1024, "error", RowCounts())
     batches: list[Any] = to_batches(examples, 8192, CPU)
+    flops = sum(forward_and_backward(model, batch.examples) for batch in batches)
     fixed: LoadedModel | None = None
     method: Any
     if work.kind == "sft":
@@ -60,44 +76,113 @@ def main(name: str, path: str, policy: str, reference: str, dtype: str, form: st
         method = Reward(RewardConfig(**settings, normalize="pair"), model, examples, [])
     else:
         config = DPOConfig(**settings, ref_model=reference)
-        method = Preference(config, model, examples, [], Path(path).with_suffix(f".{dtype}.ref"))
+        cache = Path(path).with_suffix(f".{config.dtype}.ref")
+        method = Preference(config, model, examples, [], cache)
         batches = [MicroBatch(batch, 0.0) for batch in batches]
         if form == "first":  # every row is new: the reference reads it, too
             fixed = load_policy(reference, CPU)
+            flops += forward(fixed, examples)
     parameters = {key: part.trainable() for key, part in method.trained.items()}
     optimizer = optim.build_optimizer(parameters, method.config, {})
     tokens = sum(len(e.prompt) + len(a) for e in examples for a in e.answers)
 
-    def step() -> dict[str, Any]:
+    def turn() -> dict[str, Any]:
         if fixed:
             sequence_log_probs(method.config, fixed, examples)
         optimizer.zero_grad()
-        values, _, _ = loop.gradients(method, batches, parameters, method.config)
+        values, metrics, _ = loop.gradients(method, batches, parameters, method.config)
         optimizer.step()
-        return {"loss": values["loss"], "tokens": tokens}
+        same = {"loss": values["loss"]}
+        if "logps/chosen" in metrics:
+            same["logps"] = metrics["logps/chosen"]
+        return {"same": same, "tokens": tokens, "flops": flops}
 
-    serve(step)
+    return turn
 
 
-def generation(
-    model: LoadedModel, rows: list[dict[str, Any]], name: str, dtype: str
-) -> Callable[[], dict[str, Any]]:
+def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any]) -> Turn:
+    """One PPO iteration over all prompts; no answer stops early."""
+    config = PPOConfig(
+        **settings,
+        reward_model=scorer,
+        ref_model=reference,
+        batch_size=work.rows,
+        ppo_epochs=PPO_EPOCHS,
+        max_new_tokens=work.answer[1],
+        epochs=10_000,
+    )
+    method = ppo.build(config, CPU, Run.open(config, "ppo"))
+    method.sampler = replace(method.sampler, stop_token_ids=frozenset())
+    parameters = {key: part.trainable() for key, part in method.trained.items()}
+    optimizer = optim.build_optimizer(parameters, config, {})
+    steps = method.steps(0)
+    assert method.critic and method.sampler.reference
+    policy, critic, fixed = method.policy, method.critic, method.sampler.reference
+
+    def turn() -> dict[str, Any]:
+        metrics: dict[str, float] = {}
+        for _ in range(PPO_EPOCHS):
+            part = next(steps)
+            metrics |= part.metrics
+            optimizer.zero_grad()
+            loop.gradients(method, part.batches, parameters, config)
+            optimizer.step()
+        assert method.rollouts
+        examples = method.rollouts.examples
+        flops = 2 * forward(policy, examples)  # sampling, and log-probs as the trainer sees them
+        flops += forward(fixed, examples) + 2 * forward(critic, examples)  # critic, reward model
+        flops += PPO_EPOCHS * forward_and_backward(policy, examples)
+        flops += PPO_EPOCHS * forward_and_backward(critic, examples)
+        tokens = int(method.rollouts.mask.sum())
+        return {
+            "same": {"tokens": tokens},
+            "alike": {"score": metrics["objective/scores"], "kl": metrics["objective/kl"]},
+            "tokens": tokens,
+            "flops": flops,
+        }
+
+    return turn
+
+
+def generation(work: Work, path: str, settings: dict[str, Any]) -> Turn:
     """Sampled answers to all prompts."""
-    work = WORKS[name]
-    prompts = [encode_prompt(model.tokenizer, row["prompt"]) for row in rows]
-    engine = Engine(model, 64, "bfloat16" if dtype == "bfloat16" else "float32")
+    model = load_policy(settings["model"], CPU)
+    prompts = [encode_prompt(model.tokenizer, row["prompt"]) for row in read_texts(path)]
+    engine = Engine(model, 64, settings["dtype"])
     sampling = Sampling(
         max_new_tokens=work.answer[1],
         temperature=1.0,
-        stop_token_ids=stop_token_ids(model.tokenizer)
-        | {model.tokenizer(stop)["input_ids"][0] for stop in STOPS if work.answers == 1},
+        stop_token_ids=frozenset(stop_ids(work, model.tokenizer)),
     )
+    first = tuple(prompts[0])
+    text = Example(first[:1], (first[1:],), ((True,) * len(first[1:]),))
+    with torch.no_grad(), autocast(CPU, settings["dtype"]):
+        log_probs = answer_log_probs(model, pack([text])).log_probs
+    facts: dict[str, Any] = {"same": {"prompt_log_prob": float(log_probs.mean())}}
+    if not work.stops and work.rows * work.answers <= engine.max_concurrent:
+        bytes_read = weight_bytes(model, getattr(torch, settings["dtype"]))
+        facts |= {"steps": work.answer[1], "step_bytes": bytes_read}
 
     def turn() -> dict[str, Any]:
         groups = engine.generate(prompts, work.answers, sampling, seed=0)
-        return {"tokens": sum(len(sample.tokens) for group in groups for sample in group)}
+        return {"tokens": sum(len(s.tokens) for group in groups for s in group)} | facts
 
     return turn
+
+
+def forward(model: LoadedModel, examples: Sequence[Example]) -> float:
+    """FLOPs of log-probs or scores of these rows, packed."""
+    return model_flops(model, *_stream(examples), trains=False)
+
+
+def forward_and_backward(model: LoadedModel, examples: Sequence[Example]) -> float:
+    """FLOPs of their gradients."""
+    return model_flops(model, *_stream(examples), trains=True)
+
+
+def _stream(examples: Sequence[Example]) -> tuple[Tensor, int]:
+    batch = pack(examples)
+    return batch.position_ids, batch.target_ids.numel()
 
 
 if __name__ == "__main__":

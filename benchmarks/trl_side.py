@@ -1,22 +1,21 @@
 """TRL 1.16's side, in a venv of its own: its trainers, which take one optimiser step a turn.
 
-`python -m benchmarks.trl_side WORK ROWS POLICY REFERENCE DTYPE FORM`; FORM is `as-it-comes`, or
-`best` (no recomputation of activations; DPO: reference log-probs computed beforehand; SFT: packed),
-or for DPO `best-first` (no recomputation, the reference reads every row).
+`python -m benchmarks.trl_side WORK ROWS MODELS DTYPE FORM`; FORM is `as-it-comes`, or `best` (no
+recomputation of activations; DPO: reference log-probs computed beforehand; SFT: packed), or for DPO
+`best-first` (no recomputation, the reference reads every row).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from benchmarks.meter import Meter, tell, wait
-from benchmarks.work import WORKS, Work
+from benchmarks.work import LORA_ALPHA, LORA_RANK, WORKS, Work, read_texts
 
 
 class Turns(TrainerCallback):
@@ -47,13 +46,16 @@ class Turns(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            tell(loss=float(logs["loss"]), tokens=self.tokens, **self.found)
+            same = {"loss": float(logs["loss"])}
+            if "logps/chosen" in logs:
+                same["logps"] = float(logs["logps/chosen"])
+            tell(same=same, tokens=self.tokens, **self.found)
 
 
-def main(name: str, path: str, policy: str, reference: str, dtype: str, form: str) -> None:
+def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     """Build the trainer and train for ever."""
-    work = WORKS[name]
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    work, policy = WORKS[name], f"{models}/policy"
+    rows = read_texts(path)
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.pad_token = "<|endoftext|>"  # not the stop token
     eos = tokenizer.eos_token
@@ -87,7 +89,7 @@ def main(name: str, path: str, policy: str, reference: str, dtype: str, form: st
         for row in rows
         for answer in row["completions"]
     )
-    trainer = trainer_of(work, rows, model, tokenizer, settings, reference, form)
+    trainer = trainer_of(work, rows, model, tokenizer, settings, f"{models}/reference", form)
     trainer.add_callback(Turns(tokens))
     trainer.train()
 
@@ -103,20 +105,7 @@ def trainer_of(
 ) -> Any:
     """All rows make one optimiser step; rankings become all of their pairs."""
     if work.kind == "sft":
-        data = [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows]
-        packed = {"packing": True, "max_length": 512} if form == "best" else {}
-        config: Any = trl.SFTConfig(
-            **settings, **packed, per_device_train_batch_size=1 if packed else len(rows)
-        )
-        if packed:
-            config.gradient_accumulation_steps = 1
-        trainer: Any = trl.SFTTrainer(
-            model, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer
-        )
-        if packed:  # as many packed rows as there are make the step
-            trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)
-            trainer.accelerator.gradient_accumulation_steps = len(trainer.train_dataset)
-        return trainer
+        return sft(rows, model, tokenizer, settings, packed=form == "best")
     pairs = [
         {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
         for row in rows
@@ -125,7 +114,7 @@ def trainer_of(
     data = Dataset.from_list(pairs)
     if work.kind == "reward":
         size = min(4, len(pairs))
-        config = trl.RewardConfig(
+        config: Any = trl.RewardConfig(
             **settings,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=len(pairs) // size,
@@ -136,8 +125,35 @@ def trainer_of(
         per_device_train_batch_size=len(pairs),
         precompute_ref_log_probs=form == "best",
     )
-    ref = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
-    return trl.DPOTrainer(model, ref, config, train_dataset=data, processing_class=tokenizer)
+    lora = LoraConfig(
+        r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return trl.DPOTrainer(
+        model,
+        AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
+        config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora if work.lora else None,
+    )
+
+
+def sft(
+    rows: list[dict[str, Any]], model: Any, tokenizer: Any, settings: dict[str, Any], packed: bool
+) -> Any:
+    """Padded in one batch, or packed to 512 tokens, where as many as there are make the step."""
+    data = [{"prompt": r["prompt"], "completion": r["completions"][0]} for r in rows]
+    options: dict[str, Any] = {"per_device_train_batch_size": len(rows)}
+    if packed:
+        options = {"packing": True, "max_length": 512, "per_device_train_batch_size": 1}
+    config: Any = trl.SFTConfig(**settings, **options)
+    trainer: Any = trl.SFTTrainer(
+        model, config, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+    )
+    if packed:
+        trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)
+        trainer.accelerator.gradient_accumulation_steps = len(trainer.train_dataset)
+    return trainer
 
 
 if __name__ == "__main__":

@@ -12,22 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["sft", "reward", "dpo", "generate"]
-
-
-STOPS = (".", " .", "?", "!")
-"""Tokens that end a generated answer beside EOS, so that lengths differ as those of replies do."""
+Kind = Literal["sft", "reward", "dpo", "ppo", "generate"]
+PPO_EPOCHS = 4
+LORA_RANK, LORA_ALPHA = 16, 32
+STOPS = (" and",)
+"""Tokens that end a generated answer beside EOS: this one spreads SmolLM2's lengths over 1..128."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One optimiser step over `rows` prompts, or one generation call."""
+    """One optimiser step over `rows` prompts, one PPO iteration, or one generation call."""
 
     kind: Kind
     rows: int
     prompt: tuple[int, int]  # fewest and most tokens
     answer: tuple[int, int]
     answers: int  # to each prompt
+    stops: bool = False  # whether a generated answer may end before its most tokens
+    lora: bool = False
 
 
 WORKS = {
@@ -36,9 +38,29 @@ WORKS = {
     "reward-4": Work("reward", 2, (256, 256), (32, 192), 4),
     "reward-9": Work("reward", 1, (256, 256), (32, 192), 9),
     "dpo": Work("dpo", 8, (256, 256), (32, 192), 2),
-    "generate": Work("generate", 32, (32, 96), (8, 128), 1),
+    "dpo-lora": Work("dpo", 8, (256, 256), (32, 192), 2, lora=True),
+    "memory": Work("dpo", 8, (256, 256), (32, 192), 2),
+    "ppo": Work("ppo", 16, (48, 80), (64, 64), 1),
+    "generate": Work("generate", 32, (32, 96), (8, 128), 1, stops=True),
+    "generate-1": Work("generate", 1, (64, 64), (128, 128), 1),
+    "generate-8": Work("generate", 8, (32, 96), (128, 128), 1),
+    "generate-64": Work("generate", 64, (32, 96), (128, 128), 1),
     "generate-4": Work("generate", 4, (512, 512), (64, 64), 4),
+    "decode-8": Work("generate", 8, (8, 8), (64, 64), 1),
+    "decode-32": Work("generate", 32, (8, 8), (64, 64), 1),
 }
+
+
+def read_texts(path: str) -> list[dict[str, Any]]:
+    """Rows of {prompt, completions}."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def stop_ids(work: Work, tokenizer: Any) -> list[int]:
+    """Tokens that end a generated answer; none where all have the same length."""
+    if not work.stops:
+        return []
+    return [tokenizer.eos_token_id, *(tokenizer(stop)["input_ids"][0] for stop in STOPS)]
 
 
 def write_rows(
