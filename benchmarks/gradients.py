@@ -165,6 +165,6 @@ def rollouts(
         shape = batch.target_ids.shape
         advantages, errors = torch.randn((2, *shape), generator=generator)
         values = token_values(critic, batch)
-        log_probs = answer_log_probs(old, batch).log_probs
+        log_probs = answer_log_probs(old, batch)
         items.append(ppo.MicroBatch(batch, log_probs, advantages, values, values + errors))
     return items

@@ -157,7 +157,7 @@ def generation(work: Work, path: str, settings: dict[str, Any]) -> Turn:
     first = tuple(prompts[0])
     text = Example(first[:1], (first[1:],), ((True,) * len(first[1:]),))
     with torch.no_grad(), autocast(CPU, settings["dtype"]):
-        log_probs = answer_log_probs(model, pack([text])).log_probs
+        log_probs = answer_log_probs(model, pack([text]))
     facts: dict[str, Any] = {"same": {"prompt_log_prob": float(log_probs.mean())}}
     if not work.stops and work.rows * work.answers <= engine.max_concurrent:
         bytes_read = weight_bytes(model, getattr(torch, settings["dtype"]))
