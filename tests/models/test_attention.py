@@ -137,6 +137,14 @@ def test_autocast_gives_bfloat16_attention():
     assert_close(ours.float(), by_hand(batch.segments, q, k, v, 1.0, None), 0.02)
 
 
+def test_the_cpu_takes_blocks_unless_segments_are_tiny():
+    for shapes, kind in ((LONG, Blocks), (((4, (2, 3)), (5, (1,))), Rectangles)):
+        assert isinstance(PackedPlan(pack(random_examples(shapes)).segments, CPU).segments, kind)
+    segments = pack(random_examples(LONG)).segments
+    elsewhere = PackedPlan(segments, torch.device("meta")).segments
+    assert isinstance(elsewhere, Rectangles)
+
+
 def test_fast_path_equals_masked_path():
     """A window of the whole length takes the fast path, one token less masks one pair."""
     batch = pack(random_examples(((8, ()), (8, ()))))

@@ -19,6 +19,7 @@ from prefloop.models.block_attention import Blocks
 from prefloop.models.rectangle_attention import Rectangles
 
 NAME = "prefloop"
+SMALL_SEGMENT = 128  # mean queries x keys below which few large calls beat many small ones
 
 
 class AttentionPlan(Protocol):
@@ -65,7 +66,9 @@ class PackedPlan:
     def __init__(
         self, segments: Sequence[Segment], device: torch.device, keep_cache: bool = False
     ) -> None:
-        self.segments = Blocks(segments) if device.type == "cpu" else Rectangles(segments, device)
+        scores = sum(s.length * (s.position + s.length) for s in segments)
+        blocks = device.type == "cpu" and scores >= SMALL_SEGMENT * len(segments)
+        self.segments = Blocks(segments) if blocks else Rectangles(segments, device)
         self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if keep_cache else None
 
     def attend(
