@@ -124,6 +124,14 @@ def label_import(config: l.LabelImportConfig) -> dict[str, Any]:
     return run(config)
 
 
+def label_score(config: l.LabelScoreConfig) -> dict[str, Any]:
+    """Score a project's answers with reward models, and hand its tasks out by their scores."""
+    validate(config)
+    from prefloop.evaluation.label_scores import run
+
+    return run(config)
+
+
 def label_export(config: l.LabelExportConfig) -> dict[str, Any]:
     """Write what labellers decided as training rows."""
     validate(config)
@@ -242,6 +250,7 @@ COMMANDS = {
     "evaluate reward-model": Command(c.RewardQualityConfig, reward_quality),
     "label serve": Command(l.LabelServeConfig, label_serve),
     "label import": Command(l.LabelImportConfig, label_import),
+    "label score": Command(l.LabelScoreConfig, label_score),
     "label export": Command(l.LabelExportConfig, label_export),
     "label report": Command(l.LabelReportConfig, label_report, show_quality),
     "label add-user": Command(l.LabelAddUserConfig, label_add_user),

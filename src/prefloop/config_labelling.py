@@ -77,6 +77,24 @@ class LabelImportConfig(ProjectConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelScoreConfig(ProjectConfig):
+    """Score a project's answers with reward models, and hand its tasks out by their scores."""
+
+    reward_model: tuple[str, ...]
+    """Reward models: folders, run directories, hub ids, or Python functions (module:function)."""
+    strategy: Literal["uncertainty", "gap"] = "uncertainty"
+    """Which task comes first: the one the models disagree on, or the one of the largest gap."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; weights stay float32."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    micro_batch_tokens: int = 8192
+    """Most tokens in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelExportConfig(ProjectConfig):
     """Write what labellers decided as training rows."""
 

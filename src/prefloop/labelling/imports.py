@@ -133,7 +133,10 @@ def _scores(row: Mapping[str, Any], count: int, where: str, strategy: str) -> li
     given = row.get("scores")
     if given is None:
         if strategy != "random":
-            raise UserError(f"{where}: --strategy {strategy} needs `scores` of reward models")
+            raise UserError(
+                f"{where}: --strategy {strategy} needs `scores` of reward models; add them, or "
+                "import with --strategy random and then run prefloop label score"
+            )
         return []
     models = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
     for scores in models:

@@ -1,0 +1,81 @@
+"""`prefloop label score`: reward models say which tasks are worth a labeller's time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefloop.config import UserError
+from prefloop.config_labelling import LabelScoreConfig
+from prefloop.evaluation.judges import load_judge
+from prefloop.labelling.imports import uncertainty_and_gap
+from prefloop.labelling.store import Store
+from prefloop.labelling.store.reading import prompts_of, responses_of
+from prefloop.labelling.store.scoring import put_scores, set_strategy, tasks_of
+from prefloop.records import Message, Text
+
+
+def run(config: LabelScoreConfig) -> dict[str, Any]:
+    """Scores all answers of a project by all models; its tasks are then handed out by them."""
+    models = len(config.reward_model)
+    if models == 0 or (config.strategy == "uncertainty" and models < 2):
+        raise UserError(
+            f"--strategy {config.strategy} with {models} reward model(s): uncertainty needs two or "
+            "more, gap one; name them after --reward-model"
+        )
+    store = Store(config.store)
+    try:
+        # 1. The answers.
+        with store.read() as t:
+            project = t.project(config.project)
+            if project is None:
+                raise UserError(f"{config.store}: no project {config.project}; import rows into it")
+            asked = prompts_of(t, project["id"])
+            answers = list(responses_of(t, project["id"]).values())
+            tasks = tasks_of(t, project["id"])
+        if not answers:
+            raise UserError(f"{config.store}#{config.project}: no answers to score; import some")
+        # 2. Their scores, one model after the other.
+        prompts = [_prompt(asked[answer["prompt_id"]][0]) for answer in answers]
+        texts = [_text(answer["completion"]) for answer in answers]
+        ended = [answer["finish_reason"] != "length" for answer in answers]
+        columns = []
+        for source in config.reward_model:
+            judge = load_judge(
+                source,
+                device=config.device,
+                dtype=config.dtype,
+                max_length=config.max_length,
+                micro_batch_tokens=config.micro_batch_tokens,
+            )
+            columns.append(judge(prompts, texts, ended))
+        ids = [answer["id"] for answer in answers]
+        scores = dict(zip(ids, zip(*columns, strict=True), strict=True))
+        # 3. What hand-out goes by.
+        orders = {
+            task: uncertainty_and_gap(
+                [[scores[answer][model] for answer in group] for model in range(models)]
+            )
+            for task, group in tasks.items()
+        }
+        told = {"project": config.project, "answers": len(answers), "tasks": len(tasks)}
+        with store.write() as t:
+            put_scores(t, scores, orders)
+            set_strategy(t, project["id"], config.strategy)
+            t.log("score", None, **told, models=list(config.reward_model), strategy=config.strategy)
+    finally:
+        store.close()
+    return told
+
+
+def _prompt(stored: Any) -> Text:
+    if isinstance(stored, str):
+        return stored
+    return tuple(Message(message["role"], message["content"]) for message in stored)
+
+
+def _text(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    if len(completion) != 1:
+        raise UserError("an answer of several turns cannot be scored; import one turn an answer")
+    return str(completion[0]["content"])
