@@ -256,7 +256,7 @@ class SampleConfig(PromptsConfig, PolicyConfig):
     """Sample several answers to each prompt, ready to be ranked."""
 
     data: str
-    """Rows with a `prompt`; other columns are carried along."""
+    """Rows with a `prompt`, other columns carried along; or DB#PROJECT: prompts without answers."""
     output: Path
     """JSONL of {prompt, completions, ...}, one line a prompt."""
     samples_per_prompt: int = 4

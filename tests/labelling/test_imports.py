@@ -46,7 +46,8 @@ def test_rows_of_sample_keep_how_they_were_made(tmp_path):
         "seed": 3,
         "sampling": {"temperature": 0.7},
     }
-    assert put(tmp_path, [row]) == {"project": "main", "rows": 1, "tasks": 1, "dropped": {}}
+    told = {"project": "main", "rows": 1, "tasks": 1, "prompts": 0, "dropped": {}}
+    assert put(tmp_path, [row]) == told
     assert select(
         tmp_path,
         "SELECT completion, log_prob, finish_reason, seed, sampling, model, weights "
@@ -222,7 +223,9 @@ BUCKETS = {
 @pytest.mark.parametrize(
     ("row", "changes", "told"),
     [
-        ({"prompt": "p"}, {}, "preference rows need"),
+        ({"prompt": "p", "completion": "a"}, {}, "preference rows need"),
+        ({"instruction": "p"}, {}, "preference rows need"),
+        ({"prompt": "p"}, {"gold": True}, "a gold row needs"),
         ({"prompt": "p", "completions": ["a"]}, {}, "1 answers; labellers rank 2 to 9"),
         ({"prompt": "p", "completions": [str(n) for n in range(10)]}, {}, "10 answers"),
         ({"prompt": "p", "completions": ["a", "b"], "log_probs": [1.0]}, {}, "`log_probs` has 1"),

@@ -24,13 +24,13 @@ def label_all(folder):
 
 def sample(folder, model="model", **changes):
     settings = {"max_length": 64, "max_new_tokens": 6, "device": "cpu", "samples_per_prompt": 3}
-    settings |= {"to_labels": f"{folder / 'labels.db'}#loop", **changes}
-    config = SampleConfig(
-        model=str(folder / model),
-        data=str(folder / "prompts.jsonl"),
-        output=folder / "samples.jsonl",
-        **settings,
-    )
+    settings |= {
+        "to_labels": f"{folder / 'labels.db'}#loop",
+        "data": str(folder / "prompts.jsonl"),
+        "output": folder / "samples.jsonl",
+        **changes,
+    }
+    config = SampleConfig(model=str(folder / model), **settings)
     return commands.sample(config)
 
 
@@ -55,6 +55,29 @@ def test_sample_label_train(tmp_path, capsys):
         record = json.loads((output / "run.json").read_text())
         assert record["status"] == "finished"
         assert record["rows"]["data"]["read"] == prompts
+
+
+def test_imported_prompts_wait_for_answers(tmp_path, capsys):
+    """Prompts alone make no task; `sample` answers those that have none, once."""
+    write_world(tmp_path)
+    asked = [
+        {"prompt": "Say a.", "topic": "a"},
+        {"prompt": [{"role": "user", "content": "Say b."}]},
+    ]
+    told = put(tmp_path, [*asked, *rows(1)], project="loop")
+    assert (told["rows"], told["prompts"], told["tasks"]) == (3, 2, 1)
+    address = f"{tmp_path / 'labels.db'}#loop"
+    path = sample(tmp_path, data=address)
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in asked]
+    assert written[0]["topic"] == "a"
+    assert '"tasks": 2' in capsys.readouterr().out
+    label_all(tmp_path)
+    assert len(read_records(address, "preference", RowCounts())) == 3
+    with pytest.raises(UserError, match="no prompt waits for answers"):
+        sample(tmp_path, data=address, output=tmp_path / "again.jsonl")
+    with pytest.raises(UserError, match=r"absent\.db"):
+        sample(tmp_path, data="absent.db", output=tmp_path / "again.jsonl")
 
 
 def test_sampling_again_keeps_the_projects_settings(tmp_path):

@@ -26,10 +26,15 @@ from prefloop.runs import model_path
 VERDICTS = ("tiers", "label")  # columns that speak of a row's former answers are not carried along
 
 
-def sample(config: SampleConfig) -> Path:
-    """Writes n answers to each prompt into --output, one row a prompt, ready to be ranked."""
+def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Path:
+    """Writes n answers to each prompt into --output, one row a prompt, ready to be ranked.
+
+    `prompts` stand for those of --data, where that is a labelling store.
+    """
     _check_output(config.output)
-    prompts = formats.load(config.data, "prompt", counts := RowCounts())
+    counts = RowCounts(read=len(prompts or ()))
+    if prompts is None:
+        prompts = formats.load(config.data, "prompt", counts)
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, config.samples_per_prompt, counts)
     settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}

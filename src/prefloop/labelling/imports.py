@@ -1,4 +1,4 @@
-"""`prefloop label import`: prompts with answers into the store, to be ranked or already ranked."""
+"""`prefloop label import`: prompts with answers into the store, ranked or not, or without any."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from prefloop.data.formats import parse_row
 from prefloop.labelling.export import split_address
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of
-from prefloop.records import Ranking, RowCounts, text_to_json
+from prefloop.labelling.store.reading import unanswered_of
+from prefloop.records import Prompt, Ranking, RowCounts, text_to_json
 
 MOST_ANSWERS = 9
 """Answers of a task: they are ranked with the keys 1 to 9."""
@@ -25,6 +26,12 @@ OWN = frozenset(
     "prompt completions tiers chosen rejected judged finish_reasons log_probs model weights seed "
     "sampling scores priority labeller margin".split()
 )
+
+
+ANSWERS = frozenset(
+    "completion completions chosen rejected tiers answer answers response responses".split()
+)
+"""A row with any of these holds answers, or was meant to: it is no prompt that waits for them."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,22 @@ class Item:
 
 
 def run(config: LabelImportConfig) -> dict[str, Any]:
-    """Import a file into a project, made or changed as the settings say, all of it or nothing."""
+    """Import a file into a project, made or changed as the settings say, all of it or nothing.
+
+    Rows with a prompt alone wait in the project until `prefloop sample` answers them.
+    """
     # 1. Read and check every row.
     counts = RowCounts()
-    items = [_item(row, where, config) for where, row in read_outside(config.data, counts)]
-    if not items:
+    items: list[Item] = []
+    waiting: list[Prompt] = []
+    for where, row in read_outside(config.data, counts):
+        if any(row.get(name) is not None for name in ANSWERS) or row.get("prompt") is None:
+            items.append(_item(row, where, config))
+        elif config.gold:
+            raise UserError(f"{where}: a gold row needs `completions` and `tiers`; add them")
+        else:
+            waiting += [p for p in parse_row(row, where, "prompt") if isinstance(p, Prompt)]
+    if not items and not waiting:
         raise UserError(f"{config.data}: it holds no rows")
     guidelines = _guidelines(config.guidelines)
     # 2. Write.
@@ -50,11 +68,32 @@ def run(config: LabelImportConfig) -> dict[str, Any]:
         with store.write() as t:
             project_id = t.put_project(config.project, config.mode, guidelines, _settings(config))
             made = sum(_put(t, project_id, item, config, counts) for item in items)
-            told = {"tasks": made, "dropped": counts.dropped}
+            for prompt in waiting:
+                t.put_prompt(project_id, text_to_json(prompt.prompt), prompt.extra)
+            told = {"tasks": made, "prompts": len(waiting), "dropped": counts.dropped}
             t.log("import", None, project=config.project, data=config.data, **told)
     finally:
         store.close()
-    return {"project": config.project, "rows": len(items), "tasks": made, "dropped": counts.dropped}
+    return {"project": config.project, "rows": len(items) + len(waiting), **told}
+
+
+def unanswered(address: str) -> list[Prompt]:
+    """The prompts of `STORE#PROJECT` that have no answer yet; UserError where all have some."""
+    place, name = split_address(address)
+    store = Store(place, must_exist=True)
+    try:
+        with store.read() as t:
+            project = t.project(name)
+            found = unanswered_of(t, project["id"]) if project else []
+    finally:
+        store.close()
+    if not found:
+        raise UserError(f"{address}: no prompt waits for answers; import prompts alone, first")
+    records = []
+    for number, (prompt, extra) in enumerate(found, 1):
+        parsed = parse_row({"prompt": prompt, **extra}, f"{address}: prompt {number}", "prompt")
+        records += [record for record in parsed if isinstance(record, Prompt)]
+    return records
 
 
 def check_store(address: str) -> None:

@@ -85,6 +85,17 @@ def prompts_of(t: Transaction, project_id: int) -> dict[int, tuple[Any, Any]]:
     return {row[0]: (row[1], row[2]) for row in found}
 
 
+def unanswered_of(t: Transaction, project_id: int) -> list[tuple[Any, Any]]:
+    """(prompt, the row's other columns) of prompts that have no response, oldest first."""
+    query: Select[Any] = (
+        select(prompts.c.prompt, prompts.c.extra)
+        .outerjoin(responses, responses.c.prompt_id == prompts.c.id)
+        .where(and_(prompts.c.project_id == project_id, responses.c.id.is_(None)))
+        .order_by(prompts.c.id)
+    )
+    return [(row[0], row[1]) for row in t.connection.execute(query)]
+
+
 def responses_of(t: Transaction, project_id: int) -> dict[int, Mapping[str, Any]]:
     """What is known of each response, by id."""
     columns: tuple[Any, ...] = (responses, snapshots.c.model, snapshots.c.weights)
