@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.sides import Form, Side, forms, prepare_llama, prepare_models, prepare_rows
 
 MEASURES = ("cpu", "wall", "peak_gib")
-SAME = {"float32": 2e-4, "bfloat16": 2e-2}  # relative; float32 sums in other orders
+SAME = {"float32": 2e-4, "bfloat16": 4e-2}  # relative; float32 sums in other orders
 ALIKE = 5.0  # standard errors between the means of what is sampled
 
 

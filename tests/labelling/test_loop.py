@@ -60,10 +60,7 @@ def test_sample_label_train(tmp_path, capsys):
 def test_imported_prompts_wait_for_answers(tmp_path, capsys):
     """Prompts alone make no task; `sample` answers those that have none, once."""
     write_world(tmp_path)
-    asked = [
-        {"prompt": "Say a.", "topic": "a"},
-        {"prompt": [{"role": "user", "content": "Say b."}]},
-    ]
+    asked = [{"prompt": "Say a.", "topic": "a"}, {"prompt": "Say b."}]
     told = put(tmp_path, [*asked, *rows(1)], project="loop")
     assert (told["rows"], told["prompts"], told["tasks"]) == (3, 2, 1)
     address = f"{tmp_path / 'labels.db'}#loop"

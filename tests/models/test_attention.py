@@ -102,7 +102,7 @@ def test_values_narrower_than_keys(form):
     assert_close(ours, by_hand(batch.segments, q, k, v, 0.3, None), 1e-12)
 
 
-def test_bfloat16_blocks_have_better_gradients_than_torchs_own_attention():
+def test_bfloat16_blocks_lose_less_than_torchs_own_attention():
     """Against float64 on the same numbers: the blocks stay within a rounding."""
     batch = pack(random_examples(((40, ()),)))
     exact = [(3 * x).bfloat16().double() for x in tensors(40, width=64, value_width=64)]
@@ -124,8 +124,7 @@ def test_bfloat16_blocks_have_better_gradients_than_torchs_own_attention():
     ours, theirs = (results(attend, torch.bfloat16) for attend in (blocks, sdpa))
     for name, x, mine, other in zip(("output", *"qkv"), right, ours, theirs, strict=True):
         errors = [float((y.double() - x).norm() / x.norm()) for y in (mine, other)]
-        assert errors[0] < 2**-8, (name, errors)
-        assert name == "output" or errors[0] < errors[1], (name, errors)
+        assert errors[0] < min(2**-8, errors[1]), (name, errors)
 
 
 def test_autocast_gives_bfloat16_attention():

@@ -1,7 +1,7 @@
 """Attention over packed segments on the CPU: block by block, in batched matrix products.
 
 Blocks are small enough for the cache and need no padding, and what two answers share is read where
-it stands. Scores and their gradients are float32 also where queries and keys are bfloat16.
+it stands. Scores, weights and their gradients are float32 also where q, k and v are bfloat16.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _BlockAttention(torch.autograd.Function):
             for block in blocks:
                 asked, seen = _folded(q, block, groups), _joined(k, block)
                 weights = _probabilities(asked, seen, block, scaling, window)
-                found = torch.bmm(weights.to(v.dtype), _joined(v, block))
+                found = torch.bmm(weights, _joined(v, block).to(weights.dtype))
                 _as_rows(output[block.queries], found)
         return output.flatten(1, 2)
 
