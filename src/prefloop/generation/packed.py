@@ -23,8 +23,7 @@ def packed_linears(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     serve, keep the layers as they are.
     """
     linears = [part for part in module.modules() if type(part) is nn.Linear]
-    serves = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
-    if not linears or not serves or linears[0].weight.device.type != "cpu":
+    if not linears or linears[0].weight.device.type != "cpu" or not _serves(dtype):
         yield
         return
     joined = [part for part in module.modules() if _joinable(part)]
@@ -47,8 +46,11 @@ def packed_linears(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             del vars(part)["joined"]
 
 
-def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _serves(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    halves = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(halves or dtype == torch.float32)
 
 
 def _layers(part: nn.Module) -> list[Any]:
