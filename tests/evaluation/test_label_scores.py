@@ -8,8 +8,9 @@ from prefloop import commands
 from prefloop.config import UserError
 from prefloop.config_labelling import LabelScoreConfig
 from prefloop.evaluation.judges import load_judge
+from prefloop.files import write_jsonl
 from prefloop.labelling.assign import next_assignment, submit
-from prefloop.labelling.imports import uncertainty_and_gap
+from prefloop.labelling.imports import add_samples, uncertainty_and_gap
 from tests.labelling.small import add, in_order, open_store, put, rows
 from tests.training.small import train, write_world
 
@@ -86,6 +87,19 @@ def test_scores_are_the_reward_models(tmp_path):
         exact = judge([json.loads(p) for p in prompts], [json.loads(a) for a in answers])
         assert [json.loads(s)[0] for s in given] == pytest.approx(exact, abs=1e-4)
         assert gaps[0] == pytest.approx(uncertainty_and_gap([exact])[1], abs=1e-4)
+
+
+def test_new_answers_go_into_a_scored_project(judges, tmp_path):
+    """They wait at the end until they are scored; the strategy stays."""
+    put(tmp_path, rows(2))
+    score(tmp_path, *judges)
+    write_jsonl(tmp_path / "more.jsonl", rows(3))
+    told = add_samples(f"{tmp_path / 'labels.db'}#main", tmp_path / "more.jsonl")
+    assert told["tasks"] == 1
+    store = open_store(tmp_path)
+    (settings,) = select(store, "SELECT settings FROM projects")
+    assert json.loads(settings[0])["strategy"] == "uncertainty"
+    assert score(tmp_path, *judges)["tasks"] == 3
 
 
 def test_bad_input_is_one_line(judges, tmp_path):

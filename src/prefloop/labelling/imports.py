@@ -43,10 +43,11 @@ class Item:
     row: Mapping[str, Any]
 
 
-def run(config: LabelImportConfig) -> dict[str, Any]:
+def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Import a file into a project, made or changed as the settings say, all of it or nothing.
 
-    Rows with a prompt alone wait in the project until `prefloop sample` answers them.
+    `kept` are settings that the project keeps instead. Rows with a prompt alone wait in the project
+    until `prefloop sample` answers them.
     """
     # 1. Read and check every row.
     counts = RowCounts()
@@ -66,7 +67,8 @@ def run(config: LabelImportConfig) -> dict[str, Any]:
     store = Store(config.store)
     try:
         with store.write() as t:
-            project_id = t.put_project(config.project, config.mode, guidelines, _settings(config))
+            settings = kept or _settings(config)
+            project_id = t.put_project(config.project, config.mode, guidelines, settings)
             made = sum(_put(t, project_id, item, config, counts) for item in items)
             for prompt in waiting:
                 t.put_prompt(project_id, text_to_json(prompt.prompt), prompt.extra)
@@ -110,8 +112,12 @@ def add_samples(address: str, path: Path) -> dict[str, Any]:
             project = t.project(name)
     finally:
         store.close()
-    kept = {"mode": project["mode"], **project["settings"]} if project else {}
-    return run(LabelImportConfig(store=place, project=name, data=str(path), **kept))
+    if project is None:
+        return run(LabelImportConfig(store=place, project=name, data=str(path)))
+    # Whatever the strategy, what was just sampled has no scores yet.
+    told = {"mode": project["mode"], **project["settings"], "strategy": "random"}
+    config = LabelImportConfig(store=place, project=name, data=str(path), **told)
+    return run(config, project["settings"])
 
 
 def _settings(config: LabelImportConfig) -> dict[str, object]:
