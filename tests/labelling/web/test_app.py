@@ -458,6 +458,18 @@ def test_flags_reach_the_admin(made):
     assert "&lt;i&gt;no&lt;/i&gt;" in text
 
 
+def test_admin_requests_for_what_is_not_there(made):
+    """A project or a labeller that does not exist is the asker's mistake, not the server's."""
+    _, app = made
+    boss = Page(app, "boss")
+    for path in ("task?project=nope&id=1", "quality?project=nope", "export?project=nope"):
+        assert boss.client.get(f"/admin/{path}").status_code == 404, path
+    answer = boss.client.get("/admin/task?project=nope&id=1")
+    assert answer.text == "no project nope in the store; it holds main"
+    for fields in ({"labeller": "x"}, {"labeller": ""}, {}):
+        assert 400 <= form(boss, "/admin/access", active="no", **fields).status_code < 500
+
+
 def test_admin_pages_speak_korean(made):
     """No English word is left of those that the pages take from the dictionary."""
     _, app = made

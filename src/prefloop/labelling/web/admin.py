@@ -113,14 +113,11 @@ def _add_export(app: FastAPI, site: "Site", admin: Any) -> None:
         who: Admin, project: str, form: Form = "rankings", consensus: Consensus = "labeller"
     ) -> Response:
         counts = RowCounts()
-        try:
-            if form == "audit":
-                rows = audit(site.store, project)
-            else:
-                decided = decisions(site.store, project, consensus, (), counts)
-                rows = [row for d in decided for row in form_rows(form, d, counts)]
-        except UserError as error:
-            return Response(str(error), 404, media_type="text/plain")
+        if form == "audit":
+            rows = audit(site.store, project)
+        else:
+            decided = decisions(site.store, project, consensus, (), counts)
+            rows = [row for d in decided for row in form_rows(form, d, counts)]
         with site.store.write() as t:
             told = {"project": project, "form": form, "consensus": consensus, "rows": len(rows)}
             t.log("export", who["id"], **told, left_out=counts.dropped)
@@ -169,8 +166,8 @@ def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
     @app.post("/admin/access")
     def access(who: Admin, fields: Fields) -> Response:
         """Let a labeller in or shut the door; nobody shuts it on themselves."""
-        labeller_id, active = int(fields.get("labeller", "0")), fields.get("active") == "yes"
-        if labeller_id == who["id"]:
+        given, active = fields.get("labeller", ""), fields.get("active") == "yes"
+        if not given.isdecimal() or (labeller_id := int(given)) == who["id"]:
             raise Refused("malformed")
         with site.store.write() as t:
             t.set_active(labeller_id, active)

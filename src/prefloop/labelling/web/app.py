@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefloop.config import UserError
 from prefloop.labelling.assign import (
     Assignment,
     Judgement,
@@ -148,8 +149,14 @@ def create_app(
     app.add_exception_handler(Refused, _refused(site))
     app.add_exception_handler(Unavailable, _unavailable)
     app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(UserError, _not_there)
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     return app
+
+
+def _not_there(request: Request, error: Exception) -> Response:
+    """A project that the store does not hold, or one with nothing to give."""
+    return Response(str(error), 404, media_type="text/plain")
 
 
 def _refused(site: Site) -> Callable[[Request, Exception], Response]:
