@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from benchmarks.meter import Meter, tell, wait
-from benchmarks.work import PPO_EPOCHS, WORKS, read_texts
+from benchmarks.work import PPO_EPOCHS, WORKS, read_texts, trl_settings
 
 
 class Turns(TrainerCallback):
@@ -57,20 +56,13 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     if best and dtype == "bfloat16":
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     config = PPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        **trl_settings(dtype),
         per_device_train_batch_size=len(rows),
         total_episodes=len(rows) * 10_000,
         num_ppo_epochs=PPO_EPOCHS,
         num_sample_generations=0,
         response_length=work.answer[1],
         temperature=1.0,
-        learning_rate=1e-6,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=dtype == "bfloat16",
-        disable_tqdm=True,
         gradient_checkpointing=not best,
     )
     fixed = getattr(torch, dtype) if best else torch.float32

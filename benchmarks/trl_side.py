@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import tempfile
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from benchmarks.meter import Meter, tell, wait
-from benchmarks.work import LORA_ALPHA, LORA_RANK, WORKS, Work, read_texts
+from benchmarks.work import LORA_ALPHA, LORA_RANK, WORKS, Work, read_texts, trl_settings
 
 
 class Turns(TrainerCallback):
@@ -59,18 +58,7 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.pad_token = "<|endoftext|>"  # not the stop token
     eos = tokenizer.eos_token
-    settings: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
-        "max_steps": 10_000,
-        "logging_steps": 1,
-        "learning_rate": 1e-6,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": dtype == "bfloat16",
-        "disable_tqdm": True,
-        "dataloader_num_workers": 0,
-    }
+    settings = trl_settings(dtype) | {"max_steps": 10_000, "dataloader_num_workers": 0}
     if form != "as-it-comes":
         settings["gradient_checkpointing"] = False
     model: Any

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,20 @@ WORKS = {
     "decode-8": Work("generate", 8, (8, 8), (64, 64), 1),
     "decode-32": Work("generate", 32, (8, 8), (64, 64), 1),
 }
+
+
+def trl_settings(dtype: str) -> dict[str, Any]:
+    """What both versions of TRL are told so that they train on the CPU and say and save nothing."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "learning_rate": 1e-6,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": dtype == "bfloat16",
+        "disable_tqdm": True,
+    }
 
 
 def read_texts(path: str) -> list[dict[str, Any]]:

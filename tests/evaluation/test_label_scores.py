@@ -108,6 +108,11 @@ def test_bad_input_is_one_line(judges, tmp_path):
         score(tmp_path, judges[0])
     with pytest.raises(UserError, match="no project other"):
         score(tmp_path, *judges, project="other")
+    with pytest.raises(UserError, match="absent"):
+        commands.label_score(
+            LabelScoreConfig(store=str(tmp_path / "absent.db"), reward_model=judges)
+        )
+    assert not (tmp_path / "absent.db").exists()
     with pytest.raises(UserError, match="cannot import it"):
         score(tmp_path, "nothing_here:scores", strategy="gap")
     store = open_store(tmp_path)

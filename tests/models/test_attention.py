@@ -138,9 +138,9 @@ def test_autocast_gives_bfloat16_attention():
 
 def test_the_cpu_takes_blocks_unless_segments_are_tiny():
     for shapes, kind in ((LONG, Blocks), (((4, (2, 3)), (5, (1,))), Rectangles)):
-        assert isinstance(PackedPlan(pack(random_examples(shapes)).segments, CPU).segments, kind)
+        assert isinstance(PackedPlan(pack(random_examples(shapes)).segments, CPU).form, kind)
     segments = pack(random_examples(LONG)).segments
-    elsewhere = PackedPlan(segments, torch.device("meta")).segments
+    elsewhere = PackedPlan(segments, torch.device("meta")).form
     assert isinstance(elsewhere, Rectangles)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from prefloop.config import UserError
 from prefloop.config_labelling import LabelScoreConfig
-from prefloop.evaluation.judges import load_judge
+from prefloop.evaluation.judges import Judge, load_judge
+from prefloop.labelling.export import project_id_of
 from prefloop.labelling.imports import uncertainty_and_gap
 from prefloop.labelling.store import Store
 from prefloop.labelling.store.reading import prompts_of, responses_of
@@ -22,32 +23,21 @@ def run(config: LabelScoreConfig) -> dict[str, Any]:
             f"--strategy {config.strategy} with {models} reward model(s): uncertainty needs two or "
             "more, gap one; name them after --reward-model"
         )
-    store = Store(config.store)
+    store = Store(config.store, must_exist=True)
     try:
         # 1. The answers.
         with store.read() as t:
-            project = t.project(config.project)
-            if project is None:
-                raise UserError(f"{config.store}: no project {config.project}; import rows into it")
-            asked = prompts_of(t, project["id"])
-            answers = list(responses_of(t, project["id"]).values())
-            tasks = tasks_of(t, project["id"])
+            project_id = project_id_of(t, config.project)
+            asked = {id: _text(prompt) for id, (prompt, _) in prompts_of(t, project_id).items()}
+            answers = list(responses_of(t, project_id).values())
+            tasks = tasks_of(t, project_id)
         if not answers:
             raise UserError(f"{config.store}#{config.project}: no answers to score; import some")
         # 2. Their scores, one model after the other.
-        prompts = [_prompt(asked[answer["prompt_id"]][0]) for answer in answers]
-        texts = [_text(answer["completion"]) for answer in answers]
+        prompts = [asked[answer["prompt_id"]] for answer in answers]
+        texts = [_one_turn(answer["completion"]) for answer in answers]
         ended = [answer["finish_reason"] != "length" for answer in answers]
-        columns = []
-        for source in config.reward_model:
-            judge = load_judge(
-                source,
-                device=config.device,
-                dtype=config.dtype,
-                max_length=config.max_length,
-                micro_batch_tokens=config.micro_batch_tokens,
-            )
-            columns.append(judge(prompts, texts, ended))
+        columns = [_judge(config, s)(prompts, texts, ended) for s in config.reward_model]
         ids = [answer["id"] for answer in answers]
         scores = dict(zip(ids, zip(*columns, strict=True), strict=True))
         # 3. What hand-out goes by.
@@ -60,20 +50,30 @@ def run(config: LabelScoreConfig) -> dict[str, Any]:
         told = {"project": config.project, "answers": len(answers), "tasks": len(tasks)}
         with store.write() as t:
             put_scores(t, scores, orders)
-            set_strategy(t, project["id"], config.strategy)
+            set_strategy(t, project_id, config.strategy)
             t.log("score", None, **told, models=list(config.reward_model), strategy=config.strategy)
     finally:
         store.close()
     return told
 
 
-def _prompt(stored: Any) -> Text:
+def _judge(config: LabelScoreConfig, source: str) -> Judge:
+    return load_judge(
+        source,
+        device=config.device,
+        dtype=config.dtype,
+        max_length=config.max_length,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+
+
+def _text(stored: Any) -> Text:
     if isinstance(stored, str):
         return stored
     return tuple(Message(message["role"], message["content"]) for message in stored)
 
 
-def _text(completion: Any) -> str:
+def _one_turn(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     if len(completion) != 1:

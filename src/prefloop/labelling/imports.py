@@ -14,7 +14,7 @@ from typing import Any
 from prefloop.config import UserError
 from prefloop.config_labelling import LabelImportConfig
 from prefloop.data.formats import parse_row
-from prefloop.labelling.export import split_address
+from prefloop.labelling.export import project_id_of, split_address
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of
 from prefloop.labelling.store.reading import unanswered_of
@@ -85,8 +85,7 @@ def unanswered(address: str) -> list[Prompt]:
     store = Store(place, must_exist=True)
     try:
         with store.read() as t:
-            project = t.project(name)
-            found = unanswered_of(t, project["id"]) if project else []
+            found = unanswered_of(t, project_id_of(t, name))
     finally:
         store.close()
     if not found:

@@ -68,7 +68,7 @@ class PackedPlan:
     ) -> None:
         scores = sum(s.length * (s.position + s.length) for s in segments)
         blocks = device.type == "cpu" and scores >= SMALL_SEGMENT * len(segments)
-        self.segments = Blocks(segments) if blocks else Rectangles(segments, device)
+        self.form = Blocks(segments) if blocks else Rectangles(segments, device)
         self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if keep_cache else None
 
     def attend(
@@ -77,4 +77,4 @@ class PackedPlan:
         """See AttentionPlan."""
         if self.cache is not None:
             self.cache[layer] = (k, v)
-        return self.segments.attend(q, k, v, scaling, window)
+        return self.form.attend(q, k, v, scaling, window)

@@ -70,8 +70,8 @@ def head_log_probs(
     row_bytes = 4 * model.hf.get_output_embeddings().weight.shape[0]
     recompute = torch.is_grad_enabled() and len(targets) * row_bytes > logit_bytes
     keep_all = torch.is_grad_enabled() and not recompute
-    size = max(1, len(targets) if keep_all else chunk_bytes // row_bytes)
     rows = max(1, chunk_bytes // row_bytes)
+    size = max(1, len(targets)) if keep_all else rows
 
     def chunk(h: Tensor, t: Tensor) -> Tensor:
         args = (_head(model, h), t, 1.0 / temperature, rows)

@@ -83,7 +83,6 @@ class ModelOptions(TypedDict):
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one."""
-    keep_freed_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -238,6 +237,7 @@ def _ready(
 ) -> LoadedModel:
     if device.type == "cpu":
         speed_up_float32()
+        keep_freed_memory()
     disable_dropout(module)
     module.to(device).eval()  # type: ignore[arg-type]
     model = LoadedModel(

@@ -1,6 +1,7 @@
-"""Attention over packed segments in few calls of scaled_dot_product_attention, for CUDA.
+"""Attention over packed segments in few calls of scaled_dot_product_attention.
 
-Segments of like size are gathered into one rectangle, whatever their number.
+Segments of like size are gathered into one rectangle, whatever their number: for CUDA, and for
+segments so tiny that a call each would cost the CPU more.
 """
 
 from __future__ import annotations
