@@ -60,6 +60,23 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     assert log_probs.tolist() == pytest.approx([math.log(0.5)] * 3)
 
 
+@pytest.mark.parametrize("size", [700, 768])
+def test_the_inverse_cdf_over_many_tokens(size: int) -> None:
+    """Against one running sum in float64; half of the tokens have no probability."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(4000, size, generator=generator)
+    logits[torch.rand(logits.shape, generator=generator) < 0.5] = -math.inf
+    uniforms = torch.rand(4000, generator=generator)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])
+    tokens, _ = draw(logits, uniforms, Sampling())
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    ends = cumulative.gather(-1, tokens[:, None])[:, 0]
+    starts = ends - logits.double().softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert (ends > starts).all()
+    assert (starts - 1e-6 <= uniforms).all()
+    assert (uniforms <= ends + 1e-6).all()
+
+
 def test_log_probs_are_the_whole_distributions_at_the_temperature() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     at_half = [math.exp(2 * x) for x in (0.0, 1.0, 2.0)]

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-GROWTH = 64  # lengths are multiples of this
+GROWTH = 32  # the room's least growth; attention reads all of it, so there is little to spare
 
 
 class SlotCache:
-    """Per layer, keys and values [slots, G, length, D]; the length grows as answers do."""
+    """Per layer, keys and values [slots, G, room, D]; the room grows as answers do."""
 
     def __init__(self, slots: int, dtype: torch.dtype) -> None:
-        self.slots, self.dtype = slots, dtype
+        self.slots, self.dtype, self.room = slots, dtype, 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, length: int) -> None:
-        """Makes room for `length` tokens in every slot, with a quarter to spare when it grows."""
-        for layer, pair in self.layers.items():
-            if pair[0].shape[2] < length:
-                room = -(-(length + length // 4) // GROWTH) * GROWTH
-                self.layers[layer] = (_grown(pair[0], room), _grown(pair[1], room))
+        """Makes room for `length` tokens in every slot, and a sixteenth more when it grows."""
+        if self.room < length:
+            self.room = -(-(length + length // 16) // GROWTH) * GROWTH
+            for layer, pair in self.layers.items():
+                self.layers[layer] = (_grown(pair[0], self.room), _grown(pair[1], self.room))
 
     def insert(self, first: int, rows: Tensor, prefill: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Copies rows [S, L] of a prefill's keys and values [G, T, D] to slots first..first+S."""
@@ -29,7 +29,7 @@ class SlotCache:
         for layer, pair in prefill.items():
             if layer not in self.layers:  # zeros: what is masked must still be finite
                 self.layers[layer] = tuple(  # type: ignore[assignment]
-                    x.new_zeros(self.slots, x.shape[0], 0, x.shape[2], dtype=self.dtype)
+                    x.new_zeros(self.slots, x.shape[0], self.room, x.shape[2], dtype=self.dtype)
                     for x in pair
                 )
         self.reserve(length)
@@ -55,7 +55,7 @@ class DecodePlan:
 
     def __init__(self, cache: SlotCache, positions: Tensor, length: int) -> None:
         """`positions` [B] is where each new token stands; `length` is one beyond the largest."""
-        self.cache, self.positions, self.length = cache, positions, length
+        self.cache, self.positions = cache, positions
         self.rows = torch.arange(len(positions), device=positions.device)
         self.masks: dict[int | None, Tensor] = {}
         cache.reserve(length)
@@ -68,21 +68,36 @@ class DecodePlan:
         keys[self.rows, :, self.positions] = k.transpose(0, 1).to(keys.dtype)
         values[self.rows, :, self.positions] = v.transpose(0, 1).to(values.dtype)
         heads, batch, width = q.shape
-        output = scaled_dot_product_attention(
-            q.transpose(0, 1).reshape(batch, k.shape[0], -1, width).to(keys.dtype),
-            keys[:batch, :, : self.length],
-            values[:batch, :, : self.length],
-            attn_mask=self.mask(window),
-            scale=scaling,
-        )
+        asked = q.transpose(0, 1).reshape(batch, k.shape[0], -1, width).to(keys.dtype)
+        attend = _in_products if q.device.type == "cpu" else _in_one_kernel
+        output = attend(asked, keys[:batch], values[:batch], self.mask(window), scaling)
         return output.reshape(batch, heads, -1)
 
     def mask(self, window: int | None) -> Tensor:
-        """[B, 1, 1, length]: 0 on a slot's own tokens (the last `window` of them), -inf beyond."""
+        """[B, 1, 1, room]: 0 on a slot's own tokens (the last `window` of them), -inf beyond."""
         if window not in self.masks:
-            places = torch.arange(self.length, device=self.positions.device)
+            places = torch.arange(self.cache.room, device=self.positions.device)
             distance = self.positions[:, None] - places
             seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=seen.device)
             self.masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
         return self.masks[window]
+
+
+def _in_one_kernel(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """q [B, G, R, D] over keys and values [B, G, L, D], mask [B, 1, 1, L] -> [B, G, R, D]."""
+    return scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
+
+
+def _in_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """The same in half the CPU's time: the keys come first in their product, read as they lie.
+
+    Scores leave a product of bfloat16 as bfloat16; softmax is float32.
+    """
+    each = q.shape[:2]
+    scores = torch.bmm(keys.flatten(0, 1), q.flatten(0, 1).transpose(1, 2))
+    scores = scores.transpose(1, 2).unflatten(0, each)  # [B, G, R, L]
+    masked = scores.new_empty(scores.shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    torch.add(mask, scores, alpha=scaling, out=masked)
+    weights = masked.softmax(-1).to(q.dtype).flatten(0, 1)
+    return torch.bmm(weights, values.flatten(0, 1)).unflatten(0, each)

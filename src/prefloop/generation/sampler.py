@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prefloop.config import UserError
+
+BLOCK = 256  # tokens; about the root of a vocabulary's size
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,15 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     """
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
-    normaliser = logits.logsumexp(-1, keepdim=True)
+    probs = logits.softmax(-1)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
+    elif sampling.top_k or sampling.top_p < 1:
+        kept, ids = keep_likeliest(probs, sampling.top_p, sampling.top_k)
+        tokens = ids.gather(-1, _inverse_cdf(kept, uniforms))
     else:
-        probs = (logits - normaliser).exp_()
-        if sampling.top_k or sampling.top_p < 1:
-            kept, ids = keep_likeliest(probs, sampling.top_p, sampling.top_k)
-            tokens = ids.gather(-1, _inverse_cdf(kept, uniforms))
-        else:
-            tokens = _inverse_cdf(probs, uniforms)
-    return tokens.squeeze(-1), (logits.gather(-1, tokens) - normaliser).squeeze(-1)
+        tokens = _inverse_cdf(probs, uniforms)
+    return tokens.squeeze(-1), probs.gather(-1, tokens).log().squeeze(-1)
 
 
 def keep_likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
@@ -74,8 +75,26 @@ def keep_likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Ten
 
 
 def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """[B, 1]: where u times the last cumulative sum falls; probabilities need not sum to 1."""
-    cumulative = probs.cumsum(-1)
-    target = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, target, right=True)
-    return found.clamp_(max=probs.shape[-1] - 1)  # not-a-number finds nothing
+    """[B, 1]: the token in whose share of the cumulative sum u falls; the sum need not be 1.
+
+    Sought among blocks of tokens and then in one block: running sums of all tokens are slow.
+    """
+    count = probs.shape[-1]
+    if missing := -count % BLOCK:
+        probs = pad(probs, (0, missing))
+    blocks = probs.unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1)
+    ends = sums.cumsum(-1)
+    target = uniforms.unsqueeze(-1) * ends[:, -1:]
+    block = _first_beyond(ends, target)
+    within = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]]
+    target = (target - (ends - sums).gather(-1, block)).clamp_(min=0)
+    found = block * BLOCK + _first_beyond(within.cumsum(-1), target)
+    return found.clamp_(max=count - 1)  # not-a-number is past the end
+
+
+def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
+    """[B, 1]: the first place where sums [B, N] exceed targets [B, 1], which may round up to all."""
+    most = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
+    found = torch.searchsorted(cumulative, torch.minimum(target, most), right=True)
+    return found.clamp_(max=cumulative.shape[-1] - 1)
