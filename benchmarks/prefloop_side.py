@@ -41,6 +41,7 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     settings: dict[str, Any] = {
         "model": f"{models}/policy", "data": path, "output": Path(tempfile.mkdtemp()) / "run",
         "lr": 1e-6, "dtype": dtype, "gradient_checkpointing": form == "checkpointing",
+        "micro_batch_tokens": 2048 if form == "small" else 8192,
     }  # fmt: skip
     if work.lora:
         settings |= {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA}
@@ -66,7 +67,7 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
     kept = ("lora_rank", "lora_alpha", "gradient_checkpointing")
     model = load(settings["model"], CPU, **{k: v for k, v in settings.items() if k in kept})
     examples = tokenize(records(work, path), model.tokenizer, 1024, "error", RowCounts())
-    batches: list[Any] = to_batches(examples, 8192, CPU)
+    batches: list[Any] = to_batches(examples, settings["micro_batch_tokens"], CPU)
     flops = sum(forward_and_backward(model, batch.examples) for batch in batches)
     fixed: LoadedModel | None = None
     method: Any

@@ -61,8 +61,8 @@ GENERATION = (
 )
 MEMORY = (
     Form("trl_side", "as-it-comes", "checkpointing"),
-    Form("trl_side", "as-it-comes", "later"),
-    Form("trl_side", "best", "later"),
+    Form("trl_side", "as-it-comes", "small"),
+    Form("trl_side", "best", "small"),
 )
 PPO = (Form("trl_ppo_side", "as-it-comes"), Form("trl_ppo_side", "best"))
 PEERS = {"sft": TRAINING, "reward": TRAINING, "dpo": DPO, "ppo": PPO, "generate": GENERATION}
@@ -79,8 +79,6 @@ class Side:
     def __init__(self, module: str, *words: str, threads: int) -> None:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "GOMP_SPINCOUNT": "0",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
         }
