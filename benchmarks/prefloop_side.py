@@ -20,14 +20,13 @@ from prefloop.data.batches import pack, to_batches
 from prefloop.data.tokenize import Example, encode_prompt, tokenize
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
-from prefloop.models.heads import answer_log_probs
+from prefloop.models.heads import answer_log_probs, sequence_log_probs
 from prefloop.models.load import LoadedModel, load_policy, load_scorer
 from prefloop.models.precision import autocast
 from prefloop.records import Demonstration, Ranking, RowCounts
 from prefloop.runs import Run
 from prefloop.training import loop, optim, ppo
 from prefloop.training.preference import MicroBatch, Preference
-from prefloop.training.reference import sequence_log_probs
 from prefloop.training.reward import Reward
 from prefloop.training.sft import SFT
 
@@ -89,7 +88,7 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
 
     def turn() -> dict[str, Any]:
         if fixed:
-            sequence_log_probs(method.config, fixed, examples)
+            sequence_log_probs(fixed, examples, method.config.micro_batch_tokens, config.dtype)
         optimizer.zero_grad()
         values, metrics, _ = loop.gradients(method, batches, parameters, method.config)
         optimizer.step()

@@ -18,9 +18,9 @@ from prefloop.commands import COMMANDS, Command
 from prefloop.config import UserError
 from prefloop.settings import flag, nearest, resolve
 
-# How long idle threads spin for their next piece of work. Without it decoding takes 1.7 times as long
-# on two free cores; as long as libgomp likes it, 2.5 times as long where another program is busy.
-# This little costs 1.3 times in either case. Read by torch's OpenMP when it is loaded, after this.
+# How long idle threads spin for their next piece of work. Not at all makes decoding take 1.7 times
+# as long on two free cores; as long as libgomp would, 2.5 times as long beside a busy program; this
+# little costs 1.3 times in either case. Read by torch's OpenMP when it is loaded, after this.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():  # no bars in log files

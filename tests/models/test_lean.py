@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from prefloop.data.batches import pack
 from prefloop.models import heads, lean
 from tests.models.plain import (
     assert_same_gradients,
     gradients,
+    loaded,
     random_examples,
     with_plain_twin,
 )
@@ -64,7 +66,10 @@ def test_models_keep_their_numbers(arch, bfloat16):
 
     ours = run()
     by_ours = gradients(model.hf, ours)
-    lean.make_plain(lean.lean_parts(model.hf))
+    with torch.no_grad():
+        assert torch.equal(run(), ours)
+    parts = lean.lean_parts(model.hf)
+    lean.make_plain(parts + lean.lean_models(model.hf, parts))
     assert not lean_modules(model.hf)
     theirs = run()
     assert torch.equal(ours, theirs)
@@ -76,6 +81,17 @@ def test_models_with_other_parts_keep_them(arch):
     """Gemma's norms add one to their weights and feed the residual; GPT-2 has neither part."""
     model, _ = with_plain_twin(tiny_model(arch))
     assert lean_modules(model.hf) == []
+
+
+def test_a_stack_that_adds_otherwise_keeps_its_own_forward():
+    """Granite weighs what a layer adds; its parts are Llama's."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "residual_multiplier": 0.5}
+    tokens = {"vocab_size": 268, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = loaded(GraniteForCausalLM(GraniteConfig(**shape, **heads, **tokens)).eval())
+    assert "forward" in vars(loaded(tiny_model("llama")).base)
+    assert "forward" not in vars(model.base)
+    assert len(lean_modules(model.hf)) == 8
 
 
 def lean_modules(hf):
@@ -93,14 +109,17 @@ def test_a_saved_model_has_the_names_of_the_plain_one(tmp_path):
         assert torch.equal(x, y)
 
 
-def test_a_copy_computes_with_its_own_weights():
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_copy_computes_with_its_own_weights(trains):
     """PPO copies the policy as its reference."""
     model, _ = with_plain_twin(tiny_model("llama"))
     frozen = replace(model, module=copy.deepcopy(model.module))
     batch = pack(random_examples())
-    before = heads.answer_log_probs(model, batch)
+    with torch.set_grad_enabled(trains):
+        before = heads.answer_log_probs(model, batch)
     with torch.no_grad():
         for parameter in model.trainable():
             parameter.mul_(1.5)
-    assert torch.equal(heads.answer_log_probs(frozen, batch), before)
-    assert not torch.equal(heads.answer_log_probs(model, batch), before)
+    with torch.set_grad_enabled(trains):
+        assert torch.equal(heads.answer_log_probs(frozen, batch), before)
+        assert not torch.equal(heads.answer_log_probs(model, batch), before)

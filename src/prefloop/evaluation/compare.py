@@ -9,11 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from prefloop.config import CompareConfig, UserError
 from prefloop.data import formats
-from prefloop.data.batches import micro_batches, pack
 from prefloop.data.tokenize import Example, decode_answer, same_ids, stop_token_ids, tokenize
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
 from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
@@ -23,9 +20,8 @@ from prefloop.evaluation.winrate import Interval, mean_score, win_rate
 from prefloop.files import check_folder, write_atomic, write_jsonl
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
-from prefloop.models.heads import answer_log_probs
+from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import LoadedModel, is_scorer_folder, load_policy, pick_device
-from prefloop.models.precision import autocast
 from prefloop.records import RowCounts, Text, text_to_json
 from prefloop.settings import as_dict
 
@@ -166,8 +162,8 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
     gold = task.judge(prompts, texts, ended)
     proxy = task.proxy(prompts, texts, ended) if task.proxy else [None] * len(texts)
     tokens = [[sample.tokens for sample in row] for row in samples]
-    own = _sequence_log_probs(task, model, tokens)
-    reference = own if model is task.sft else _sequence_log_probs(task, task.sft, tokens)
+    own = _log_probs(task, model, tokens)
+    reference = own if model is task.sft else _log_probs(task, task.sft, tokens)
     judged = iter(
         Answer(text, s.tokens, s.finish_reason == "length", p - q, g, r)
         for text, (_, s), p, q, g, r in zip(texts, flat, own, reference, gold, proxy, strict=True)
@@ -175,8 +171,7 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
     return [[next(judged) for _ in row] for row in samples], seconds
 
 
-@torch.no_grad()
-def _sequence_log_probs(
+def _log_probs(
     task: Task, model: LoadedModel, answers: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[float]:
     """log pi(y|x) of every answer at the sampling temperature (1 where it is greedy), in order."""
@@ -191,14 +186,9 @@ def _sequence_log_probs(
         )
         for index, (prompt, row) in enumerate(zip(task.prompt_ids, answers, strict=True))
     ]
-    sums: list[float] = []
-    with autocast(model.device, config.dtype):
-        for group in micro_batches(examples, SCORING_TOKENS):
-            batch = pack(group).to(model.device)
-            log_probs = answer_log_probs(model, batch, config.temperature or 1.0)
-            total = torch.zeros(batch.answers, device=model.device)
-            sums += total.index_add_(0, batch.target_answer, log_probs).tolist()
-    return sums
+    temperature = config.temperature or 1.0
+    sums = sequence_log_probs(model, examples, SCORING_TOKENS, config.dtype, temperature)
+    return sums.tolist()
 
 
 def _way(

@@ -58,6 +58,10 @@ class DecodePlan:
         self.cache, self.positions = cache, positions
         self.rows = torch.arange(len(positions), device=positions.device)
         self.masks: dict[int | None, Tensor] = {}
+        self.attention, self.mask_dtype = _in_one_kernel, cache.dtype
+        if positions.device.type == "cpu":
+            self.attention = _in_products
+            self.mask_dtype = torch.promote_types(cache.dtype, torch.float32)
         cache.reserve(length)
 
     def attend(
@@ -69,8 +73,7 @@ class DecodePlan:
         values[self.rows, :, self.positions] = v.transpose(0, 1).to(values.dtype)
         heads, batch, width = q.shape
         asked = q.transpose(0, 1).reshape(batch, k.shape[0], -1, width).to(keys.dtype)
-        attend = _in_products if q.device.type == "cpu" else _in_one_kernel
-        output = attend(asked, keys[:batch], values[:batch], self.mask(window), scaling)
+        output = self.attention(asked, keys[:batch], values[:batch], self.mask(window), scaling)
         return output.reshape(batch, heads, -1)
 
     def mask(self, window: int | None) -> Tensor:
@@ -79,7 +82,7 @@ class DecodePlan:
             places = torch.arange(self.cache.room, device=self.positions.device)
             distance = self.positions[:, None] - places
             seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            mask = torch.zeros(seen.shape, dtype=self.cache.dtype, device=seen.device)
+            mask = torch.zeros(seen.shape, dtype=self.mask_dtype, device=seen.device)
             self.masks[window] = mask.masked_fill_(~seen, float("-inf"))[:, None, None]
         return self.masks[window]
 
@@ -92,12 +95,13 @@ def _in_one_kernel(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scalin
 def _in_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """The same in half the CPU's time: the keys come first in their product, read as they lie.
 
-    Scores leave a product of bfloat16 as bfloat16; softmax is float32.
+    Scores leave a product of bfloat16 as bfloat16; the mask and softmax are float32.
     """
     each = q.shape[:2]
     scores = torch.bmm(keys.flatten(0, 1), q.flatten(0, 1).transpose(1, 2))
     scores = scores.transpose(1, 2).unflatten(0, each)  # [B, G, R, L]
-    masked = scores.new_empty(scores.shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    masked = mask.new_empty(scores.shape)
     torch.add(mask, scores, alpha=scaling, out=masked)
     weights = masked.softmax(-1).to(q.dtype).flatten(0, 1)
-    return torch.bmm(weights, values.flatten(0, 1)).unflatten(0, each)
+    output: Tensor = torch.bmm(weights, values.flatten(0, 1)).unflatten(0, each)
+    return output

@@ -94,7 +94,7 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
-    """[B, 1]: the first place where sums [B, N] exceed targets [B, 1], which may round up to all."""
+    """[B, 1]: where sums [B, N] first exceed targets [B, 1], which may have been rounded up."""
     most = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
     found = torch.searchsorted(cumulative, torch.minimum(target, most), right=True)
     return found.clamp_(max=cumulative.shape[-1] - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prefloop.data.batches import TokenBatch
+from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.tokenize import Example
+from prefloop.losses.masked import segment_sum
 from prefloop.models.attention import PackedPlan
+from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
     from prefloop.models.load import LoadedModel
@@ -56,6 +60,23 @@ def answer_log_probs(model: LoadedModel, batch: TokenBatch, temperature: float =
     """
     hidden = hidden_states(model, batch)[batch.source_index]
     return head_log_probs(model, hidden, batch.target_ids, temperature)
+
+
+@torch.no_grad()
+def sequence_log_probs(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    micro_batch_tokens: int,
+    dtype: str,
+    temperature: float = 1.0,
+) -> Tensor:
+    """log pi(y|x) of all A answers in their order: nats, float32 [A]."""
+    sums = [torch.zeros(0, device=model.device)]
+    for batch in to_batches(examples, micro_batch_tokens, model.device):
+        with autocast(model.device, dtype):
+            tokens = answer_log_probs(model, batch, temperature)
+        sums.append(segment_sum(tokens, batch.target_answer, batch.answers))
+    return torch.cat(sums)
 
 
 def head_log_probs(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import silu
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Part = tuple[nn.Module, Callable[..., Any]]
 
@@ -102,11 +103,15 @@ def attention_forward(
         q, k = part.q_norm(q), part.k_norm(k)
     cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    own = hasattr(part, "sliding_window")  # of this layer, or of all layers
-    window = part.sliding_window if own else getattr(part.config, "sliding_window", None)
     heads = (y.transpose(0, 1) for y in (q, k, v))
-    output = attention_plan.attend(part.layer_idx, *heads, part.scaling, window)
+    output = attention_plan.attend(part.layer_idx, *heads, part.scaling, _window(part))
     return part.o_proj(output.flatten(1)).unsqueeze(0), None
+
+
+def _window(part: Any) -> int | None:
+    """Of this layer, or of all layers."""
+    holder = part if hasattr(part, "sliding_window") else part.config
+    return getattr(holder, "sliding_window", None)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,6 +144,35 @@ class _Rotated(torch.autograd.Function):
         return by_x.to(ctx.dtype), None, None, None
 
 
+def model_forward(model: Any, input_ids: Tensor, attention_plan: Any = None, **others: Any) -> Any:
+    """A stack of layers of lean parts: without gradients with little between them.
+
+    Queries and keys turn together, by a sine that bears the sign of the half it meets.
+    """
+    if attention_plan is None or torch.is_grad_enabled():
+        own_forward = type(model).forward
+        return own_forward(model, input_ids, attention_plan=attention_plan, **others)
+    x = model.embed_tokens(input_ids)
+    cos, sin = (t[0].unsqueeze(1) for t in model.rotary_emb(x, others["position_ids"]))
+    left, right = sin.chunk(2, -1)
+    sin, x, dtype = torch.cat((-left, right), -1), x[0], _dtype(x)
+    for layer in model.layers:
+        part = layer.self_attn
+        heads = _together(part, HEADS, norm_forward(layer.input_layernorm, x))
+        heads = heads.unflatten(-1, (-1, part.head_dim))  # [T, H + 2 G, D]
+        groups = part.k_proj.out_features // part.head_dim
+        both, v = heads[:, :-groups], heads[:, -groups:]
+        if hasattr(part, "q_norm"):
+            both = torch.cat((part.q_norm(both[:, :-groups]), part.k_norm(both[:, -groups:])), 1)
+        left, right = both.chunk(2, -1)
+        both = (both * cos + torch.cat((right, left), -1) * sin).to(dtype).transpose(0, 1)
+        q, k, v = both[:-groups], both[-groups:], v.transpose(0, 1)
+        args = (part.layer_idx, q, k, v, part.scaling, _window(part))
+        x = x + part.o_proj(attention_plan.attend(*args).flatten(1))
+        x = x + mlp_forward(layer.mlp, norm_forward(layer.post_attention_layernorm, x))
+    return BaseModelOutputWithPast(last_hidden_state=model.norm(x).unsqueeze(0))
+
+
 class Joined(NamedTuple):
     """Several linear layers of one input as one, for the time of a generation."""
 
@@ -146,6 +180,8 @@ class Joined(NamedTuple):
     sizes: tuple[int, ...]
 
 
+MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
+LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 GATED, HEADS = ("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")
 
 
@@ -155,6 +191,14 @@ def projected(part: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tenso
     if joined is not None:
         return torch.split(joined.layer(x), list(joined.sizes), -1)
     return tuple(getattr(part, name)(x) for name in names)
+
+
+def _together(part: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
+    """The same in one tensor."""
+    joined: Joined | None = vars(part).get("joined")
+    if joined is not None:
+        return joined.layer(x)
+    return torch.cat(projected(part, names, x), -1)
 
 
 LEAN_NAMES: dict[Any, tuple[str, ...]] = {mlp_forward: GATED, attention_forward: HEADS}
@@ -177,6 +221,18 @@ def lean_parts(hf: nn.Module) -> list[Part]:
             found.append((children["self_attn"], attention_forward))
         found += [(p, norm_forward) for p in children.values() if hasattr(p, "variance_epsilon")]
     return found
+
+
+def lean_models(hf: nn.Module, parts: list[Part]) -> list[Part]:
+    """Stacks of layers that look as if they were made of these parts alone."""
+    lean = {part for part, _ in parts}
+    return [
+        (model, model_forward)
+        for model in hf.modules()
+        if model._modules.keys() == MODEL
+        and all(layer._modules.keys() == LAYER for layer in model.layers)  # type: ignore[union-attr]
+        and all(part in lean for layer in model.layers for part in layer.children())  # type: ignore[union-attr]
+    ]
 
 
 def make_lean(parts: list[Part]) -> None:

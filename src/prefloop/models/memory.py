@@ -7,7 +7,7 @@ import functools
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-LARGEST_INT = 2**31 - 1
+NEVER = -1
 
 
 @functools.cache
@@ -19,4 +19,4 @@ def keep_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, LARGEST_INT)
+        library.mallopt(M_TRIM_THRESHOLD, NEVER)

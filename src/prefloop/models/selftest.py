@@ -63,13 +63,14 @@ def _take_lean_parts(model: LoadedModel, batch: TokenBatch) -> None:
         return
     parts = lean.lean_parts(model.hf)
     plain = _both_precisions(model, batch)
-    lean.make_lean(parts)
-    try:
-        if all(map(torch.equal, _both_precisions(model, batch), plain)):
-            return
-    except Exception as error:  # an architecture may differ in any way
-        log.debug("lean parts: %r", error)
-    lean.make_plain(parts)
+    for chosen in (parts + lean.lean_models(model.hf, parts), parts):
+        lean.make_lean(chosen)
+        try:
+            if all(map(torch.equal, _both_precisions(model, batch), plain)):
+                return
+        except Exception as error:  # an architecture may differ in any way
+            log.debug("lean parts: %r", error)
+        lean.make_plain(chosen)
 
 
 def _both_precisions(model: LoadedModel, batch: TokenBatch) -> list[Tensor]:

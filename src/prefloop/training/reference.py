@@ -10,12 +10,9 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import DPOConfig
-from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example
-from prefloop.losses.masked import segment_sum
-from prefloop.models.heads import answer_log_probs
+from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import LoadedModel, load_policy, require_same_ids
-from prefloop.models.precision import autocast
 from prefloop.training import checkpoint
 
 
@@ -56,28 +53,15 @@ def reference_log_probs(
         stored = load_file(cache)
         if key in stored:
             return list(stored[key].split(sizes))
-    sums = sequence_log_probs(config, reference, examples)
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    mine = range(distributed.rank(), len(examples), distributed.world())
+    spots = [spot for i in mine for spot in range(starts[i], starts[i + 1])]
+    own = [examples[i] for i in mine]
+    sums = torch.zeros(sum(sizes), device=reference.device)
+    sums[spots] = sequence_log_probs(reference, own, config.micro_batch_tokens, config.dtype)
+    sums = distributed.sum_tensor(sums).cpu()
     if distributed.rank() == 0:
         temporary = cache.with_name(f".{cache.name}.tmp")
         save_file({key: sums}, temporary)
         temporary.replace(cache)
     return list(sums.split(sizes))
-
-
-@torch.no_grad()
-def sequence_log_probs(
-    config: DPOConfig, reference: LoadedModel, examples: list[Example]
-) -> Tensor:
-    """log pi_ref of all answers in their order, each rank computing its share of the examples."""
-    sizes = [len(example.answers) for example in examples]
-    sums = torch.zeros(sum(sizes))
-    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    mine = range(distributed.rank(), len(examples), distributed.world())
-    own = [examples[i] for i in mine]
-    spots = iter([spot for i in mine for spot in range(starts[i], starts[i + 1])])
-    for batch in to_batches(own, config.micro_batch_tokens, reference.device):
-        with autocast(reference.device, config.dtype):
-            tokens = answer_log_probs(reference, batch)
-        for value in segment_sum(tokens, batch.target_answer, batch.answers).cpu():
-            sums[next(spots)] = value
-    return distributed.sum_tensor(sums.to(reference.device)).cpu()
