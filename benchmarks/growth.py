@@ -24,6 +24,7 @@ from prefloop.models.load import load_tokenizer
 
 PICTURE = Path("docs/images/growth.svg")
 VOCABULARY = 49152
+WARM_UP = 3  # turns; the second still takes new memory
 SHAPES = {  # width, inner width, layers, heads, key heads
     "30M": (256, 768, 20, 4, 2),
     "360M": (960, 2560, 32, 15, 5),
@@ -73,7 +74,8 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
             point = replace(base, **{field: value})
             words = (folders[point.model], dtype, json.dumps(asdict(point)))
             with Side("growth_side", *words, threads=threads) as side:
-                side.turn()  # warms up
+                for _ in range(WARM_UP):
+                    side.turn()
                 turn = side.turn()
             turn |= {field: value, "padded_pairs": point.padded_pairs}
             turn["per_second"] = turn["tokens"] / turn["wall"]

@@ -40,7 +40,8 @@ def reference_log_probs(
     """log pi_ref of every answer, per example [K]; computed once and kept in the file `cache`.
 
     The reference is `--ref-model`, or the policy's weights in memory as they are now. The file is
-    used again only while weights and tokens hash to what it was made from.
+    used again only while weights and tokens hash to what it was made from. Each rank computes its
+    share of the examples.
     """
     reference = policy
     if config.ref_model is not None:
