@@ -139,6 +139,7 @@ def test_signals_end_with_130(number, tmp_path):
         capture_output=True,
         text=True,
         timeout=60,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job ignores SIGINT
     )
     assert (done.returncode, done.stderr) == (130, "prefloop: interrupted\n")
 
