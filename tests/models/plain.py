@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from prefloop.data.tokenize import Example
@@ -121,3 +122,27 @@ def assert_same_gradients(
     assert ours.keys() == plain.keys()
     for name, gradient in plain.items():
         assert_close(ours[name], gradient, tolerance)
+
+
+def varlen_by_hand(
+    q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size, enable_gqa
+):
+    """What torch documents of varlen_attn: q [T, H, D], its mask aligned at the last key."""
+    assert q.dtype == k.dtype == v.dtype and ends_q.dtype == ends_k.dtype == torch.int32
+    assert enable_gqa == (q.shape[1] != k.shape[1]) and v.shape[2] == q.shape[2]
+    assert int(ends_q.diff().max()) == longest_q and int(ends_k.diff().max()) == longest_k
+    output = []
+    for index in range(len(ends_q) - 1):
+        queries = slice(int(ends_q[index]), int(ends_q[index + 1]))
+        keys = slice(int(ends_k[index]), int(ends_k[index + 1]))
+        rows, columns = queries.stop - queries.start, keys.stop - keys.start
+        ahead = torch.arange(columns) - (torch.arange(rows)[:, None] + columns - rows)
+        seen = ahead <= window_size[1]
+        if window_size[0] >= 0:
+            seen &= ahead >= -window_size[0]
+        parts = (x[rows_].transpose(0, 1) for x, rows_ in ((q, queries), (k, keys), (v, keys)))
+        attended = scaled_dot_product_attention(
+            *parts, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
+        output.append(attended.transpose(0, 1))
+    return torch.cat(output)

@@ -5,10 +5,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefloop.data.batches import Segment, pack, rows_of_path
-from prefloop.models import attention, block_attention, heads
+from prefloop.models import attention, block_attention, heads, varlen_attention
 from prefloop.models.attention import PackedPlan
 from prefloop.models.block_attention import Blocks
 from prefloop.models.rectangle_attention import Rectangles
+from prefloop.models.varlen_attention import Varlen
 from tests.models.plain import (
     CPU,
     assert_close,
@@ -16,6 +17,7 @@ from tests.models.plain import (
     gradients,
     plain_log_probs,
     random_examples,
+    varlen_by_hand,
     with_plain_twin,
 )
 from tests.tiny import tiny_model
@@ -59,13 +61,16 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["blocks", "small blocks", "rectangles"])
+@pytest.fixture(params=["blocks", "small blocks", "rectangles", "varlen"])
 def form(request, monkeypatch):
     """What computes the attention of segments: on the CPU, and on CUDA."""
     if request.param == "small blocks":
         monkeypatch.setattr(block_attention, "QUERIES", 3)
     if request.param == "rectangles":
         return lambda segments: Rectangles(segments, CPU)
+    if request.param == "varlen":  # around what the kernel is documented to do
+        monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_by_hand)
+        return lambda segments: Varlen(segments, CPU)
     return Blocks
 
 
@@ -94,6 +99,7 @@ def test_a_tree_of_three_levels(form):
         assert_close(ours, by_hand(segments, q, k, v, 1.0, window), 1e-12)
 
 
+@pytest.mark.parametrize("form", ["blocks", "rectangles"], indirect=True)
 def test_values_narrower_than_keys(form):
     """Multi-head latent attention; the fast path and the masked one."""
     batch = pack(random_examples(((4, (2, 3)), (4, (5,)))))
@@ -142,6 +148,33 @@ def test_the_cpu_takes_blocks_unless_segments_are_tiny():
     segments = pack(random_examples(LONG)).segments
     elsewhere = PackedPlan(segments, torch.device("meta")).form
     assert isinstance(elsewhere, Rectangles)
+
+
+def test_varlen_serves_bfloat16_alone():
+    segments = pack(random_examples(LONG)).segments
+    assert isinstance(PackedPlan(segments, CPU, varlen=True).form, Blocks)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(PackedPlan(segments, CPU, varlen=True).form, Varlen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("window", [None, 5])
+def test_varlen_on_cuda(window):
+    """The kernel itself in bfloat16, forward and backward, against float64 by hand."""
+    batch, device = pack(random_examples(LONG)), torch.device("cuda")
+    exact = [x.bfloat16().double() for x in tensors(batch.tokens, width=64, value_width=64)]
+    given = tensors(batch.tokens, width=64)[0].transpose(0, 1)
+    results = []
+    for where, dtype in ((device, torch.bfloat16), (CPU, torch.float64)):
+        qkv = [x.to(where, dtype).requires_grad_() for x in exact]
+        if where == device:
+            output = Varlen(batch.segments, device).attend(*qkv, 0.125, window)
+        else:
+            output = by_hand(batch.segments, *qkv, 0.125, window)
+        found = [output, *torch.autograd.grad(output, qkv, given.to(where, dtype))]
+        results.append([x.detach().cpu().double() for x in found])
+    for mine, right in zip(*results, strict=True):
+        assert float((mine - right).norm() / right.norm()) < 2**-6
 
 
 def test_fast_path_equals_masked_path():

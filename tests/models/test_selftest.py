@@ -29,7 +29,7 @@ from transformers import (
 
 from prefloop.config import UserError
 from prefloop.data.batches import pack
-from prefloop.models import heads, selftest
+from prefloop.models import heads, selftest, varlen_attention
 from prefloop.models.attention import NAME
 from tests.models.plain import (
     CPU,
@@ -41,6 +41,7 @@ from tests.models.plain import (
     plain_scores,
     random_examples,
     tiny_scorer,
+    varlen_by_hand,
     with_plain_twin,
 )
 from tests.tiny import tiny_model
@@ -229,3 +230,27 @@ def test_a_packed_model_keeps_its_attention():
     model = loaded(tiny_model("llama"))
     assert model.device == CPU
     assert model.hf.config._attn_implementation == NAME
+
+
+def test_flash_attention_is_taken_where_it_is_right(monkeypatch, caplog):
+    """One that sees a key too many, or that stops, it is refused in a line."""
+
+    def one_too_many(*args, **settings):
+        return varlen_by_hand(*args, **settings | {"window_size": (-1, 1)})
+
+    def refused(*args, **settings):
+        raise RuntimeError("head dimension")
+
+    monkeypatch.setattr(varlen_attention, "serves", lambda device: True)
+    for kernel in (varlen_by_hand, one_too_many, refused):
+        monkeypatch.setattr(varlen_attention, "varlen_attn", kernel)
+        for arch in ("llama", "gemma3"):
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                model = loaded(tiny_model(arch))
+            assert model.varlen == (kernel is varlen_by_hand)
+            assert [r.message for r in caplog.records] == (
+                []
+                if model.varlen
+                else ["tiny: FlashAttention does not serve it; a slower form is used"]
+            )

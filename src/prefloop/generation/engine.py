@@ -224,7 +224,7 @@ class Engine:
             segments.append(Segment(segments[-1].rows.stop if segments else 0, len(prompt), -1, 0))
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         positions = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
-        plan = PackedPlan(segments, device, keep_cache=True)
+        plan = PackedPlan(segments, device, keep_cache=True, varlen=self.model.varlen)
         hidden = self._base(tokens, positions, plan)
         assert plan.cache is not None
         starts, lengths = torch.tensor([(s.start, s.length) for s in segments], device=device).T

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from prefloop.data.batches import Segment
 from prefloop.models.block_attention import Blocks
 from prefloop.models.rectangle_attention import Rectangles
+from prefloop.models.varlen_attention import Varlen
 
 NAME = "prefloop"
 SMALL_SEGMENT = 128  # mean queries x keys below which few large calls beat many small ones
@@ -61,14 +62,27 @@ AttentionInterface.register(NAME, attention)
 
 
 class PackedPlan:
-    """The attention of one packed stream; with `keep_cache`, keeps each layer's keys and values."""
+    """The attention of one packed stream.
+
+    `keep_cache`: keeps each layer's keys and values. `varlen`: the model may take Varlen, which
+    serves bfloat16 only.
+    """
 
     def __init__(
-        self, segments: Sequence[Segment], device: torch.device, keep_cache: bool = False
+        self,
+        segments: Sequence[Segment],
+        device: torch.device,
+        keep_cache: bool = False,
+        varlen: bool = False,
     ) -> None:
+        self.form: Varlen | Blocks | Rectangles
         scores = sum(s.length * (s.position + s.length) for s in segments)
-        blocks = device.type == "cpu" and scores >= SMALL_SEGMENT * len(segments)
-        self.form = Blocks(segments) if blocks else Rectangles(segments, device)
+        if varlen and torch.is_autocast_enabled(device.type):
+            self.form = Varlen(segments, device)
+        elif device.type == "cpu" and scores >= SMALL_SEGMENT * len(segments):
+            self.form = Blocks(segments)
+        else:
+            self.form = Rectangles(segments, device)
         self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if keep_cache else None
 
     def attend(

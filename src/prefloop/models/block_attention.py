@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from prefloop.data.batches import Segment
+from prefloop.models.precision import product_dtype
 
 QUERIES = 256  # rows of a block; more would compute more of what causality hides
 
@@ -43,10 +44,7 @@ class Blocks:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
         """q [H, T, D], k [G, T, D], v [G, T, E] -> [T, H, E], in autocast's type or their own."""
-        kind = q.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
         args = (q, k, v, self.blocks, scaling, window)
         output: Tensor = _BlockAttention.apply(*args)  # type: ignore[no-untyped-call]
         return output

@@ -27,7 +27,7 @@ def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Last hidden states [T, D] of the stream's rows, the same packed or padded."""
     model.check_length(max(s.position + s.length for s in batch.segments))
     if model.packed:
-        plan = PackedPlan(batch.segments, model.device)
+        plan = PackedPlan(batch.segments, model.device, varlen=model.varlen)
         output = model.base(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),

@@ -17,18 +17,14 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import silu
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from prefloop.models.precision import product_dtype
+
 Part = tuple[nn.Module, Callable[..., Any]]
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """Autocast's type where it is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def norm_forward(norm: Any, x: Tensor) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) (arXiv 1910.07467, equation 4) of x [..., D]."""
-    args = (x, norm.weight, norm.variance_epsilon, _dtype(x))
+    args = (x, norm.weight, norm.variance_epsilon, product_dtype(x))
     if not torch.is_grad_enabled():
         return _normed(*args)[0]
     return _RMSNorm.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
@@ -117,8 +113,8 @@ def _window(part: Any) -> int | None:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads [T, N, D] by tables [T, 1, D] (arXiv 2104.09864, equation 34), in autocast's type."""
     if not torch.is_grad_enabled():
-        return _turned(x, cos, sin).to(_dtype(x))
-    return _Rotated.apply(x, cos, sin, _dtype(x))  # type: ignore[no-untyped-call,no-any-return]
+        return _turned(x, cos, sin).to(product_dtype(x))
+    return _Rotated.apply(x, cos, sin, product_dtype(x))  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -155,7 +151,7 @@ def model_forward(model: Any, input_ids: Tensor, attention_plan: Any = None, **o
     x = model.embed_tokens(input_ids)
     cos, sin = (t[0].unsqueeze(1) for t in model.rotary_emb(x, others["position_ids"]))
     left, right = sin.chunk(2, -1)
-    sin, x, dtype = torch.cat((-left, right), -1), x[0], _dtype(x)
+    sin, x, dtype = torch.cat((-left, right), -1), x[0], product_dtype(x)
     for layer in model.layers:
         part = layer.self_attn
         heads = _together(part, HEADS, norm_forward(layer.input_layernorm, x))

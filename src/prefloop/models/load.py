@@ -43,6 +43,7 @@ class LoadedModel:
     packed: bool  # False: fails the self-test, takes padded batches
     source: str
     max_length: int | None = None  # longest sequence with exact positions, where there is a bound
+    varlen: bool = False  # bfloat16 attention may be one call of FlashAttention
 
     @property
     def hf(self) -> PreTrainedModel:

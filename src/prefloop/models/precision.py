@@ -17,6 +17,12 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which x is multiplied: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 @functools.cache
 def speed_up_float32() -> bool:
     """Lets oneDNN multiply float32 matrices on the CPU, if what it computes is float32.

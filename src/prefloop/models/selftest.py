@@ -17,7 +17,7 @@ from torch import Tensor
 from prefloop.config import UserError
 from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.tokenize import Example
-from prefloop.models import attention, heads, lean
+from prefloop.models import attention, heads, lean, varlen_attention
 from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ log = logging.getLogger("prefloop")
 HEAD_TOLERANCE = 1e-6  # no other order of sums: a soft cap far above small logits shows too
 TOLERANCE = 1e-4  # of the usual size of a channel; float32 rounding stays far below
 SCORE_TOLERANCE = 1e-5  # of the largest score of a sequence
+VARLEN_TOLERANCE = 2.0  # times the error that bfloat16 has with other attention
 WINDOW = 3
 WINDOWS = "sliding_window sliding_window_size attention_chunk_size index_topk keep_window_size"
 PACKABLE = {"full_attention", "sliding_attention"}  # kinds of layers, as configurations call them
@@ -55,6 +56,7 @@ def choose_path(model: LoadedModel) -> None:
             _check_padded(model, batch, alone)
         else:
             _take_lean_parts(model, batch)
+            _take_varlen(model, batch)
 
 
 def _take_lean_parts(model: LoadedModel, batch: TokenBatch) -> None:
@@ -71,6 +73,23 @@ def _take_lean_parts(model: LoadedModel, batch: TokenBatch) -> None:
         except Exception as error:  # an architecture may differ in any way
             log.debug("lean parts: %r", error)
         lean.make_plain(chosen)
+
+
+def _take_varlen(model: LoadedModel, batch: TokenBatch) -> None:
+    """Keeps FlashAttention in bfloat16 where it comes as near to float32 as other attention."""
+    if not varlen_attention.serves(model.device):
+        return
+    exact, plain = _both_precisions(model, batch)
+    bound = VARLEN_TOLERANCE * (plain - exact).norm()
+    model.varlen = True
+    try:
+        found = _both_precisions(model, batch)[1]
+        model.varlen = bool((found - exact).norm() <= bound)
+    except RuntimeError as error:  # the kernel refuses a width of heads
+        log.debug("varlen attention: %r", error)
+        model.varlen = False
+    if not model.varlen:
+        log.warning("%s: FlashAttention does not serve it; a slower form is used", model.source)
 
 
 def _both_precisions(model: LoadedModel, batch: TokenBatch) -> list[Tensor]:
