@@ -101,7 +101,7 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
 
 
 def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any]) -> Turn:
-    """One PPO iteration over all prompts; no answer stops early."""
+    """One PPO iteration over all prompts."""
     config = PPOConfig(
         **settings,
         reward_model=scorer,
@@ -112,7 +112,8 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
         epochs=10_000,
     )
     method = ppo.build(config, CPU, Run.open(config, "ppo"))
-    method.sampler = replace(method.sampler, stop_token_ids=frozenset())
+    stops = frozenset(stop_ids(work, method.policy.tokenizer))
+    method.sampler = replace(method.sampler, stop_token_ids=stops)
     parameters = {key: part.trainable() for key, part in method.trained.items()}
     optimizer = optim.build_optimizer(parameters, config, {})
     steps = method.steps(0)
@@ -135,7 +136,7 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
         flops += PPO_EPOCHS * forward_and_backward(critic, examples)
         tokens = int(method.rollouts.mask.sum())
         return {
-            "same": {"tokens": tokens},
+            "same": {} if work.stops else {"tokens": tokens},
             "alike": {"score": metrics["objective/scores"], "kl": metrics["objective/kl"]},
             "tokens": tokens,
             "flops": flops,

@@ -19,17 +19,17 @@ from transformers import (
     AutoTokenizer,
     TrainerCallback,
 )
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.meter import Meter, tell, wait
-from benchmarks.work import PPO_EPOCHS, WORKS, read_texts, trl_settings
+from benchmarks.work import PPO_EPOCHS, WORKS, read_texts, stop_ids, trl_settings
 
 
 class Turns(TrainerCallback):
     """Waits before each iteration, and tells of it when it ends."""
 
-    def __init__(self, tokens: int) -> None:
-        self.meter, self.tokens = Meter(), tokens
+    def __init__(self, tokens: int, stops: bool) -> None:
+        self.meter, self.tokens, self.stops = Meter(), tokens, stops
         self.alike: dict[str, float] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -42,7 +42,8 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         found = self.meter.stop()
-        tell(same={"tokens": self.tokens}, alike=self.alike, tokens=self.tokens, **found)
+        same = {} if self.stops else {"tokens": self.tokens}
+        tell(same=same, alike=self.alike, tokens=self.tokens, **found)
         wait()
         self.meter.start()
 
@@ -50,6 +51,15 @@ class Turns(TrainerCallback):
 def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     """Build the trainer and train for ever; without a stop token all answers have full length."""
     work, rows = WORKS[name], read_texts(path)
+    turns = Turns(len(rows) * work.answer[1], work.stops)
+    truncate = ppo_trainer.truncate_response
+
+    def counted(stop: int, pad: int, responses: torch.Tensor) -> torch.Tensor:
+        cut: torch.Tensor = truncate(stop, pad, responses)
+        turns.tokens = int((cut != pad).sum())
+        return cut
+
+    ppo_trainer.truncate_response = counted
     tokenizer = AutoTokenizer.from_pretrained(f"{models}/policy", padding_side="left")
     tokenizer.pad_token = "<|endoftext|>"
     best = form == "best"
@@ -64,6 +74,7 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
         response_length=work.answer[1],
         temperature=1.0,
         gradient_checkpointing=not best,
+        stop_token_id=next(iter(stop_ids(work, tokenizer)), None),
     )
     fixed = getattr(torch, dtype) if best else torch.float32
 
@@ -81,7 +92,7 @@ def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
         scorer(fixed),
         Dataset.from_dict({"input_ids": [tokenizer(r["prompt"])["input_ids"] for r in rows]}),
         scorer(torch.float32),
-        callbacks=[Turns(len(rows) * work.answer[1])],
+        callbacks=[turns],
     )
     trainer.train()
 

@@ -42,6 +42,7 @@ WORKS = {
     "dpo-lora": Work("dpo", 8, (256, 256), (32, 192), 2, lora=True),
     "memory": Work("dpo", 8, (256, 256), (32, 192), 2),
     "ppo": Work("ppo", 16, (48, 80), (64, 64), 1),
+    "ppo-stops": Work("ppo", 16, (16, 112), (8, 128), 1, stops=True),
     "generate": Work("generate", 32, (32, 96), (8, 128), 1, stops=True),
     "generate-1": Work("generate", 1, (64, 64), (128, 128), 1),
     "generate-8": Work("generate", 8, (32, 96), (128, 128), 1),
@@ -75,7 +76,8 @@ def stop_ids(work: Work, tokenizer: Any) -> list[int]:
     """Tokens that end a generated answer; none where all have the same length."""
     if not work.stops:
         return []
-    return [tokenizer.eos_token_id, *(tokenizer(stop)["input_ids"][0] for stop in STOPS)]
+    stops = [int(tokenizer(stop)["input_ids"][0]) for stop in STOPS]
+    return stops if work.kind == "ppo" else [tokenizer.eos_token_id, *stops]  # TRL's PPO takes one
 
 
 def write_rows(
