@@ -19,6 +19,7 @@ from torch import Tensor
 from prefloop.config import UserError
 from prefloop.data.batches import Segment
 from prefloop.generation.cache import DecodePlan, SlotCache
+from prefloop.generation.graphs import decoder
 from prefloop.generation.packed import packed_linears
 from prefloop.generation.sampler import Sampling, draw, request_uniforms
 from prefloop.generation.scheduler import Request, Scheduler
@@ -176,6 +177,7 @@ class Engine:
         cache = SlotCache(
             slots, torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype
         )
+        decode = decoder(self._base, cache, device)
         lengths = torch.zeros(slots, dtype=torch.long, device=device)  # tokens held in the cache
         hidden: list[Tensor] = []  # of the tokens that stand last in each slot
         prefill: Prefill | None = None
@@ -212,8 +214,8 @@ class Engine:
             count, hidden = len(scheduler.active), []
             if count:
                 scheduler.steps += 1
-                plan = DecodePlan(cache, lengths[:count].clone(), scheduler.longest)
-                hidden = [self._base(tokens[:count], plan.positions, plan)]
+                places = lengths[:count].clone()
+                hidden = [decode(tokens[:count], places, scheduler.longest)]
                 lengths[:count] += 1
 
     def _prefill(self, indices: Sequence[int], prompts: Prompts) -> Prefill:

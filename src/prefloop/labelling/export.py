@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from math import log
@@ -53,8 +54,7 @@ def run(config: LabelExportConfig) -> dict[str, Any]:
     """Write --output (and NAME.eval.jsonl), and say how much went in and what was left out."""
     if not config.output.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"--output {config.output}: give the name of a .jsonl or .jsonl.gz file")
-    store = Store(config.store, must_exist=True)
-    try:
+    with closing(Store(config.store, must_exist=True)) as store:
         # 1. Wait, where asked to, until nothing more will come.
         if config.wait:
             _wait(store, config.project, config.wait_seconds)
@@ -82,8 +82,6 @@ def run(config: LabelExportConfig) -> dict[str, Any]:
         with store.write() as t:
             told = {"form": config.form, "consensus": config.consensus, **result}
             t.log("export", None, project=config.project, exclude=list(config.exclude), **told)
-    finally:
-        store.close()
     return result
 
 
@@ -143,11 +141,8 @@ def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | U
     if kind not in ("preference", "unpaired"):
         raise UserError(f"{address}: a labelling store gives preferences; give a file of {kind}s")
     path, project = split_address(address)
-    store = Store(path, must_exist=True)
-    try:
+    with closing(Store(path, must_exist=True)) as store:
         decided = decisions(store, project, "labeller", (), counts)
-    finally:
-        store.close()
     if kind == "preference":
         return [decision.ranking for decision in decided]
     rows = [(d.ranking.where, row) for d in decided for row in form_rows("kto", d, counts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -64,30 +65,22 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
         raise UserError(f"{config.data}: it holds no rows")
     guidelines = _guidelines(config.guidelines)
     # 2. Write.
-    store = Store(config.store)
-    try:
-        with store.write() as t:
-            settings = kept or _settings(config)
-            project_id = t.put_project(config.project, config.mode, guidelines, settings)
-            made = sum(_put(t, project_id, item, config, counts) for item in items)
-            for prompt in waiting:
-                t.put_prompt(project_id, text_to_json(prompt.prompt), prompt.extra)
-            told = {"tasks": made, "prompts": len(waiting), "dropped": counts.dropped}
-            t.log("import", None, project=config.project, data=config.data, **told)
-    finally:
-        store.close()
+    with closing(Store(config.store)) as store, store.write() as t:
+        settings = kept or _settings(config)
+        project_id = t.put_project(config.project, config.mode, guidelines, settings)
+        made = sum(_put(t, project_id, item, config, counts) for item in items)
+        for prompt in waiting:
+            t.put_prompt(project_id, text_to_json(prompt.prompt), prompt.extra)
+        told = {"tasks": made, "prompts": len(waiting), "dropped": counts.dropped}
+        t.log("import", None, project=config.project, data=config.data, **told)
     return {"project": config.project, "rows": len(items) + len(waiting), **told}
 
 
 def unanswered(address: str) -> list[Prompt]:
     """The prompts of `STORE#PROJECT` that have no answer yet; UserError where all have some."""
     place, name = split_address(address)
-    store = Store(place, must_exist=True)
-    try:
-        with store.read() as t:
-            found = unanswered_of(t, project_id_of(t, name))
-    finally:
-        store.close()
+    with closing(Store(place, must_exist=True)) as store, store.read() as t:
+        found = unanswered_of(t, project_id_of(t, name))
     if not found:
         raise UserError(f"{address}: no prompt waits for answers; import prompts alone, first")
     records = []
@@ -105,12 +98,8 @@ def check_store(address: str) -> None:
 def add_samples(address: str, path: Path) -> dict[str, Any]:
     """Put what `prefloop sample` wrote into `STORE#PROJECT`, whose settings stay as they are."""
     place, name = split_address(address)
-    store = Store(place)
-    try:
-        with store.read() as t:
-            project = t.project(name)
-    finally:
-        store.close()
+    with closing(Store(place)) as store, store.read() as t:
+        project = t.project(name)
     if project is None:
         return run(LabelImportConfig(store=place, project=name, data=str(path)))
     # Whatever the strategy, what was just sampled has no scores yet.

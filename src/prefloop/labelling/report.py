@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import fields
 from typing import Any
 
@@ -35,11 +36,8 @@ COLUMNS = {  # of a labeller's record
 
 def run(config: LabelReportConfig) -> Quality:
     """Measure a project; write --output where it is given."""
-    store = Store(config.store, must_exist=True)
-    try:
+    with closing(Store(config.store, must_exist=True)) as store:
         quality = measure(store, config.project, config.seed)
-    finally:
-        store.close()
     if config.output is not None:
         write_atomic(config.output, html(quality))
     return quality

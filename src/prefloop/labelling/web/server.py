@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+from contextlib import closing
 from urllib.parse import urlsplit
 
 from prefloop.config import UserError
@@ -18,8 +19,7 @@ def run(config: LabelServeConfig) -> None:
     from prefloop.labelling.web.app import create_app
 
     hosts, origins = names_and_origins(config)
-    store = Store(config.store)
-    try:
+    with closing(Store(config.store)) as store:
         app = create_app(store, hosts=hosts, origins=origins, session_hours=config.session_hours)
         address = origins[0] if origins else f"http://{_bracketed(config.host)}:{config.port}"
         print(f"serving {store.name} at {address}; `prefloop label add-user` makes links, "
@@ -29,8 +29,6 @@ def run(config: LabelServeConfig) -> None:
             limit_concurrency=500, timeout_keep_alive=30, server_header=False,
         )  # fmt: skip
         uvicorn.Server(server).run()
-    finally:
-        store.close()
 
 
 def names_and_origins(config: LabelServeConfig) -> tuple[list[str], list[str]]:

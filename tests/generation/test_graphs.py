@@ -1,0 +1,155 @@
+"""Decode steps as graphs: on the CPU a recorder stands for CUDA's, which knows tensors alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from prefloop.generation import engine, graphs
+from prefloop.generation.cache import DecodePlan, SlotCache
+from prefloop.generation.engine import Engine
+from prefloop.generation.graphs import Graphs
+from prefloop.generation.sampler import Sampling
+from tests.generation.naive import PROMPTS, policy
+from tests.tiny import ARCHS, Arch
+
+WARM = Sampling(max_new_tokens=70, temperature=0.9, stop_token_ids={9, 60, 61})
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operation with the tensors it ran on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func == torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a number is read while a graph is recorded")
+        found = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, tensors(found)))
+        return found
+
+    def replay(self) -> None:
+        """The same operations on the same tensors: no Python of the model's runs."""
+        for func, args, kwargs, outputs in self.calls:
+            for held, new in zip(outputs, tensors(func(*args, **kwargs)), strict=True):
+                held.copy_(new)
+
+
+def tensors(found: Any) -> list[Tensor]:
+    return [x for x in tree_flatten(found)[0] if isinstance(x, Tensor)]
+
+
+def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    with Recorder() as recorder:
+        output = step()
+    for _, _, _, outputs in recorder.calls:
+        for x in outputs:
+            if x.is_floating_point() and x._base is None and x.data_ptr() == output.data_ptr():
+                x.fill_(float("nan"))  # a graph that is recorded has not run yet
+    return recorder.replay, output
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
+    """Engines on the CPU take graphs; those they took."""
+    made: list[Graphs] = []
+
+    def decoder(run: Any, cache: SlotCache, device: torch.device) -> Graphs:
+        def plain(tokens: Tensor, positions: Tensor, length: int) -> Tensor:
+            return run(tokens, positions, DecodePlan(cache, positions, length))  # type: ignore[no-any-return]
+
+        made.append(Graphs(run, cache, plain))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(engine, "decoder", decoder)
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_answers_are_the_same(
+    arch: Arch, dtype: Any, used: list[Graphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While slots empty and fill, answers move, and the room grows; windows are 6 tokens wide.
+
+    Transformers' GPT-2 looks for pads among its tokens, which no graph can.
+    """
+    model = policy(arch)
+    ours = Engine(model, 6, dtype).generate(PROMPTS, 4, WARM, seed=3)
+    (graph,) = used
+    assert graph.works == (arch != "gpt2")
+    assert graph.room > 64
+    assert graph.recorded.keys() <= {1, 2, 4, 6}
+    monkeypatch.undo()
+    plain = Engine(model, 6, dtype).generate(PROMPTS, 4, WARM, seed=3)
+    flat = [[sample for row in rows for sample in row] for rows in (ours, plain)]
+    assert [s.tokens for s in flat[0]] == [s.tokens for s in flat[1]]
+    probs = [torch.tensor([x for s in side for x in s.log_probs]) for side in flat]
+    torch.testing.assert_close(probs[0], probs[1], atol=1e-5, rtol=0)
+
+
+def test_steps_are_replayed(used: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph for 4 slots and one more when the room has grown serve all steps but those two."""
+    model = policy()
+    engine = Engine(model, 4)
+    runs = 0
+    base = engine._base
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return base(*args)
+
+    monkeypatch.setattr(engine, "_base", counted)
+    engine.generate([PROMPTS[0]], 4, Sampling(max_new_tokens=60), seed=0)
+    assert runs == 1 + 2 * 2  # a prefill; each graph's first step, plain and recorded
+
+
+@pytest.mark.parametrize("why", ["reads a number", "gives other numbers"])
+def test_what_cannot_be_recorded_is_not(
+    why: str, used: list[Graphs], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps are then taken one by one, and the answers are the same."""
+    model = policy()
+    expected = Engine(model, 4).generate(PROMPTS, 2, WARM, seed=3)
+    used.clear()
+    plain, runs = Engine._base, 0
+
+    def base(self: Engine, tokens: Tensor, positions: Tensor, plan: Any) -> Tensor:
+        nonlocal runs
+        hidden = plain(self, tokens, positions, plan)
+        runs += isinstance(plan, DecodePlan)
+        if why == "reads a number":
+            assert bool(hidden.isfinite().all())
+        return hidden * 2 if why == "gives other numbers" and runs == 2 else hidden
+
+    monkeypatch.setattr(Engine, "_base", base)
+    assert Engine(model, 4).generate(PROMPTS, 2, WARM, seed=3) == expected
+    message = "decode steps are not taken as CUDA graphs: the model does not suit them"
+    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [message]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16)])
+def test_numbers_of_slots_are_rounded(count: int, size: int) -> None:
+    assert graphs._rounded(count) == size
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda() -> None:
+    model = policy()
+    expected = Engine(model, 6).generate(PROMPTS, 4, WARM, seed=3)
+    model.module.to("cuda")
+    model.device = torch.device("cuda")
+    assert Engine(model, 6).generate(PROMPTS, 4, WARM, seed=3) == expected
