@@ -33,7 +33,7 @@ from prefloop.training.rollout import Sampler
 from prefloop.training.rows import Prompts
 from prefloop.training.sft import SFT
 
-METHODS = {"sft": "sft", "reward": "reward-2", "dpo": "dpo", "ppo": "ppo"}  # and whose rows
+METHODS = {"sft": "sft", "reward": "dpo", "dpo": "dpo", "ppo": "sft"}  # and whose rows
 TOKENS = 512  # of a micro-batch
 Gradient = dict[str, list[Tensor]]  # of each trained model
 Loaders = tuple[Callable[[str], LoadedModel], Callable[[str], LoadedModel]]  # policy, scorer
