@@ -43,7 +43,7 @@ WORKS = {
     "dpo-lora": Work("dpo", 8, (256, 256), (32, 192), 2, lora=True),
     "memory": Work("dpo", 8, (256, 256), (32, 192), 2),
     "ppo": Work("ppo", 16, (48, 80), (64, 64), 1),
-    "ppo-stops": Work("ppo", 16, (16, 112), (8, 128), 1, stops=True),
+    "ppo-stops": Work("ppo", 8, (16, 112), (8, 128), 1, stops=True),
     "generate": Work("generate", 32, (32, 96), (8, 128), 1, stops=True),
     "generate-1": Work("generate", 1, (64, 64), (128, 128), 1),
     "generate-8": Work("generate", 8, (32, 96), (128, 128), 1),

@@ -83,9 +83,10 @@ class Graphs:
         ids, places = tokens.new_zeros(size), positions.new_zeros(size)
         ids[:count], places[:count] = tokens, positions
         try:
-            replay, hidden = record(
-                lambda: self.run(ids, places, DecodePlan(self.cache, places, self.room))
-            )
+            with torch.cuda.device_of(tokens):
+                replay, hidden = record(
+                    lambda: self.run(ids, places, DecodePlan(self.cache, places, self.room))
+                )
             replay()
             error = (hidden[:count] - expected).norm() / expected.norm()
             self.works = bool(error <= TOLERANCE)
