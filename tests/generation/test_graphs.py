@@ -129,11 +129,13 @@ def test_what_cannot_be_recorded_is_not(
 
     def base(self: Engine, tokens: Tensor, positions: Tensor, plan: Any) -> Tensor:
         nonlocal runs
-        hidden = plain(self, tokens, positions, plan)
         runs += isinstance(plan, DecodePlan)
+        if why == "gives other numbers" and runs == 2:  # while it is recorded
+            tokens = tokens + 1
+        hidden = plain(self, tokens, positions, plan)
         if why == "reads a number":
             assert bool(hidden.isfinite().all())
-        return hidden * 2 if why == "gives other numbers" and runs == 2 else hidden
+        return hidden
 
     monkeypatch.setattr(Engine, "_base", base)
     assert Engine(model, 4).generate(PROMPTS, 2, WARM, seed=3) == expected

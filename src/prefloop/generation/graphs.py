@@ -97,6 +97,7 @@ class Graphs:
             self.recorded[size] = Recorded(ids, places, hidden, replay)
         else:
             self.recorded.clear()
+            self.plain(tokens, positions, self.room)  # over keys that a replay may have spoilt
             log.warning("decode steps are not taken as CUDA graphs: the model does not suit them")
 
 
