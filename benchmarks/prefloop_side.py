@@ -136,7 +136,7 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
         flops += PPO_EPOCHS * forward_and_backward(critic, examples)
         tokens = int(method.rollouts.mask.sum())
         return {
-            "same": {} if work.stops else {"tokens": tokens},
+            "same": {} if work.stops else {"tokens": tokens},  # drawn lengths differ
             "alike": {"score": metrics["objective/scores"], "kl": metrics["objective/kl"]},
             "tokens": tokens,
             "flops": flops,

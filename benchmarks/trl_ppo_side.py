@@ -28,8 +28,8 @@ from benchmarks.work import PPO_EPOCHS, WORKS, read_texts, stop_ids, trl_setting
 class Turns(TrainerCallback):
     """Waits before each iteration, and tells of it when it ends."""
 
-    def __init__(self, tokens: int, stops: bool) -> None:
-        self.meter, self.tokens, self.stops = Meter(), tokens, stops
+    def __init__(self, tokens: int) -> None:
+        self.meter, self.tokens = Meter(), tokens
         self.alike: dict[str, float] = {}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -42,8 +42,7 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         found = self.meter.stop()
-        same = {} if self.stops else {"tokens": self.tokens}
-        tell(same=same, alike=self.alike, tokens=self.tokens, **found)
+        tell(same={"tokens": self.tokens}, alike=self.alike, tokens=self.tokens, **found)
         wait()
         self.meter.start()
 
@@ -51,7 +50,7 @@ class Turns(TrainerCallback):
 def main(name: str, path: str, models: str, dtype: str, form: str) -> None:
     """Build the trainer and train for ever; without a stop token all answers have full length."""
     work, rows = WORKS[name], read_texts(path)
-    turns = Turns(len(rows) * work.answer[1], work.stops)
+    turns = Turns(len(rows) * work.answer[1])
     truncate = ppo_trainer.truncate_response
 
     def counted(stop: int, pad: int, responses: torch.Tensor) -> torch.Tensor:

@@ -66,15 +66,12 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
     """Engines on the CPU take graphs; those they took."""
     made: list[Graphs] = []
 
-    def decoder(run: Any, cache: SlotCache, device: torch.device) -> Graphs:
-        def plain(tokens: Tensor, positions: Tensor, length: int) -> Tensor:
-            return run(tokens, positions, DecodePlan(cache, positions, length))  # type: ignore[no-any-return]
-
-        made.append(Graphs(run, cache, plain))
+    def as_graphs(step: graphs.Step, cache: SlotCache, device: torch.device) -> Graphs:
+        made.append(Graphs(step, cache))
         return made[-1]
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(engine, "decoder", decoder)
+    monkeypatch.setattr(engine, "as_graphs", as_graphs)
     return made
 
 
@@ -140,6 +137,8 @@ def test_what_cannot_be_recorded_is_not(
 
     monkeypatch.setattr(Engine, "_base", base)
     assert Engine(model, 4).generate(PROMPTS, 2, WARM, seed=3) == expected
+    assert not used[0].works
+    assert not used[0].recorded
     message = "decode steps are not taken as CUDA graphs: the model does not suit them"
     assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [message]
 

@@ -99,7 +99,7 @@ def test_a_tree_of_three_levels(form):
         assert_close(ours, by_hand(segments, q, k, v, 1.0, window), 1e-12)
 
 
-@pytest.mark.parametrize("form", ["blocks", "rectangles"], indirect=True)
+@pytest.mark.parametrize("form", ["blocks", "small blocks", "rectangles"], indirect=True)
 def test_values_narrower_than_keys(form):
     """Multi-head latent attention; the fast path and the masked one."""
     batch = pack(random_examples(((4, (2, 3)), (4, (5,)))))

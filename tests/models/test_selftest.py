@@ -233,7 +233,7 @@ def test_a_packed_model_keeps_its_attention():
 
 
 def test_flash_attention_is_taken_where_it_is_right(monkeypatch, caplog):
-    """One that sees a key too many, or that stops, it is refused in a line."""
+    """A kernel that sees a key too many, or that stops, is refused in a line."""
 
     def one_too_many(*args, **settings):
         return varlen_by_hand(*args, **settings | {"window_size": (-1, 1)})

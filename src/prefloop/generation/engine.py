@@ -19,7 +19,7 @@ from torch import Tensor
 from prefloop.config import UserError
 from prefloop.data.batches import Segment
 from prefloop.generation.cache import DecodePlan, SlotCache
-from prefloop.generation.graphs import decoder
+from prefloop.generation.graphs import as_graphs
 from prefloop.generation.packed import packed_linears
 from prefloop.generation.sampler import Sampling, draw, request_uniforms
 from prefloop.generation.scheduler import Request, Scheduler
@@ -166,6 +166,10 @@ class Engine:
         )
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
+    def _decode(self, cache: SlotCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
+        """See graphs.Step."""
+        return self._base(tokens, positions, DecodePlan(cache, positions, length))
+
     def _packed(
         self, prompts: Prompts, n: int, new_answers: Callable[[int], Answers]
     ) -> Iterator[Sample]:
@@ -177,7 +181,7 @@ class Engine:
         cache = SlotCache(
             slots, torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype
         )
-        decode = decoder(self._base, cache, device)
+        decode = as_graphs(partial(self._decode, cache), cache, device)
         lengths = torch.zeros(slots, dtype=torch.long, device=device)  # tokens held in the cache
         hidden: list[Tensor] = []  # of the tokens that stand last in each slot
         prefill: Prefill | None = None

@@ -14,25 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefloop.generation.cache import DecodePlan, SlotCache
+from prefloop.generation.cache import SlotCache
 
-Run = Callable[[Tensor, Tensor, DecodePlan], Tensor]
-"""The model on tokens [B] at positions [B]: last hidden states [B, D]."""
+Step = Callable[[Tensor, Tensor, int], Tensor]
+"""A decode step: tokens [B], positions [B], one beyond the largest -> last hidden states [B, D]."""
 
 log = logging.getLogger("prefloop")
 ROUND = 8  # slots are rounded up to a multiple, fewer to a power of two
 TOLERANCE = 1e-2  # of the hidden states' norm: far above a rounding, far below a wrong key
 
 
-def decoder(
-    run: Run, cache: SlotCache, device: torch.device
-) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """How a decode step is taken: tokens [B], positions [B], one beyond the largest -> [B, D]."""
-
-    def step(tokens: Tensor, positions: Tensor, length: int) -> Tensor:
-        return run(tokens, positions, DecodePlan(cache, positions, length))
-
-    return Graphs(run, cache, step) if device.type == "cuda" else step
+def as_graphs(step: Step, cache: SlotCache, device: torch.device) -> Step:
+    """The step by graphs on CUDA, as it is elsewhere."""
+    return Graphs(step, cache) if device.type == "cuda" else step
 
 
 @dataclass(frozen=True)
@@ -51,15 +45,13 @@ class Graphs:
     What a step returns stands until the next one.
     """
 
-    def __init__(
-        self, run: Run, cache: SlotCache, plain: Callable[[Tensor, Tensor, int], Tensor]
-    ) -> None:
-        self.run, self.cache, self.plain = run, cache, plain
+    def __init__(self, plain: Step, cache: SlotCache) -> None:
+        self.plain, self.cache = plain, cache
         self.room, self.works = 0, True
         self.recorded: dict[int, Recorded] = {}
 
     def __call__(self, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
-        """See decoder."""
+        """See Step."""
         self.cache.reserve(length)
         if self.cache.room != self.room:
             self.room = self.cache.room
@@ -84,9 +76,7 @@ class Graphs:
         ids[:count], places[:count] = tokens, positions
         try:
             with torch.cuda.device_of(tokens):
-                replay, hidden = record(
-                    lambda: self.run(ids, places, DecodePlan(self.cache, places, self.room))
-                )
+                replay, hidden = record(lambda: self.plain(ids, places, self.room))
             replay()
             error = (hidden[:count] - expected).norm() / expected.norm()
             self.works = bool(error <= TOLERANCE)

@@ -83,7 +83,7 @@ def _take_varlen(model: LoadedModel, batch: TokenBatch) -> None:
     bound = VARLEN_TOLERANCE * (plain - exact).norm()
     model.varlen = True
     try:
-        found = _both_precisions(model, batch)[1]
+        found = _states(model, batch, "bfloat16")
         model.varlen = bool((found - exact).norm() <= bound)
     except Exception as error:  # such as a width of heads that the kernel refuses
         log.debug("varlen attention: %r", error)
@@ -93,11 +93,12 @@ def _take_varlen(model: LoadedModel, batch: TokenBatch) -> None:
 
 
 def _both_precisions(model: LoadedModel, batch: TokenBatch) -> list[Tensor]:
-    states = []
-    for dtype in ("float32", "bfloat16"):
-        with autocast(model.device, dtype):
-            states.append(heads.hidden_states(model, batch))
-    return states
+    return [_states(model, batch, dtype) for dtype in ("float32", "bfloat16")]
+
+
+def _states(model: LoadedModel, batch: TokenBatch, dtype: str) -> Tensor:
+    with autocast(model.device, dtype):
+        return heads.hidden_states(model, batch)
 
 
 def _check_padded(model: LoadedModel, batch: TokenBatch, alone: Tensor) -> None:
