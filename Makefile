@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 0
 # Two workers of one thread each: tiny models gain nothing from more. Nothing is fetched in tests.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: setup fmt check test slow bench demo
+.PHONY: setup fmt check test slow bench cuda demo
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ slow: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(WORK) $(ARGS)
+
+cuda: setup
+	$(PYTEST) -m cuda
+	$(BIN)/python -m benchmarks cuda
 
 demo: setup
 	$(BIN)/prefloop demo $(if $(QUICK),--quick)

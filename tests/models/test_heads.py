@@ -51,15 +51,19 @@ def test_recomputed_chunks_equal_logits_kept(tokens_at_once, temperature):
         assert_close(run(**sizes), kept, 1e-6)
 
 
+FORMS = pytest.mark.parametrize("form", [heads._SelectedLogProb, heads._FusedLogProb])
+
+
+@FORMS
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradient_of_the_selected_log_prob(rows, temperature):
+def test_gradient_of_the_selected_log_prob(form, rows, temperature):
     generator = torch.Generator().manual_seed(0)
     scores = 3 * torch.randn(5, 11, dtype=torch.float64, generator=generator)
     targets = torch.tensor([0, 10, 3, 3, 7])
 
     def selected(x):
-        return heads._SelectedLogProb.apply(x, targets, 1 / temperature, rows)
+        return form.apply(x, targets, 1 / temperature, rows)
 
     expected = (scores / temperature).log_softmax(-1)[torch.arange(5), targets]
     assert_close(selected(scores), expected, 1e-14)
@@ -67,13 +71,14 @@ def test_gradient_of_the_selected_log_prob(rows, temperature):
     assert torch.autograd.gradcheck(selected, scores)
 
 
-def test_bfloat16_logits_are_differentiated_in_float32():
+@FORMS
+def test_bfloat16_logits_are_differentiated_in_float32(form):
     """The gradient is float32's for the same logits, rounded once."""
     generator = torch.Generator().manual_seed(0)
     scores = (3 * torch.randn(5, 300, generator=generator)).bfloat16()
     targets, given = torch.tensor([0, 299, 3, 3, 7]), torch.randn(5, generator=generator)
     halves, exact = scores.clone().requires_grad_(), scores.float().requires_grad_()
-    ours = heads._SelectedLogProb.apply(halves, targets, 1.0, 2)
+    ours = form.apply(halves, targets, 1.0, 2)
     theirs = exact.log_softmax(-1)[torch.arange(5), targets]
     assert ours.dtype == torch.float32
     assert_close(ours, theirs, 1e-6)
@@ -82,10 +87,11 @@ def test_bfloat16_logits_are_differentiated_in_float32():
     assert_close(by_half.float(), by_exact.bfloat16().float(), 1e-2)
 
 
-def test_log_probs_of_large_logits():
+@FORMS
+def test_log_probs_of_large_logits(form):
     """log(1/4 * 3), and -log(1 + e) far from zero: an offset must not eat the digits."""
     scores = torch.tensor([[0.0, 1.0986123], [1048576.0, 1048577.0]])
-    ours = heads._SelectedLogProb.apply(scores, torch.tensor([1, 0]), 1.0, 2)
+    ours = form.apply(scores, torch.tensor([1, 0]), 1.0, 2)
     assert_close(ours, torch.tensor([-0.28768207, -1.3132617]), 1e-6)
 
 

@@ -7,19 +7,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 GROWTH = 32  # the room's least growth; attention reads all of it, so there is little to spare
+GPU_GROWTH = 256  # where each growth has the decode steps recorded anew
 
 
 class SlotCache:
     """Per layer, keys and values [slots, G, room, D]; the room grows as answers do."""
 
-    def __init__(self, slots: int, dtype: torch.dtype) -> None:
-        self.slots, self.dtype, self.room = slots, dtype, 0
+    def __init__(self, slots: int, dtype: torch.dtype, growth: int = GROWTH) -> None:
+        self.slots, self.dtype, self.room, self.growth = slots, dtype, 0, growth
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` tokens in every slot, and a sixteenth more when it grows."""
         if self.room < length:
-            self.room = -(-(length + length // 16) // GROWTH) * GROWTH
+            self.room = -(-(length + length // 16) // self.growth) * self.growth
             for layer, pair in self.layers.items():
                 self.layers[layer] = (_grown(pair[0], self.room), _grown(pair[1], self.room))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefloop.config import UserError
 from prefloop.data.batches import Segment
-from prefloop.generation.cache import DecodePlan, SlotCache
+from prefloop.generation.cache import GPU_GROWTH, GROWTH, DecodePlan, SlotCache
 from prefloop.generation.graphs import as_graphs
 from prefloop.generation.packed import packed_linears
 from prefloop.generation.sampler import Sampling, draw, request_uniforms
@@ -179,7 +179,9 @@ class Engine:
         scheduler = Scheduler([len(p) for p in prompts], n, slots, self.prefill_tokens)
         answers = new_answers(slots)
         cache = SlotCache(
-            slots, torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype
+            slots,
+            torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype,
+            GROWTH if device.type == "cpu" else GPU_GROWTH,
         )
         decode = as_graphs(partial(self._decode, cache), cache, device)
         lengths = torch.zeros(slots, dtype=torch.long, device=device)  # tokens held in the cache

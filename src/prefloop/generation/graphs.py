@@ -21,7 +21,7 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 log = logging.getLogger("prefloop")
 ROUND = 8  # slots are rounded up to a multiple, fewer to a power of two
-TOLERANCE = 1e-2  # of the hidden states' norm: far above a rounding, far below a wrong key
+TOLERANCE = 3e-2  # of the hidden states' norm: above bfloat16's rounding, below a wrong key
 
 
 def as_graphs(step: Step, cache: SlotCache, device: torch.device) -> Step:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from prefloop.models.load import LoadedModel
 
 LOGIT_BYTES = 1 << 30  # logits kept for the backward pass; beyond, chunks recompute theirs
-CHUNK_BYTES = 1 << 26  # float32 logits held at once otherwise
+CHUNK_BYTES = 1 << 26  # float32 logits held at once otherwise: near a cache's size
+GPU_CHUNK_BYTES = 1 << 29  # where each of a chunk's kernels should have much to do
 
 
 def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
@@ -85,18 +86,20 @@ def head_log_probs(
     targets: Tensor,
     temperature: float = 1.0,
     logit_bytes: int = LOGIT_BYTES,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = 0,
 ) -> Tensor:
     """Log-probs [N] of `targets` [N] under the model's own head on hidden states [N, D]."""
     row_bytes = 4 * model.hf.get_output_embeddings().weight.shape[0]
     recompute = torch.is_grad_enabled() and len(targets) * row_bytes > logit_bytes
     keep_all = torch.is_grad_enabled() and not recompute
+    chunk_bytes = chunk_bytes or (CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES)
     rows = max(1, chunk_bytes // row_bytes)
     size = max(1, len(targets)) if keep_all else rows
 
     def chunk(h: Tensor, t: Tensor) -> Tensor:
         args = (_head(model, h), t, 1.0 / temperature, rows)
-        return _SelectedLogProb.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
+        form = _SelectedLogProb if h.device.type == "cpu" else _FusedLogProb
+        return form.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
 
     return torch.cat(
         [
@@ -167,6 +170,38 @@ class _SelectedLogProb(torch.autograd.Function):
             by_score = (at_least_float32(part) * factor).sub_(top).sub_(total).exp_()
             out.copy_(by_score.mul_(-weight).scatter_add_(-1, target, weight))
         return found, None, None, None
+
+
+class _FusedLogProb(torch.autograd.Function):
+    """The same for a GPU, which has softmax from any type to float32 as one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, factor: float, rows: int) -> Tensor:
+        ctx.save_for_backward(scores, targets)
+        ctx.how = factor, rows
+        picked = [
+            torch.log_softmax(*_scaled(part, factor)).gather(-1, target.unsqueeze(-1))
+            for part, target in zip(scores.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.cat(picked).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        scores, targets = ctx.saved_tensors  # type: ignore[attr-defined]
+        factor, rows = ctx.how  # type: ignore[attr-defined]
+        found = torch.empty_like(scores)
+        whole = (scores, targets.unsqueeze(-1), (grads[0] * factor).unsqueeze(-1), found)
+        for part, target, weight, out in zip(*(x.split(rows) for x in whole), strict=True):
+            probs = torch.softmax(*_scaled(part, factor))
+            out.copy_(probs.mul_(-weight).scatter_add_(-1, target, weight))
+        return found, None, None, None
+
+
+def _scaled(scores: Tensor, factor: float) -> tuple[Tensor, int, torch.dtype]:
+    """A softmax's arguments; scaled in float32, where they are."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return (scores if factor == 1.0 else scores.to(dtype) * factor), -1, dtype
 
 
 def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:

@@ -246,12 +246,19 @@ def _ready(
     )
     selftest.choose_path(model)
     if gradient_checkpointing:
-        module.activation_checkpointing_enable({"use_reentrant": False})
+        _enable_checkpointing(module)
     if lora_rank:
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
         model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
     model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only
     return model
+
+
+def _enable_checkpointing(module: PreTrainedModel) -> None:
+    """Recomputes each layer's activations in the backward pass."""
+    new_name = "activation_checkpointing_enable"  # since Transformers 5.20 or so
+    enable = getattr(module, new_name, None) or module.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def disable_dropout(module: nn.Module) -> None:

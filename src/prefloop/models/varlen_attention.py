@@ -6,8 +6,10 @@ query is padded and no score hidden by causality is computed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from prefloop.data.batches import Segment, rows_of_path
 from prefloop.models.precision import product_dtype
 
 CAPABILITY = (8, 0)  # compute capability from which the kernel runs: Ampere
+ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 does not
 
 
 def serves(device: torch.device) -> bool:
@@ -48,6 +51,9 @@ class Varlen:
         q, k, v = (x.transpose(0, 1).to(product_dtype(x)) for x in (q, k, v))
         if self.key_rows is not None:
             k, v = k.index_select(0, self.key_rows), v.index_select(0, self.key_rows)
+        grouped: dict[str, Any] = {}
+        if ASKS_FOR_GROUPS:
+            grouped["enable_gqa"] = q.shape[1] != k.shape[1]
         output: Tensor = varlen_attn(  # type: ignore[assignment]
             q.contiguous(),
             k.contiguous(),
@@ -58,6 +64,6 @@ class Varlen:
             self.longest[1],
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),  # keys before the query's own
-            enable_gqa=q.shape[1] != k.shape[1],
+            **grouped,
         )
         return output
