@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from benchmarks.meter import serve
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import load_policy
+from prefloop.models.model import LoadedModel
 
 ROWS = (512, 4096)  # tokens of the matrix products
 BYTES = 1 << 29

@@ -34,7 +34,7 @@ from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses.preference import sigmoid_loss
 from prefloop.models import adapters, selftest
-from prefloop.models.load import LoadedModel
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from prefloop.training import loop, optim
 from prefloop.training.preference import MicroBatch, Preference

@@ -24,7 +24,8 @@ from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import tokenize
 from prefloop.models.heads import answer_log_probs, token_values
-from prefloop.models.load import LoadedModel, load_policy, load_scorer
+from prefloop.models.load import load_policy, load_scorer
+from prefloop.models.model import LoadedModel
 from prefloop.records import RowCounts
 from prefloop.training import loop, ppo
 from prefloop.training.preference import MicroBatch, Preference

@@ -21,7 +21,8 @@ from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import load_policy
+from prefloop.models.model import LoadedModel
 from prefloop.training import loop, optim
 from prefloop.training.preference import MicroBatch, Preference
 

@@ -21,7 +21,8 @@ from prefloop.data.tokenize import Example, encode_prompt
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import load_policy
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 
 WORK = WORKS["generate"]

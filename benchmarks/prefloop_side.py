@@ -21,7 +21,8 @@ from prefloop.data.tokenize import Example, encode_prompt, tokenize
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs, sequence_log_probs
-from prefloop.models.load import LoadedModel, load_policy, load_scorer
+from prefloop.models.load import load_policy, load_scorer
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from prefloop.records import Demonstration, Ranking, RowCounts
 from prefloop.runs import Run

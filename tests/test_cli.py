@@ -11,7 +11,8 @@ import pytest
 
 from prefloop.cli import main
 from prefloop.commands import COMMANDS, Command
-from prefloop.config import DemoConfig, UserError
+from prefloop.config import DemoConfig
+from prefloop.errors import UserError
 
 HEAVY = ("torch", "transformers", "tyro", "numpy", "yaml", "peft")
 

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from prefloop import CompareConfig, DPOConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
-from prefloop.config import UserError
-from prefloop.settings import as_dict, build, resolve, validate
+from prefloop.config.checks import validate
+from prefloop.config.resolve import as_dict, build, resolve
+from prefloop.errors import UserError
 
 SFT = ["--model", "m", "--data", "d.jsonl", "--output", "out"]
 BASE = {"model": "m", "data": "d.jsonl", "output": Path("out")}

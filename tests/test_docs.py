@@ -14,13 +14,14 @@ import pytest
 
 from prefloop.cli import main
 from prefloop.commands import COMMANDS
-from prefloop.config import UserError
+from prefloop.config.checks import validate
+from prefloop.config.resolve import flag, resolve
 from prefloop.data.formats import load
-from prefloop.evaluation.health import Vitals
+from prefloop.errors import UserError
 from prefloop.labelling.assign import Judgement, next_assignment, submit
 from prefloop.labelling.store import Store
 from prefloop.records import RowCounts
-from prefloop.settings import flag, resolve, validate
+from prefloop.rewards.health import Vitals
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import train, write_rows, write_world
 

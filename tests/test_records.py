@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.files import check_writable, read_rows, write_atomic, write_jsonl
 from prefloop.records import (
     Comparison,

@@ -6,7 +6,8 @@ import time
 import pytest
 import yaml
 
-from prefloop.config import SFTConfig, UserError
+from prefloop.config import SFTConfig
+from prefloop.errors import UserError
 from prefloop.runs import Run, model_path, newest_checkpoint
 
 

@@ -4,7 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from prefloop.config import SFTConfig, UserError
+from prefloop.config import SFTConfig
+from prefloop.errors import UserError
 from prefloop.runs import Run
 
 

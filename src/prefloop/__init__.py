@@ -39,16 +39,16 @@ from prefloop.config import (
     RunConfig,
     SampleConfig,
     SFTConfig,
-    UserError,
     WinrateConfig,
 )
-from prefloop.config_labelling import (
+from prefloop.config.labelling import (
     LabelAddUserConfig,
     LabelExportConfig,
     LabelImportConfig,
     LabelReportConfig,
     LabelServeConfig,
 )
+from prefloop.errors import UserError
 
 __all__ = [
     "ChatConfig",

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 
 from prefloop.commands import COMMANDS, Command
-from prefloop.config import UserError
-from prefloop.settings import flag, nearest, resolve
+from prefloop.config.resolve import flag, nearest, resolve
+from prefloop.errors import UserError
 
 # How long idle threads spin for their next piece of work. Not at all makes decoding take 1.7 times
 # as long on two free cores; as long as libgomp would, 2.5 times as long beside a busy program; this

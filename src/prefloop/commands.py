@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefloop import config as c
-from prefloop import config_labelling as l
-from prefloop.settings import validate
+from prefloop.config import labelling as l
+from prefloop.config.checks import validate
+from prefloop.errors import UserError
 
 if TYPE_CHECKING:
     from prefloop.evaluation.report import Comparison
@@ -190,7 +191,7 @@ def fetch_model(config: c.FetchModelConfig) -> Path:
     if config.output is None:
         return folder
     if config.output.exists():
-        raise c.UserError(f"--output {config.output} exists; choose another")
+        raise UserError(f"--output {config.output} exists; choose another")
     shutil.copytree(folder, config.output)
     return config.output
 

@@ -14,14 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from prefloop.config import UserError
+from prefloop.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from prefloop.config import UserError
+from prefloop.errors import UserError, located
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,6 @@ class RowCounts:
         line += f" ({', '.join(told)})" if told else ""
         parts = [f"{count} ({reason})" for reason, count in self.dropped.items()]
         return line + (f", dropped {', '.join(parts)}" if parts else "")
-
-
-def located(where: str) -> str:
-    """`where` as the beginning of an error line, or nothing where it is not known."""
-    return f"{where}: " if where else ""
 
 
 # --- records as JSON -----------------------------------------------------------------------------

@@ -27,9 +27,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from prefloop import provenance
-from prefloop.config import TrainingConfig, UserError
+from prefloop.config import TrainingConfig
+from prefloop.config.resolve import as_dict, flag, read_yaml
+from prefloop.errors import UserError
 from prefloop.files import check_folder, write_atomic
-from prefloop.settings import as_dict, flag, read_yaml
 from prefloop.tracking import Tracker, open_tracker
 
 Status = Literal["running", "finished", "interrupted", "failed"]

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 
 PROJECT = "prefloop"
 

@@ -17,7 +17,8 @@ from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses.sft import sft_loss
 from prefloop.models import heads
-from prefloop.models.load import LoadedModel, _ready
+from prefloop.models.load import _ready
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from tests.generation.naive import PROMPTS
 from tests.models.plain import random_examples

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from prefloop.config import UserError
 from prefloop.data.formats import Kind, load, split_by_prompt
+from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.records import (
     Conversation,

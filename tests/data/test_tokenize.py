@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from prefloop.config import Truncation, UserError
+from prefloop.config import Truncation
 from prefloop.data.tokenize import (
     Example,
     audit_template,
@@ -18,6 +18,7 @@ from prefloop.data.tokenize import (
     stop_token_ids,
     tokenize,
 )
+from prefloop.errors import UserError
 from prefloop.records import (
     Comparison,
     Conversation,

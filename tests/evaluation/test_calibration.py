@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from prefloop.commands import reward_quality
-from prefloop.config import RewardQualityConfig, UserError
+from prefloop.config import RewardQualityConfig
+from prefloop.errors import UserError
 from prefloop.evaluation.calibration import calibrate
-from prefloop.evaluation.judges import load_judge
 from prefloop.labelling.agreement import ceiling
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
+from prefloop.rewards.judges import load_judge
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

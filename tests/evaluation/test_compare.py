@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefloop.config import CompareConfig, UserError
+from prefloop.config import CompareConfig
+from prefloop.errors import UserError
 from prefloop.evaluation.compare import compare
 from prefloop.evaluation.frontier import best_of_n_kl
-from prefloop.evaluation.judges import load_judge
 from prefloop.files import read_rows, write_jsonl
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
+from prefloop.rewards.judges import load_judge
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ("The film", "A", "It is", "What")

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
-from prefloop.evaluation.winrate import Interval
+from prefloop.intervals import Interval
+from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
 
 
 def near(value: float) -> Interval:

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from prefloop.config import UserError
-from prefloop.evaluation.judges import function_judge, load_judge
+from prefloop.errors import UserError
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
 from prefloop.records import Message
+from prefloop.rewards.judges import function_judge, load_judge
 from tests.tiny import tiny_model, tiny_tokenizer
 
 HERE = "tests.evaluation.test_judges"

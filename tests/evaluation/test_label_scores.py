@@ -5,12 +5,12 @@ import json
 import pytest
 
 from prefloop import commands
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelScoreConfig
-from prefloop.evaluation.judges import load_judge
+from prefloop.config.labelling import LabelScoreConfig
+from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.labelling.assign import next_assignment, submit
 from prefloop.labelling.imports import add_samples, uncertainty_and_gap
+from prefloop.rewards.judges import load_judge
 from tests.labelling.small import add, in_order, open_store, put, rows
 from tests.training.small import train, write_world
 

@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from prefloop.evaluation.health import Sign, Vitals
 from prefloop.evaluation.report import (
     Comparison,
     RunRecord,
@@ -19,7 +18,8 @@ from prefloop.evaluation.report import (
     render,
     terminal_table,
 )
-from prefloop.evaluation.winrate import Interval
+from prefloop.intervals import Interval
+from prefloop.rewards.health import Sign, Vitals
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

@@ -4,16 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefloop.config import UserError, WinrateConfig
-from prefloop.evaluation.winrate import (
-    Interval,
-    bootstrap,
-    mean_score,
-    prompt_win_rate,
-    run,
-    win_rate,
-)
+from prefloop.config import WinrateConfig
+from prefloop.errors import UserError
+from prefloop.evaluation.winrate import prompt_win_rate, run, win_rate
 from prefloop.files import write_jsonl
+from prefloop.intervals import Interval, bootstrap, mean_score
 
 
 def length_judge(prompts: list[str], completions: list[str]) -> list[float]:

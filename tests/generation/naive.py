@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from prefloop.models.load import LoadedModel, _ready
+from prefloop.models.load import _ready
+from prefloop.models.model import LoadedModel
 from tests.tiny import Arch, tiny_model, tiny_tokenizer
 
 PROMPTS = [[5 + (7 * i * i + 3 * n) % 250 for i in range(n)] for n in (3, 11, 1, 8, 20)]

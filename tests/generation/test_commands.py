@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefloop.config import ChatConfig, GenerateConfig, SampleConfig, UserError
+from prefloop.config import ChatConfig, GenerateConfig, SampleConfig
 from prefloop.data import formats
 from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids
+from prefloop.errors import UserError
 from prefloop.generation.commands import chat, generate, sample
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling

@@ -7,14 +7,15 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from prefloop.config import UserError
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
+from prefloop.errors import UserError
 from prefloop.generation.engine import Engine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.adapters import unwrap
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, _ready
+from prefloop.models.load import _ready
+from prefloop.models.model import LoadedModel
 from tests.generation.naive import PROMPTS, greedy, policy, unpacked
 from tests.tiny import ARCHS, Arch, tiny_model, tiny_tokenizer
 

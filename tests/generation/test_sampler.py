@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.generation.sampler import Sampling, draw, keep_likeliest, request_uniforms
 
 PROBS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefloop.config_labelling import LabelImportConfig
+from prefloop.config.labelling import LabelImportConfig
 from prefloop.files import write_jsonl
 from prefloop.labelling import imports
 from prefloop.labelling.assign import Judgement

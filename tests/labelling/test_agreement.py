@@ -41,7 +41,7 @@ def test_alpha_of_krippendorffs_own_example():
     )
     counts = counts_of(table - 1, 5)
     estimate = ag.krippendorff_alpha(counts, np.arange(12))
-    assert round(estimate.value, 3) == 0.815
+    assert round(estimate.mean, 3) == 0.815
     assert estimate.low < 0.815 < estimate.high
 
 
@@ -54,11 +54,11 @@ def test_alpha_equals_another_implementation(seed):
     table[:2, :3] = [[0, 1, 2], [0, 1, 3]]
     counts = counts_of(table, 4)
     expected = krippendorff.alpha(value_counts=counts, level_of_measurement="ordinal")
-    assert ag.krippendorff_alpha(counts, np.arange(40)).value == pytest.approx(expected, abs=1e-12)
+    assert ag.krippendorff_alpha(counts, np.arange(40)).mean == pytest.approx(expected, abs=1e-12)
 
 
 def test_alpha_without_variation_is_not_a_number():
-    assert np.isnan(ag.krippendorff_alpha(np.array([[2, 0], [2, 0]]), np.arange(2)).value)
+    assert np.isnan(ag.krippendorff_alpha(np.array([[2, 0], [2, 0]]), np.arange(2)).mean)
 
 
 def test_alphas_interval_covers_the_truth():
@@ -87,7 +87,7 @@ def test_mean_by_prompt_resamples_prompts():
     """Two prompts of 99 equal values each are two observations, not 198."""
     values, prompts = np.repeat([0.0, 1.0], 99), np.repeat([4, 7], 99)
     estimate = ag.mean_by_prompt(values, prompts)
-    assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
+    assert (estimate.mean, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
     assert str(estimate) == "0.50 [0.00, 1.00]"
 
 

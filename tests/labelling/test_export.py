@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelExportConfig
+from prefloop.config.labelling import LabelExportConfig
 from prefloop.data.formats import load
+from prefloop.errors import UserError
 from prefloop.files import read_rows
 from prefloop.labelling import export
 from prefloop.labelling.assign import Judgement, next_assignment, submit

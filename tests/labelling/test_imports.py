@@ -5,8 +5,8 @@ import json
 import pytest
 from sqlalchemy import text
 
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelImportConfig
+from prefloop.config.labelling import LabelImportConfig
+from prefloop.errors import UserError
 from prefloop.labelling import imports
 from prefloop.labelling.imports import uncertainty_and_gap
 from tests.labelling.small import NO_EXTRAS, open_store, put, rows

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from prefloop import commands
-from prefloop.config import SampleConfig, UserError
+from prefloop.config import SampleConfig
+from prefloop.errors import UserError
 from prefloop.labelling.assign import next_assignment, submit
 from prefloop.labelling.export import read_records
 from prefloop.provenance import weights_sha256

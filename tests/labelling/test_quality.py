@@ -48,7 +48,7 @@ def test_agreement_by_hand(tmp_path):
     label(store, bob, half)
     q = measure(store, "main")
     assert (q.annotations, q.shared_tasks) == (4, 2)
-    assert (q.agreement.value, q.agreement.low, q.agreement.high) == (0.5, 0.0, 1.0)
+    assert (q.agreement.mean, q.agreement.low, q.agreement.high) == (0.5, 0.0, 1.0)
     assert q.ceiling == ceiling(0.5) == (0.5, 0.5)
     assert [r.agreement for r in q.labellers] == [0.5, 0.5]
     assert q.skip_rate == 0.0
@@ -88,7 +88,7 @@ def test_each_fault_is_found_and_nobody_is_dropped(tmp_path):
     assert records["choosy"].flags == ("skips much",)
     assert 0.3 < records["choosy"].skip_rate < 0.7
     assert sum(r.annotations for r in q.labellers) == q.annotations
-    assert q.alpha.low < q.alpha.value < q.alpha.high
+    assert q.alpha.low < q.alpha.mean < q.alpha.high
 
 
 def test_length_bias_by_hand(tmp_path):
@@ -103,7 +103,7 @@ def test_length_bias_by_hand(tmp_path):
         ],
     )
     q = measure(open_store(tmp_path), "main")
-    assert q.longer_wins.value == pytest.approx(2 / 3)
+    assert q.longer_wins.mean == pytest.approx(2 / 3)
     assert q.agreement is None and q.alpha is None
     assert q.first_wins is None  # what was imported was not shown in any order
     assert [(r.name, r.seconds, r.flags) for r in q.labellers] == [("import", None, ())]

@@ -9,7 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.labelling.store import Store, Unavailable
 from prefloop.labelling.store.schema import metadata
 from tests.labelling.small import Clock, add, open_store, put, rows

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.losses import (
     gae,
     grpo_advantages,

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from prefloop.data.tokenize import Example
 from prefloop.models import selftest
-from prefloop.models.load import LoadedModel
+from prefloop.models.model import LoadedModel
 from tests.tiny import Arch, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")

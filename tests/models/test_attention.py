@@ -5,11 +5,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefloop.data.batches import Segment, pack, rows_of_path
-from prefloop.models import attention, block_attention, heads, varlen_attention
-from prefloop.models.attention import PackedPlan
-from prefloop.models.block_attention import Blocks
-from prefloop.models.rectangle_attention import Rectangles
-from prefloop.models.varlen_attention import Varlen
+from prefloop.models import heads
+from prefloop.models.attention import blocks as block_attention
+from prefloop.models.attention import plan as attention
+from prefloop.models.attention import varlen as varlen_attention
+from prefloop.models.attention.blocks import Blocks
+from prefloop.models.attention.plan import PackedPlan
+from prefloop.models.attention.rectangles import Rectangles
+from prefloop.models.attention.varlen import Varlen
 from tests.models.plain import (
     CPU,
     assert_close,

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefloop.config import UserError
 from prefloop.data.batches import pack
+from prefloop.errors import UserError
 from prefloop.models import heads
 from prefloop.models.export import export_model
 from prefloop.models.load import (

@@ -27,10 +27,11 @@ from transformers import (
     StableLmConfig,
 )
 
-from prefloop.config import UserError
 from prefloop.data.batches import pack
-from prefloop.models import heads, selftest, varlen_attention
-from prefloop.models.attention import NAME
+from prefloop.errors import UserError
+from prefloop.models import heads, selftest
+from prefloop.models.attention import varlen as varlen_attention
+from prefloop.models.attention.plan import NAME
 from tests.models.plain import (
     CPU,
     assert_close,

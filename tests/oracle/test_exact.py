@@ -18,7 +18,8 @@ from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses.masked import segment_sum
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import load_policy
+from prefloop.models.model import LoadedModel
 from prefloop.training import ppo
 from tests.oracle import world as w
 from tests.oracle.world import World, kl, world

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.recipes import fetch
 from prefloop.recipes.fetch import Pin, fetch_file, fetch_model, parse_movie_ratings
 

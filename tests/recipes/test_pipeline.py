@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.config import RunConfig, UserError
+from prefloop.config import RunConfig
+from prefloop.errors import UserError
 from prefloop.recipes.pipeline import run
 
 

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.config import DemoConfig, UserError
+from prefloop.config import DemoConfig
+from prefloop.config.checks import validate
+from prefloop.errors import UserError
 from prefloop.recipes.sentiment import FULL, QUICK, Plan, demo
-from prefloop.settings import validate
 
 
 @pytest.mark.parametrize("scale", [FULL, QUICK])

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefloop.config import UserError
 from prefloop.data import formats
+from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.recipes import sentiment_data as data
 from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, fetch_movie_ratings

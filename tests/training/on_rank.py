@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from prefloop import distributed
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from tests.training.cases import run_case
 from tests.training.small import only_checkpoint, train
 

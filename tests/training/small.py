@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from prefloop import commands
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from prefloop.models.export import export_model
-from prefloop.models.load import LoadedModel, load_policy, load_scorer
+from prefloop.models.load import load_policy, load_scorer
+from prefloop.models.model import LoadedModel
 from prefloop.runs import Run
 from tests.tiny import tiny_model, tiny_tokenizer
 

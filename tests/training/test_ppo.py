@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prefloop.config import UserError
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example, encode_answer, encode_prompt
+from prefloop.errors import UserError
 from prefloop.files import read_rows
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling

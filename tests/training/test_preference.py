@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefloop.config import UserError
 from prefloop.data import formats
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
+from prefloop.errors import UserError
 from prefloop.files import read_rows
 from prefloop.losses.masked import segment_sum
 from prefloop.models.heads import answer_log_probs

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefloop.cli import main
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from tests.training.small import (
     REWARDS,
     assert_same_run,

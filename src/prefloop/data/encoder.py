@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from prefloop.config import UserError
-from prefloop.files import first_line
+from prefloop.errors import UserError, first_line
 from prefloop.records import Message, Text, text_to_json
 
 if TYPE_CHECKING:

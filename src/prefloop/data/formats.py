@@ -24,8 +24,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
-from prefloop.config import UserError
-from prefloop.files import SUFFIXES, first_line, json_type, read_rows
+from prefloop.errors import UserError, first_line
+from prefloop.files import SUFFIXES, json_type, read_rows
 from prefloop.records import (
     Comparison,
     Conversation,

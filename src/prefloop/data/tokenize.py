@@ -14,8 +14,9 @@ from itertools import combinations, product
 from math import comb
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefloop.config import Truncation, UserError
+from prefloop.config import Truncation
 from prefloop.data.encoder import ANSWERED, ASKED, PROBE, Encoder
+from prefloop.errors import UserError, located
 from prefloop.records import (
     Comparison,
     Conversation,
@@ -25,7 +26,6 @@ from prefloop.records import (
     RowCounts,
     Text,
     Unpaired,
-    located,
 )
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.config import RewardQualityConfig, UserError
+from prefloop.config import RewardQualityConfig
+from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
 from prefloop.labelling.agreement import ceiling
 from prefloop.records import RowCounts

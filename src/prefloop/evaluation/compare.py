@@ -9,21 +9,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from prefloop.config import CompareConfig, UserError
+from prefloop.config import CompareConfig
+from prefloop.config.resolve import as_dict
 from prefloop.data import formats
 from prefloop.data.tokenize import Example, decode_answer, same_ids, stop_token_ids, tokenize
+from prefloop.errors import UserError
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
-from prefloop.evaluation.health import Vitals, distinct_n, repeated_share, signs
-from prefloop.evaluation.judges import Judge, load_judge
 from prefloop.evaluation.report import Comparison, Way, read_run, render
-from prefloop.evaluation.winrate import Interval, mean_score, win_rate
+from prefloop.evaluation.winrate import win_rate
 from prefloop.files import check_folder, write_atomic, write_jsonl
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
+from prefloop.intervals import Interval, mean_score
 from prefloop.models.heads import sequence_log_probs
-from prefloop.models.load import LoadedModel, is_scorer_folder, load_policy, pick_device
+from prefloop.models.load import is_scorer_folder, load_policy, pick_device
+from prefloop.models.model import LoadedModel
 from prefloop.records import RowCounts, Text, text_to_json
-from prefloop.settings import as_dict
+from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
+from prefloop.rewards.judges import Judge, load_judge
 
 EXAMPLES = 12  # prompts whose answers the page shows
 SCORING_TOKENS = 8192  # in one forward pass

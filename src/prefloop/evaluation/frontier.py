@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import comb, log
 
-from prefloop.evaluation.winrate import Grouped, Interval, bootstrap
+from prefloop.intervals import Grouped, Interval, bootstrap
 
 
 def best_of_n_kl(n: int) -> float:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelScoreConfig
-from prefloop.evaluation.judges import Judge, load_judge
+from prefloop.config.labelling import LabelScoreConfig
+from prefloop.errors import UserError
 from prefloop.labelling.export import project_id_of
 from prefloop.labelling.imports import uncertainty_and_gap
 from prefloop.labelling.store import Store
 from prefloop.labelling.store.reading import prompts_of, responses_of
 from prefloop.labelling.store.scoring import put_scores, set_strategy, tasks_of
 from prefloop.records import Message, Text
+from prefloop.rewards.judges import Judge, load_judge
 
 
 def run(config: LabelScoreConfig) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
-from prefloop.evaluation.health import Sign, Vitals
-from prefloop.evaluation.winrate import Interval
+from prefloop.intervals import Interval
+from prefloop.rewards.health import Sign, Vitals
 
 INK = "#123457"  # stands in figures for the page's text colour
 COLOURS = ("#3b7dd8", "#e07a1f", "#2f9e62", "#c8447e", "#8a63d2", "#8d7b1d", "#159aa8")

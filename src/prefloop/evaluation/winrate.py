@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prefloop.config import UserError, WinrateConfig
+from prefloop.config import WinrateConfig
 from prefloop.data.formats import load
+from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
+from prefloop.intervals import Grouped, Interval, bootstrap, mean_score
 from prefloop.records import RowCounts, Text, text_to_json
-
-Grouped = Sequence[Sequence[float]]
-"""One number an answer, in one list a prompt."""
-RESAMPLES = 4000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % percentile-bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-    def above(self, other: Interval) -> bool:
-        """Whether this interval lies wholly above the other."""
-        return self.low > other.high
-
-
-def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Mean of one value a prompt; the interval comes from resampling prompts."""
-    if not values:
-        raise ValueError("bootstrap: no values; at least one prompt is needed")
-    array = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=resamples)
-    low, high = np.quantile(draws @ array / len(array), [0.025, 0.975])
-    return Interval(float(array.mean()), float(low), float(high))
-
-
-def mean_score(scores: Grouped, seed: int = 0) -> Interval:
-    """Mean over prompts of a prompt's mean score; answers to one prompt are resampled together."""
-    return bootstrap([sum(row) / len(row) for row in scores], seed)
 
 
 def prompt_win_rate(scores: Sequence[float], baseline: Sequence[float]) -> float:
@@ -71,7 +37,7 @@ def win_rate(scores: Grouped, baseline: Grouped, seed: int = 0) -> Interval:
 
 def run(config: WinrateConfig) -> dict[str, Any]:
     """`prefloop evaluate winrate`: judge two files of answers to the same prompts."""
-    from prefloop.evaluation.judges import load_judge
+    from prefloop.rewards.judges import load_judge
 
     # 1. The answers of both sides, by prompt, in the order of the first file.
     if config.output is not None:

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig, UserError
+from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
 from prefloop.data import formats
 from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids, tokenize
+from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
 from prefloop.generation.engine import Engine, Sample
 from prefloop.generation.sampler import Sampling
-from prefloop.models.load import LoadedModel, load_policy, pick_device
+from prefloop.models.load import load_policy, pick_device
+from prefloop.models.model import LoadedModel
 from prefloop.provenance import weights_sha256
 from prefloop.records import Message, Prompt, RowCounts, text_to_json
 from prefloop.runs import model_path

@@ -16,17 +16,18 @@ import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
-from prefloop.config import UserError
 from prefloop.data.batches import Segment
+from prefloop.errors import UserError
 from prefloop.generation.cache import GPU_GROWTH, GROWTH, DecodePlan, SlotCache
 from prefloop.generation.graphs import as_graphs
 from prefloop.generation.packed import packed_linears
 from prefloop.generation.sampler import Sampling, draw, request_uniforms
 from prefloop.generation.scheduler import Request, Scheduler
 from prefloop.models import adapters
-from prefloop.models.attention import PackedPlan
+from prefloop.models.attention.plan import PackedPlan
 from prefloop.models.heads import logits
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import load_policy
+from prefloop.models.model import LoadedModel
 
 Prompts = Sequence[Sequence[int]]
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as Transformers' models call theirs

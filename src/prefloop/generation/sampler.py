@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 
 BLOCK = 256  # tokens; about the root of a vocabulary's size
 

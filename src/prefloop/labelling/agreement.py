@@ -13,22 +13,12 @@ from math import erfc, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from prefloop.intervals import Interval
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 RESAMPLES = 400
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % percentile-bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def ranks_of(tiers: Sequence[Sequence[int]], answers: int) -> list[int]:
@@ -113,7 +103,7 @@ def alpha_of(coincidence: Floats) -> float:
     return float(1.0 - (total - 1) * (coincidence * distance).sum() / expected)
 
 
-def krippendorff_alpha(counts: Ints, prompts: Ints, seed: int = 0) -> Estimate:
+def krippendorff_alpha(counts: Ints, prompts: Ints, seed: int = 0) -> Interval:
     """Alpha of [U, V] counts (a unit is an answer, a value its rank); prompts are resampled.
 
     `prompts` [U] names each unit's prompt: answers to one prompt are resampled together.
@@ -132,7 +122,7 @@ def krippendorff_alpha(counts: Ints, prompts: Ints, seed: int = 0) -> Estimate:
     return bootstrap(alpha, len(by_prompt), seed)
 
 
-def bootstrap(statistic: Callable[[Floats], float], size: int, seed: int) -> Estimate:
+def bootstrap(statistic: Callable[[Floats], float], size: int, seed: int) -> Interval:
     """A statistic of prompts' weights [size] (all 1), with its interval over resampled prompts."""
     rng = np.random.default_rng(seed)
     draws = [
@@ -142,10 +132,10 @@ def bootstrap(statistic: Callable[[Floats], float], size: int, seed: int) -> Est
     draws = [draw for draw in draws if np.isfinite(draw)]
     value = statistic(np.ones(size))
     low, high = np.quantile(draws, [0.025, 0.975]) if draws else (value, value)
-    return Estimate(value, float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
-def mean_by_prompt(values: Floats, prompts: Ints, seed: int = 0) -> Estimate:
+def mean_by_prompt(values: Floats, prompts: Ints, seed: int = 0) -> Interval:
     """Mean of `values`, with prompts resampled."""
     _, groups = np.unique(prompts, return_inverse=True)
     sums, sizes = np.bincount(groups, values), np.bincount(groups)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from prefloop.config import UserError
-from prefloop.config_labelling import Consensus, Form, LabelExportConfig
+from prefloop.config.labelling import Consensus, Form, LabelExportConfig
 from prefloop.data.formats import parse_row, split_by_prompt
+from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.labelling.agreement import copeland, one_coin, pair_signs, ranks_of
 from prefloop.labelling.store import Store, Transaction

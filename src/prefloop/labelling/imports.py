@@ -12,9 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelImportConfig
+from prefloop.config.labelling import LabelImportConfig
 from prefloop.data.formats import parse_row
+from prefloop.errors import UserError
 from prefloop.labelling.export import project_id_of, split_address
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.files import read_rows
 from prefloop.records import RowCounts
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefloop.intervals import Interval
 from prefloop.labelling import agreement as ag
-from prefloop.labelling.agreement import Estimate, Floats, Ints
+from prefloop.labelling.agreement import Floats, Ints
 from prefloop.labelling.export import project_id_of
 from prefloop.labelling.store import Store
 from prefloop.labelling.store.reading import Annotation, annotations_of, lengths_of
@@ -56,12 +57,12 @@ class Quality:
     project: str
     annotations: int
     shared_tasks: int  # with two or more labellers
-    agreement: Estimate | None  # share of pairs that two labellers order alike, ties half
-    alpha: Estimate | None  # Krippendorff's, ordinal
+    agreement: Interval | None  # share of pairs that two labellers order alike, ties half
+    alpha: Interval | None  # Krippendorff's, ordinal
     ceiling: tuple[float, float] | None  # of a reward model's accuracy
     first_wins: float | None
     first_wins_p: float | None
-    longer_wins: Estimate | None  # strict pairs won by the longer answer
+    longer_wins: Interval | None  # strict pairs won by the longer answer
     skip_rate: float | None
     flagged_answers: Mapping[str, int]
     labellers: tuple[Record, ...]
@@ -107,7 +108,7 @@ def measure(store: Store, project: str, seed: int = 0) -> Quality:
         shared_tasks=len({int(task) for task in data.task[first]}),
         agreement=estimate,
         alpha=_alpha(data, first, second, seed),
-        ceiling=ag.ceiling(estimate.value) if estimate and estimate.value >= 0.5 else None,
+        ceiling=ag.ceiling(estimate.mean) if estimate and estimate.mean >= 0.5 else None,
         first_wins=wins,
         first_wins_p=win_p,
         longer_wins=_longer_wins(data, real, lengths, seed),
@@ -164,7 +165,7 @@ def _agreement(data: _Data, first: Ints, second: Ints) -> Floats:
     return found
 
 
-def _alpha(data: _Data, first: Ints, second: Ints, seed: int) -> Estimate | None:
+def _alpha(data: _Data, first: Ints, second: Ints, seed: int) -> Interval | None:
     rows = np.unique(np.concatenate([first, second]))
     if not len(rows):
         return None
@@ -193,7 +194,7 @@ def _first_wins(data: _Data) -> Floats:
 
 def _longer_wins(
     data: _Data, real: NDArray[np.bool_], lengths: Mapping[int, int], seed: int
-) -> Estimate | None:
+) -> Interval | None:
     """Share of strictly ordered pairs of different length that the longer answer wins."""
     wins, prompts = [], []
     for count in np.unique(data.answers[real]):

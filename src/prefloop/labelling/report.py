@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from prefloop.config_labelling import LabelReportConfig
+from prefloop.config.labelling import LabelReportConfig
 from prefloop.files import write_atomic
 from prefloop.labelling.quality import Quality, Record, measure
 from prefloop.labelling.store import Store

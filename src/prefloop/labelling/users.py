@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from contextlib import closing
 
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelAddUserConfig
+from prefloop.config.labelling import LabelAddUserConfig
+from prefloop.errors import UserError
 from prefloop.labelling.store import Store
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.losses.kl import k1, k2
 from prefloop.losses.masked import masked_sum
 

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 
 from prefloop.models import adapters
-from prefloop.models.load import LoadedModel
+from prefloop.models.model import LoadedModel
 from prefloop.runs import model_path
 
 

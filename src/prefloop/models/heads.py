@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
-from prefloop.models.attention import PackedPlan
+from prefloop.models.attention.plan import PackedPlan
 from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
-    from prefloop.models.load import LoadedModel
+    from prefloop.models.model import LoadedModel
 
 LOGIT_BYTES = 1 << 30  # logits kept for the backward pass; beyond, chunks recompute theirs
 CHUNK_BYTES = 1 << 26  # float32 logits held at once otherwise: near a cache's size

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,62 +23,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from prefloop.config import UserError
 from prefloop.data.tokenize import same_ids, stop_token_ids
+from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest
 from prefloop.models.memory import keep_freed_memory
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import speed_up_float32
-from prefloop.records import located
 from prefloop.runs import model_path
-
-
-@dataclass(eq=False)
-class LoadedModel:
-    """A model with its tokenizer, ready to take token batches."""
-
-    module: nn.Module  # PreTrainedModel, or PeftModel around one
-    tokenizer: PreTrainedTokenizerBase
-    device: torch.device
-    packed: bool  # False: fails the self-test, takes padded batches
-    source: str
-    max_length: int | None = None  # longest sequence with exact positions, where there is a bound
-    varlen: bool = False  # bfloat16 attention may be one call of FlashAttention
-
-    @property
-    def hf(self) -> PreTrainedModel:
-        """The Transformers model, adapters in place."""
-        return adapters.unwrap(self.module)
-
-    @property
-    def base(self) -> nn.Module:
-        """The Transformers model without its head."""
-        found: nn.Module = self.hf.base_model
-        return getattr(self.hf, "model", found) if found is self.hf else found
-
-    @property
-    def is_scorer(self) -> bool:
-        """True for a reward or value model (one label), False for a policy."""
-        return hasattr(self.hf, "score")
-
-    def check_length(self, tokens: int, where: str = "") -> None:
-        """UserError for a sequence (from `where`) that the model's positions do not carry."""
-        if self.max_length is not None and tokens > self.max_length:
-            raise UserError(
-                f"{located(where)}{self.source}: a sequence of {tokens} tokens, but its positions "
-                f"are exact up to {self.max_length} only; lower --max-length"
-            )
-
-    def trainable(self) -> list[nn.Parameter]:
-        """Parameters that take gradients."""
-        return [p for p in self.module.parameters() if p.requires_grad]
-
-
-class ModelOptions(TypedDict):
-    """How a trained model differs from one that is only read."""
-
-    lora_rank: int
-    lora_alpha: float
-    gradient_checkpointing: bool
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,7 +50,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_path(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: no tokenizer found ({_first_line(error)}); save the tokenizer into the "
+            f"{path}: no tokenizer found ({first_line(error)}); save the tokenizer into the "
             "model's folder with tokenizer.save_pretrained"
         ) from error
 
@@ -178,7 +128,7 @@ def is_scorer_folder(path: str) -> bool:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:
         raise UserError(
-            f"{path}: not a model folder or hub id that Transformers knows ({_first_line(error)})"
+            f"{path}: not a model folder or hub id that Transformers knows ({first_line(error)})"
         ) from error
     return any("SequenceClassification" in name for name in config.architectures or [])
 
@@ -197,10 +147,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]
-
-
 def _from_pretrained(
     kind: Any, path: str, new_head: bool = False, **options: Any
 ) -> PreTrainedModel:
@@ -216,7 +162,7 @@ def _from_pretrained(
     except Exception as error:  # whatever a broken folder makes its readers say
         raise UserError(
             f"{path}: Transformers cannot load it as {kind.__name__.removeprefix('AutoModelFor')} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     missing = [k for k in info["missing_keys"] if not (new_head and k.startswith("score."))]
     if missing or info["mismatched_keys"]:

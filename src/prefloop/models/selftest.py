@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prefloop.config import UserError
 from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.tokenize import Example
-from prefloop.models import attention, heads, lean, varlen_attention
+from prefloop.errors import UserError
+from prefloop.models import heads, lean
+from prefloop.models.attention import plan as attention
+from prefloop.models.attention import varlen as varlen_attention
 from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from prefloop.models.load import LoadedModel
+    from prefloop.models.model import LoadedModel
 
 log = logging.getLogger("prefloop")
 HEAD_TOLERANCE = 1e-6  # no other order of sums: a soft cap far above small logits shows too

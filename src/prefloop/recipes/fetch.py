@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefloop.config import RunConfig, UserError
+from prefloop.config import RunConfig
+from prefloop.config.checks import validate
+from prefloop.config.resolve import as_dict, build, nearest, read_yaml
+from prefloop.errors import UserError
 from prefloop.files import check_folder, write_atomic
-from prefloop.settings import as_dict, build, nearest, read_yaml, validate
 
 RECORD = "pipeline.json"
 NOT_INPUTS = ("output", "resume")

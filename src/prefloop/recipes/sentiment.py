@@ -20,15 +20,15 @@ from prefloop.config import (
     RewardConfig,
     SampleConfig,
     SFTConfig,
-    UserError,
 )
+from prefloop.config.resolve import as_dict
+from prefloop.errors import UserError
 from prefloop.evaluation.compare import compare
 from prefloop.evaluation.report import Comparison
 from prefloop.files import check_folder, write_atomic
 from prefloop.generation.commands import sample
 from prefloop.recipes import sentiment_data
 from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings
-from prefloop.settings import as_dict
 from prefloop.training import ppo, preference, reward, sft
 
 log = logging.getLogger("prefloop")

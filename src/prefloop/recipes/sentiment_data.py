@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.files import read_rows, write_atomic, write_jsonl
 from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, cache_dir, fetch_movie_ratings
 from prefloop.records import Ranking, ranking_to_json

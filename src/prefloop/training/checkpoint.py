@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefloop.config import UserError
 from prefloop.data.tokenize import Example
-from prefloop.files import first_line
+from prefloop.errors import UserError, first_line
 from prefloop.runs import checkpoint_step
 
 FILE = "state.pt"

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from prefloop import distributed
-from prefloop.config import TrainingConfig, UserError
-from prefloop.files import first_line
-from prefloop.models.load import LoadedModel, ModelOptions, pick_device
+from prefloop.config import TrainingConfig
+from prefloop.errors import UserError, first_line
+from prefloop.models.load import pick_device
+from prefloop.models.model import LoadedModel, ModelOptions
 from prefloop.models.precision import autocast
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim

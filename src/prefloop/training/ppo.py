@@ -18,22 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from prefloop import distributed
-from prefloop.config import PPOConfig, UserError
+from prefloop.config import PPOConfig
 from prefloop.data import stream
 from prefloop.data.batches import TokenBatch, micro_batches, pack, to_batches
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids
-from prefloop.evaluation.judges import function_judge, model_judge
+from prefloop.errors import UserError
 from prefloop.losses import ppo as losses
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs, token_values
-from prefloop.models.load import (
-    LoadedModel,
-    load_policy,
-    load_reward_model,
-    load_scorer,
-    require_same_ids,
-)
+from prefloop.models.load import load_policy, load_reward_model, load_scorer, require_same_ids
+from prefloop.models.model import LoadedModel
+from prefloop.rewards.judges import function_judge, model_judge
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
 from prefloop.training.loop import LossSums, Step

@@ -19,7 +19,8 @@ from prefloop.losses.masked import Total, masked_sum, segment_sum
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import load_policy
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows

@@ -12,7 +12,8 @@ from prefloop import distributed
 from prefloop.config import DPOConfig
 from prefloop.data.tokenize import Example
 from prefloop.models.heads import sequence_log_probs
-from prefloop.models.load import LoadedModel, load_policy, require_same_ids
+from prefloop.models.load import load_policy, require_same_ids
+from prefloop.models.model import LoadedModel
 from prefloop.training import checkpoint
 
 

@@ -19,7 +19,8 @@ from prefloop.losses import reward as losses
 from prefloop.losses.masked import Total
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_scores, score_mean
-from prefloop.models.load import LoadedModel, load_scorer
+from prefloop.models.load import load_scorer
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows

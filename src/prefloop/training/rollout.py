@@ -16,17 +16,17 @@ from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example, decode_answer
-from prefloop.evaluation.health import distinct_n
-from prefloop.evaluation.judges import Judge
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.losses.kl import k1
 from prefloop.models import adapters
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
-from prefloop.models.load import LoadedModel
+from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from prefloop.records import Text, text_to_json
+from prefloop.rewards.health import distinct_n
+from prefloop.rewards.judges import Judge
 from prefloop.training.rows import Prompts
 
 LOGGED_SAMPLES = 4  # of each iteration, in samples.jsonl

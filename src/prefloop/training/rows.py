@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 
 from prefloop import distributed
-from prefloop.config import PPOConfig, TrainingConfig, UserError
+from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.data import formats, stream
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example, tokenize
+from prefloop.errors import UserError
 from prefloop.labelling.export import is_store, read_records
-from prefloop.models.load import LoadedModel
+from prefloop.models.model import LoadedModel
 from prefloop.records import Prompt, RowCounts
 from prefloop.runs import Run
 from prefloop.training.loop import Step

@@ -14,7 +14,8 @@ from prefloop.data.tokenize import Example
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import LoadedModel, load_policy
+from prefloop.models.load import load_policy
+from prefloop.models.model import LoadedModel
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
 from prefloop.training.loop import LossSums, Step

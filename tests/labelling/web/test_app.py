@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import event
 from starlette.testclient import TestClient
 
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelAddUserConfig, LabelServeConfig
+from prefloop.config.labelling import LabelAddUserConfig, LabelServeConfig
+from prefloop.errors import UserError
 from prefloop.labelling import users
 from prefloop.labelling.store import Store
 from prefloop.labelling.web.app import create_app

@@ -21,8 +21,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from prefloop.config import UserError
-from prefloop.files import first_line
+from prefloop.errors import UserError, first_line
 from prefloop.labelling.store.transaction import Transaction
 
 BUSY_SECONDS = 10.0

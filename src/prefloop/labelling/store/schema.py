@@ -69,7 +69,7 @@ projects = Table(
     Column("name", String(200), nullable=False, unique=True),
     Column("mode", String(20), nullable=False),  # ranking, pairwise, rating
     Column("guidelines", Text, nullable=False),
-    Column("settings", Json, nullable=False),  # config_labelling.ProjectSettings
+    Column("settings", Json, nullable=False),  # labelling.store.ProjectSettings
     Column("created", Float, nullable=False),
 )
 snapshots = Table(  # what wrote responses: a policy at one state of its weights

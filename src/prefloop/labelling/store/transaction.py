@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, exists, insert, or_, select, text, update
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.labelling.store.schema import (
     annotation_rows,
     assignments,

@@ -10,8 +10,8 @@ from urllib.parse import parse_qs, urlencode
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 
-from prefloop.config import UserError
-from prefloop.config_labelling import Consensus, Form
+from prefloop.config.labelling import Consensus, Form
+from prefloop.errors import UserError
 from prefloop.labelling import report
 from prefloop.labelling.assign import Refused
 from prefloop.labelling.export import audit, decisions, form_rows, project_id_of

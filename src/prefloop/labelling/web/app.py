@@ -16,7 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefloop.config import UserError
+from prefloop.errors import UserError
 from prefloop.labelling.assign import (
     Assignment,
     Judgement,

@@ -7,8 +7,8 @@ import sys
 from contextlib import closing
 from urllib.parse import urlsplit
 
-from prefloop.config import UserError
-from prefloop.config_labelling import LabelServeConfig
+from prefloop.config.labelling import LabelServeConfig
+from prefloop.errors import UserError
 from prefloop.labelling.store import Store
 
 

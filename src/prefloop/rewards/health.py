@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from prefloop.evaluation.winrate import Interval
+from prefloop.intervals import Interval
 
 KL_LIMIT = 10.0  # nats per answer
 TRUNCATION_RISE = 0.2  # of all answers

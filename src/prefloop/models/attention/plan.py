@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from prefloop.data.batches import Segment
-from prefloop.models.block_attention import Blocks
-from prefloop.models.rectangle_attention import Rectangles
-from prefloop.models.varlen_attention import Varlen
+from prefloop.models.attention.blocks import Blocks
+from prefloop.models.attention.rectangles import Rectangles
+from prefloop.models.attention.varlen import Varlen
 
 NAME = "prefloop"
 SMALL_SEGMENT = 128  # mean queries x keys below which few large calls beat many small ones

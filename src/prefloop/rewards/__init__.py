@@ -1,0 +1,1 @@
+"""What scores answers, and what scores say of a policy's health."""
