@@ -1,0 +1,6 @@
+def with_keyword(prompts, completions, solution):
+    return [float(right in text) for right, text in zip(solution, completions)]
+
+
+def trl_style(prompts, completions, **columns):
+    return [float(right in text) for right, text in zip(columns["solution"], completions)]
