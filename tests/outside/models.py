@@ -96,7 +96,7 @@ def mamba(folder: Path) -> None:
 
 
 def bad_generation_config(folder: Path) -> None:
-    """Sampling settings without do_sample, as Llama 2 chat was shipped; Transformers refuses to save it."""
+    """Sampling settings without do_sample, as Llama 2 chat has: Transformers will not save it."""
     save(folder, tokenizer(CHATML))
     path = folder / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": 4, "temperature": 0.9, "top_p": 0.6}))
