@@ -225,7 +225,7 @@ def test_the_glossary_lists_what_is_compared():
 
 
 def test_the_guide_names_every_sign():
-    health = (PACKAGE / "evaluation" / "health.py").read_text(encoding="utf-8")
+    health = (PACKAGE / "rewards" / "health.py").read_text(encoding="utf-8")
     signs = re.findall(r'Sign\("([^"]+)"', health)
     assert len(signs) > 4
     for name in signs:

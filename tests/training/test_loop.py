@@ -9,7 +9,7 @@ from prefloop.config import SFTConfig
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.losses.sft import sft_loss
-from prefloop.models import heads, precision
+from prefloop.models import precision
 from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.training import optim
 from tests.training.cases import CASES, run_case
@@ -148,21 +148,6 @@ def test_scores_and_log_softmax_are_float32_in_bfloat16(world):
     assert log_probs.dtype == torch.float32
     exact = answer_log_probs(model, batch)
     assert (log_probs - exact).abs().max() < 0.1
-
-
-def test_chunks_that_recompute_give_the_same_gradients(world):
-    """Beyond LOGIT_BYTES the head recomputes chunk by chunk; here from 3 rows of 268 logits."""
-    model, batch = policy(world), pack(SHORT)
-    direct = gradients(model, batch)
-    before = heads.LOGIT_BYTES, heads.CHUNK_BYTES
-    try:
-        heads.LOGIT_BYTES, heads.CHUNK_BYTES = 3 * 4 * 268, 2 * 4 * 268
-        chunked = gradients(model, batch)
-    finally:
-        heads.LOGIT_BYTES, heads.CHUNK_BYTES = before
-    assert chunked[0] == pytest.approx(direct[0], abs=1e-6)
-    for name, grad in direct[1].items():
-        torch.testing.assert_close(grad, chunked[1][name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_scorers_have_no_gradient_where_frozen(world, tmp_path):
