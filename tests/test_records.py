@@ -85,6 +85,7 @@ def test_row_counts() -> None:
         "truncated": 2,
         "tied_pairs": 3,
         "dropped": {"too long": 2, "tied": 1},
+        "noted": {},
     }
 
 
@@ -140,7 +141,10 @@ def test_parquet(tmp_path: Path) -> None:
             gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12],
             r"a.jsonl.gz: cannot be read",
         ),
-        ("a.json", b"[]", r"a.json: unknown kind of file; use .jsonl, .jsonl.gz, .csv, .parquet"),
+        ("a.txt", b"[]", r"a.txt: unknown kind of file; use .jsonl, .jsonl.gz, .json, .csv"),
+        ("a.json", b'{"a": 1}', r"a.json: a JSON object; give one list of objects"),
+        ("a.json", b'[{"a": 1}, 2]', r"a.json:2: a JSON number"),
+        ("a.json", b"[{", r"a.json: malformed JSON"),
     ],
 )
 def test_what_cannot_be_read_is_told_in_one_line(

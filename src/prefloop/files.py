@@ -5,18 +5,22 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import os
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from uuid import UUID
 
 from prefloop.errors import UserError, first_line
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -90,7 +94,8 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> None:
     with atomic_file(path) as file:
         packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if _is_gz(path) else None
         for row in rows:
-            (packed or file).write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+            (packed or file).write(text.encode() + b"\n")
         if packed:
             packed.close()
 
@@ -118,6 +123,8 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _read_parquet(name)
         elif name.endswith(".csv"):
             yield from _read_csv(name)
+        elif name.endswith(".json"):
+            yield from _read_json(name)
         else:
             yield from _read_jsonl(name)
     except (OSError, EOFError, zlib.error) as error:
@@ -160,8 +167,28 @@ def _read_jsonl(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
+def _read_json(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One list of objects, numbered from 1."""
+    text = "".join(line for _, line in _lines(name))
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{name}: malformed JSON ({first_line(error)}); it must be one list of objects, or "
+            "name it .jsonl where each line is one"
+        ) from error
+    if not isinstance(listed, list):
+        raise UserError(
+            f"{name}: a JSON {json_type(listed)}; give one list of objects, or .jsonl for lines"
+        )
+    for number, row in enumerate(listed, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{name}:{number}: a JSON {json_type(row)}; each row must be an object")
+        yield f"{name}:{number}", row
+
+
 def _read_csv(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Cells are strings; a quoted cell may span lines, then the row's first line is named."""
+    """Cells are strings, empty ones null; of a quoted cell over lines the first one is named."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(name)), strict=True)
     header: Sequence[str] = ()
@@ -181,7 +208,7 @@ def _read_csv(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"({', '.join(header)}); quote cells that hold commas or line breaks"
                 )
             else:
-                yield where, dict(zip(header, cells, strict=True))
+                yield where, {k: v or None for k, v in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise UserError(f"{name}:{start}: malformed CSV ({error}); mend it or use JSONL") from error
 
@@ -199,10 +226,26 @@ def _read_parquet(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{name}:{number}", row
+                    yield f"{name}:{number}", {k: plain(v) for k, v in row.items()}
     except arrow.ArrowException as error:
         told = first_line(error)
         raise UserError(f"{name}: malformed Parquet ({told}); write it again") from error
+
+
+def plain(value: Any) -> Any:
+    """A value of a table as JSON holds it: dates and decimals as text, NaN as null.
+
+    Bytes stay bytes: whoever writes them must say what became of them.
+    """
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal | timedelta | UUID) else value
 
 
 def json_type(value: object) -> str:

@@ -6,7 +6,8 @@ A text is a plain string or a tuple of chat messages. Every record remembers `wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -15,13 +16,23 @@ from prefloop.errors import UserError, located
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat; a first one of role "tools" holds the chat's tools as JSON."""
 
     role: str
     content: str
+    trained: bool = field(default=True, compare=False)  # an assistant's turn may be kept out
 
 
 Text = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is known of an answer that a model wrote, beside its text."""
+
+    ended: bool = True  # False: cut at the length limit, so that no stop token ends it
+    ids: tuple[int, ...] = ()  # its tokens, the stop token included; empty: not known
+    tokenizer: str = ""  # whose tokens they are (Encoder.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Ranking:
     tiers: tuple[tuple[int, ...], ...]
     where: str = field(default="", compare=False)
     margin: float = 0.0  # by which a reward model should score a better answer higher
+    sampled: tuple[Sampled, ...] = field(default=(), compare=False)  # one an answer, or none
 
     def __post_init__(self) -> None:
         ranked = sorted(index for tier in self.tiers for index in tier)
@@ -92,6 +104,7 @@ class Comparison:
     rejected: Text
     where: str = field(default="", compare=False)
     margin: float = 0.0
+    sampled: tuple[Sampled, ...] = field(default=(), compare=False)  # of chosen and rejected
 
     def __post_init__(self) -> None:
         if self.chosen == self.rejected:
@@ -103,7 +116,8 @@ class Comparison:
     def as_ranking(self) -> Ranking:
         """The same preference as a ranking of two."""
         answers = (self.chosen, self.rejected)
-        return Ranking(self.prompt, answers, ((0,), (1,)), self.where, self.margin)
+        tiers = ((0,), (1,))
+        return Ranking(self.prompt, answers, tiers, self.where, self.margin, self.sampled)
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ class Unpaired:
     completion: Text
     label: bool
     where: str = field(default="", compare=False)
+    sampled: tuple[Sampled, ...] = field(default=(), compare=False)  # of the completion
 
 
 Record = Prompt | Demonstration | Conversation | Comparison | Ranking | Unpaired
@@ -131,6 +146,11 @@ class RowCounts:
     truncated: int = 0
     tied_pairs: int = 0  # of answers in used rankings: they carry no order
     dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)  # what was read otherwise, or not used
+
+    def note(self, what: str) -> None:
+        """Count something about a row that its owner should know."""
+        self.noted[what] = self.noted.get(what, 0) + 1
 
     def drop(self, reason: str) -> None:
         """Count one row that will not be used."""
@@ -139,7 +159,8 @@ class RowCounts:
     def as_dict(self) -> dict[str, object]:
         """For `run.json`."""
         names = ("read", "used", "truncated", "tied_pairs")
-        return {**{name: getattr(self, name) for name in names}, "dropped": dict(self.dropped)}
+        kinds = {"dropped": dict(self.dropped), "noted": dict(self.noted)}
+        return {**{name: getattr(self, name) for name in names}, **kinds}
 
     def summary(self) -> str:
         """One line for people.
@@ -152,30 +173,70 @@ class RowCounts:
         told += [f"{self.tied_pairs} tied pairs"] if self.tied_pairs else []
         line += f" ({', '.join(told)})" if told else ""
         parts = [f"{count} ({reason})" for reason, count in self.dropped.items()]
-        return line + (f", dropped {', '.join(parts)}" if parts else "")
+        line += f", dropped {', '.join(parts)}" if parts else ""
+        roles = [f"{what} ({count})" for what, count in self.noted.items() if "role" in what]
+        return "; ".join([line, *roles])
 
 
 # --- records as JSON -----------------------------------------------------------------------------
 
 
 def text_to_json(text: Text) -> object:
-    """A string as it is; messages as TRL's list of objects."""
+    """A string as it is; messages as TRL's list of objects, without the chat's tools."""
     if isinstance(text, str):
         return text
-    return [{"role": message.role, "content": message.content} for message in text]
+    return [
+        {"role": message.role, "content": message.content}
+        | ({} if message.trained else {"train": False})
+        for message in text
+        if message.role != "tools"
+    ]
+
+
+def tools_of(text: Text) -> list[dict[str, object]] | None:
+    """The tools that a chat begins with."""
+    if isinstance(text, str) or not text or text[0].role != "tools":
+        return None
+    found: list[dict[str, object]] = json.loads(text[0].content)
+    return found
 
 
 def ranking_to_json(ranking: Ranking) -> dict[str, object]:
-    """`prompt`, `completions` and `tiers`."""
+    """`prompt`, `completions` and `tiers`, and what is known of sampled answers."""
     return {
         "prompt": text_to_json(ranking.prompt),
         "completions": [text_to_json(completion) for completion in ranking.completions],
         "tiers": [list(tier) for tier in ranking.tiers],
-    }
+    } | sampled_to_json(ranking.sampled, ("finish_reasons", "completion_ids"))
+
+
+def sampled_to_json(sampled: Sequence[Sampled], names: tuple[str, str]) -> dict[str, object]:
+    """Finish reasons, and token ids with their tokenizer, under these two names."""
+    row: dict[str, object] = {}
+    if sampled:
+        row[names[0]] = ["stop" if one.ended else "length" for one in sampled]
+    if sampled and all(one.ids for one in sampled):
+        row |= {names[1]: [list(one.ids) for one in sampled], "tokenizer": sampled[0].tokenizer}
+    return row
+
+
+def pair_to_json(sampled: Sequence[Sampled], names: Sequence[str]) -> dict[str, object]:
+    """The same of single answers: `NAME_finish_reason` and `NAME_ids` of each name."""
+    row: dict[str, object] = {}
+    for name, one in zip(names, sampled, strict=bool(sampled)):
+        row[f"{name}_finish_reason"] = "stop" if one.ended else "length"
+        if one.ids:
+            row |= {f"{name}_ids": list(one.ids), "tokenizer": one.tokenizer}
+    return row
 
 
 def to_json(record: Record) -> dict[str, object]:
     """The row, with TRL's column names, that reads back as this record."""
+    tools = tools_of(record.messages if isinstance(record, Conversation) else record.prompt)
+    return _columns(record) | ({"tools": tools} if tools else {})
+
+
+def _columns(record: Record) -> dict[str, object]:
     if isinstance(record, Conversation):
         return {"messages": text_to_json(record.messages)}
     if isinstance(record, Ranking):
@@ -186,8 +247,10 @@ def to_json(record: Record) -> dict[str, object]:
     elif isinstance(record, Comparison):
         row |= {"chosen": text_to_json(record.chosen), "rejected": text_to_json(record.rejected)}
         row |= {"margin": record.margin} if record.margin else {}
+        row |= pair_to_json(record.sampled, ("chosen", "rejected"))
     else:
         row["completion"] = text_to_json(record.completion)
         if isinstance(record, Unpaired):
             row["label"] = record.label
+            row |= pair_to_json(record.sampled, ("completion",))
     return row

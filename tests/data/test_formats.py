@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from prefloop.data.formats import Kind, load, split_by_prompt
+from prefloop.data.formats import Kind, load
+from prefloop.data.split import split_by_prompt
 from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.records import (
@@ -175,7 +176,7 @@ def test_parquet_holds_messages_and_nulls(tmp_path: Path) -> None:
         ("preference", {"chosen": "a", "rejected": [USER, said("b")]}, "must both be"),
         (
             "preference",
-            {"chosen": [USER, said("a"), USER, said("c")], "rejected": [USER, said("b")]},
+            {"chosen": [USER, said("a"), USER], "rejected": [USER, said("b")]},
             "`chosen` must be one assistant message after the prompt, and it is assistant, user",
         ),
         (
@@ -205,8 +206,8 @@ def test_parquet_holds_messages_and_nulls(tmp_path: Path) -> None:
         ("demonstration", {"messages": [USER, said("")]}, r"`messages\[1\]` is an empty answer"),
         (
             "demonstration",
-            {"messages": [{"from": "human", "value": "u"}]},
-            r"`messages\[0\]` is from, value; a message needs `role` and `content`",
+            {"messages": [{"from": "human", "text": "u"}]},
+            r"`messages\[0\]` is from, text; a message needs `role` and `content`",
         ),
         (
             "demonstration",
@@ -215,8 +216,8 @@ def test_parquet_holds_messages_and_nulls(tmp_path: Path) -> None:
         ),
         (
             "demonstration",
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]},
-            r"`messages\[1\].content` is of type list; it must be a string",
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "image_url"}]}]},
+            r"`messages\[1\].content\[0\]` is a part of type image_url; prefloop reads text alone",
         ),
         ("prompt", {"prompt": [USER, said("a")]}, "ends with an assistant message"),
     ],
@@ -361,5 +362,7 @@ def test_a_margin_is_a_finite_number(margin: str, tmp_path: Path) -> None:
 def test_a_role_that_is_nearly_one_is_told(role: str, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=r"`messages\[1\]\.role` is .*did you mean one of"):
+    with pytest.raises(
+        UserError, match=r"`messages\[1\]\.role` is .*(did you mean assistant|remove it)"
+    ):
         load(str(tmp_path / "rows.jsonl"), "demonstration", RowCounts())

@@ -228,7 +228,11 @@ BUCKETS = {
         ({"prompt": "p"}, {"gold": True}, "a gold row needs"),
         ({"prompt": "p", "completions": ["a"]}, {}, "1 answers; labellers rank 2 to 9"),
         ({"prompt": "p", "completions": [str(n) for n in range(10)]}, {}, "10 answers"),
-        ({"prompt": "p", "completions": ["a", "b"], "log_probs": [1.0]}, {}, "`log_probs` has 1"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "log_probs": [1.0]},
+            {},
+            "`log_probs` must hold one",
+        ),
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0]}, {}, "must hold 2 numbers"),
         ({"prompt": "p", "completions": ["a", "b"]}, {"strategy": "gap"}, "needs `scores`"),
         (

@@ -19,7 +19,7 @@ def test_the_migrations_make_the_schema(tmp_path):
     store = open_store(tmp_path)
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection)
-        assert context.get_current_revision() == "0001"
+        assert context.get_current_revision() == "0002"
         assert compare_metadata(context, metadata) == []
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from prefloop.errors import UserError, first_line
-from prefloop.records import Message, Text, text_to_json
+from prefloop.records import Message, Text, text_to_json, tools_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PAD = "<|pad|>"  # what a scorer's tokenizer gains where no token is left for padding
 PROBE = "Probe answer"
 ASKED = (Message("user", "Probe question"),)
 ANSWERED = (Message("assistant", PROBE),)
@@ -83,9 +86,16 @@ class Encoder:
                 "these are chat messages, and the tokenizer has no chat template; take a chat "
                 "model's tokenizer, or give strings"
             )
+        tools = tools_of(tuple(messages))
+        if tools and not self._prints_tools:
+            raise UserError(
+                "the chat template ignores `tools`; take a model whose template prints them, or "
+                "put them into a system message"
+            )
         try:
             text = self.tokenizer.apply_chat_template(
                 text_to_json(tuple(messages)),  # type: ignore[arg-type]
+                tools=tools,  # type: ignore[arg-type]
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
             )
@@ -93,6 +103,37 @@ class Encoder:
             raise UserError(
                 f"the chat template refuses these messages ({first_line(error)}); mend the row"
             ) from error
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def _prints_tools(self) -> bool:
+        name = "probe_of_tools"
+        about: dict[str, object] = {"name": name, "description": name, "parameters": {}}
+        told = json.dumps([{"type": "function", "function": about}])
+        self.__dict__["_prints_tools"] = True  # so that the probe itself may render them
+        try:
+            return name in self.render((Message("tools", told), *ASKED), generation_prompt=True)
+        finally:
+            del self.__dict__["_prints_tools"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokens under their ids, whatever padding token a scorer's tokenizer gained."""
+        vocabulary = sorted((i, t) for t, i in self.tokenizer.get_vocab().items() if t != PAD)
+        return blake2b(json.dumps(vocabulary).encode(), digest_size=8).hexdigest()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer without special tokens, as `continued` would read it."""
+        if not self._puts_space:
+            return self._text(ids)
+        before = self.ids("\n")  # alone, its first token's space would be taken for a prefix
+        return self._text([*before, *ids]).removeprefix(self._text(before))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
 
@@ -164,6 +205,6 @@ class Encoder:
             asked = self.continued(context) if done else self.ids(context)
             prompt = prompt or len(asked)
             ids += asked + turn
-            mask += [False] * len(asked) + [True] * len(turn)
+            mask += [False] * len(asked) + [messages[at].trained] * len(turn)
             done = ended
         return ids[:prompt], ids[prompt:], mask[prompt:]

@@ -14,18 +14,17 @@ last "Assistant:" of an HH transcript, or the common first messages.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
-from hashlib import blake2b
-from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
-from prefloop.errors import UserError, first_line
-from prefloop.files import SUFFIXES, json_type, read_rows
+from prefloop.data.columns import HEADS, check_columns, notes
+from prefloop.data.messages import decoded, head, text, with_head
+from prefloop.data.messages import messages as messages_of
+from prefloop.data.sampled import samples, samples_of_list
+from prefloop.data.tables import rows_of
+from prefloop.errors import UserError
 from prefloop.records import (
     Comparison,
     Conversation,
@@ -37,7 +36,6 @@ from prefloop.records import (
     RowCounts,
     Text,
     Unpaired,
-    text_to_json,
 )
 
 Kind = Literal["demonstration", "preference", "unpaired", "prompt"]
@@ -52,31 +50,37 @@ ACCEPTED: dict[Kind, str] = {
     "prompt": f"`prompt`, or {PAIR}",
 }
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-# What a message may hold beside role and content, and what would be lost by reading those only.
-ROLES = ("system", "developer", "user", "assistant", "tool")
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
 @overload
 def load(
-    source: str, kind: Literal["demonstration"], counts: RowCounts
+    source: str, kind: Literal["demonstration"], counts: RowCounts, chat: bool = ...
 ) -> list[Demonstration | Conversation]: ...
 @overload
-def load(source: str, kind: Literal["preference"], counts: RowCounts) -> list[Ranking]: ...
+def load(
+    source: str, kind: Literal["preference"], counts: RowCounts, chat: bool = ...
+) -> list[Ranking]: ...
 @overload
-def load(source: str, kind: Literal["unpaired"], counts: RowCounts) -> list[Unpaired]: ...
+def load(
+    source: str, kind: Literal["unpaired"], counts: RowCounts, chat: bool = ...
+) -> list[Unpaired]: ...
 @overload
-def load(source: str, kind: Literal["prompt"], counts: RowCounts) -> list[Prompt]: ...
-def load(source: str, kind: Kind, counts: RowCounts) -> list[Any]:
+def load(
+    source: str, kind: Literal["prompt"], counts: RowCounts, chat: bool = ...
+) -> list[Prompt]: ...
+def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list[Any]:
     """Read a file, a `datasets` folder or a hub id into records of one kind.
 
     Raises UserError at the first row that is not of that kind, and where there are no rows. Only
-    HH transcripts with an empty or missing common answer are dropped, and counted.
+    pairs that differ before the last answer, and HH transcripts with an empty one, are dropped,
+    and counted. `chat` takes strings for the user's and the assistant's messages.
     """
     records: list[Record] = []
-    for where, row in _rows(source):
-        found = parse_row(row, where, kind)
+    for where, row in rows_of(source):
+        found = parse_row(row, where, kind, chat)
         counts.read += max(1, len(found))
+        for note in notes(row):
+            counts.note(note)
         records += [item for item in found if not isinstance(item, str)]
         for reason in found:
             if isinstance(reason, str):
@@ -87,10 +91,50 @@ def load(source: str, kind: Kind, counts: RowCounts) -> list[Any]:
     return records
 
 
-def parse_row(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
+def parse_row(row: Row, where: str, kind: Kind, chat: bool = False) -> Sequence[Record | str]:
     """The records of one row; a string is the reason why the row gives none."""
-    if kind == "demonstration" and _has(row, "messages"):
-        return [_conversation(row, where)]
+    check_columns(row, where)
+    before = head(row, where)
+    found = _parsed(row, where, kind)
+    if chat:
+        found = [item if isinstance(item, str) else as_chat(item) for item in found]
+    if not before:
+        return found
+    placed: list[Record | str] = []
+    for item in found:
+        if isinstance(item, Conversation):
+            messages = with_head(item.messages, before, where)
+            assert not isinstance(messages, str)
+            placed.append(replace(item, messages=messages))
+        elif isinstance(item, str):
+            placed.append(item)
+        else:
+            placed.append(replace(item, prompt=with_head(item.prompt, before, where)))
+    return placed
+
+
+def as_chat(record: AnyRecord) -> AnyRecord:
+    """The record with strings as the user's and the assistant's messages."""
+
+    def said(role: str, text: Text) -> Text:
+        return (Message(role, text),) if isinstance(text, str) else text
+
+    if isinstance(record, Conversation):
+        return record
+    changed: dict[str, Any] = {"prompt": said("user", record.prompt)}
+    if isinstance(record, Ranking):
+        changed["completions"] = tuple(said("assistant", text) for text in record.completions)
+    elif isinstance(record, Comparison):
+        changed |= {n: said("assistant", getattr(record, n)) for n in ("chosen", "rejected")}
+    elif not isinstance(record, Prompt):
+        changed["completion"] = said("assistant", record.completion)
+    return replace(record, **changed)
+
+
+def _parsed(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
+    for name in ("messages", "conversations"):
+        if kind == "demonstration" and _has(row, name):
+            return [_conversation(row[name], name, where)]
     if kind == "preference" and _has(row, "prompt", "completions", "tiers"):
         return [_ranking(row, where)]
     if kind == "prompt" and _has(row, "prompt"):
@@ -100,18 +144,24 @@ def parse_row(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
         return [Demonstration(prompt, answer, where)]
     if kind == "unpaired" and _has(row, "prompt", "completion", "label"):
         prompt, answer = _prompt_and_answers(row, where, "completion")
-        return [Unpaired(prompt, answer, _label(row["label"], where), where)]
+        label = _label(row["label"], where)
+        return [Unpaired(prompt, answer, label, where, samples(row, where, "completion"))]
     if kind != "demonstration" and _has(row, "chosen", "rejected"):
         pair = _pair(row, where)
         if isinstance(pair, str):
             return [pair]
+        pair = replace(pair, sampled=samples(row, where, "chosen", "rejected"))
         if kind == "preference":
             return [replace(pair, margin=_margin(row, where)).as_ranking()]
         if kind == "prompt":
-            extra = {key: row[key] for key in row if key not in ("chosen", "rejected")}
+            gone = ("prompt", "chosen", "rejected", *HEADS)
+            extra = {key: row[key] for key in row if key not in gone}
             return [Prompt(pair.prompt, where, extra)]
         answers = ((pair.chosen, True), (pair.rejected, False))
-        return [Unpaired(pair.prompt, answer, label, where) for answer, label in answers]
+        return [
+            Unpaired(pair.prompt, answer, label, where, pair.sampled[place : place + 1])
+            for place, (answer, label) in enumerate(answers)
+        ]
     found = [f"`{name}`" + (" (null)" if row[name] is None else "") for name in row]
     columns = ", ".join(found) or "none"
     raise UserError(f"{where}: columns {columns}; {kind} rows need {ACCEPTED[kind]}")
@@ -125,30 +175,32 @@ def _has(row: Row, *names: str) -> bool:
 
 
 def _prompt(row: Row, where: str) -> Prompt:
-    prompt = _text(row["prompt"], "prompt", where)
+    prompt = text(row["prompt"], "prompt", where)
     if not isinstance(prompt, str) and prompt[-1].role == "assistant":
         raise UserError(f"{where}: `prompt` ends with an assistant message; end it with the user's")
-    return Prompt(prompt, where, {key: row[key] for key in row if key != "prompt"})
+    return Prompt(prompt, where, {k: row[k] for k in row if k != "prompt" and k not in HEADS})
 
 
-def _conversation(row: Row, where: str) -> Conversation:
-    messages = _messages(_decoded(row["messages"], "messages", where), "messages", where)
+def _conversation(value: object, name: str, where: str) -> Conversation:
+    messages = messages_of(decoded(value, name, where), name, where)
     roles = [message.role for message in messages]
     if roles[0] == "assistant" or "assistant" not in roles:
         raise UserError(
-            f"{where}: `messages` has the roles {', '.join(roles)}; it must begin with another "
+            f"{where}: `{name}` has the roles {', '.join(roles)}; it must begin with another "
             "role than the assistant's and hold an assistant message"
         )
     for number, message in enumerate(messages):
         if message.role == "assistant" and not message.content.strip():
-            raise UserError(f"{where}: `messages[{number}]` is an empty answer; remove or fill it")
+            raise UserError(f"{where}: `{name}[{number}]` is an empty answer; remove or fill it")
+    if not any(message.trained for message in messages if message.role == "assistant"):
+        raise UserError(f"{where}: no answer of `{name}` is trained, by its flags; remove the row")
     return Conversation(messages, where)
 
 
 def _ranking(row: Row, where: str) -> Ranking:
     """Empty completions may stand here: a policy's samples are ranked as they are."""
-    completions = _decoded(row["completions"], "completions", where)
-    tiers = _decoded(row["tiers"], "tiers", where)
+    completions = decoded(row["completions"], "completions", where)
+    tiers = decoded(row["tiers"], "tiers", where)
     if not isinstance(completions, list) or not completions:
         raise UserError(f"{where}: `completions` must be a list of answers, and not empty")
     if not isinstance(tiers, list) or not all(
@@ -158,18 +210,24 @@ def _ranking(row: Row, where: str) -> Ranking:
             f"{where}: `tiers` must be lists of completion numbers, best first, as [[1], [3, 0]]"
         )
     names = [f"completions[{number}]" for number in range(len(completions))]
-    texts = [_text(row["prompt"], "prompt", where)]
-    texts += [_text(value, name, where) for value, name in zip(completions, names, strict=True)]
+    texts = [text(row["prompt"], "prompt", where)]
+    texts += [text(value, name, where) for value, name in zip(completions, names, strict=True)]
     prompt, *answers = _same_form(texts, ["prompt", *names], where)
-    return Ranking(prompt, tuple(answers), tuple(tuple(tier) for tier in tiers), where)
+    return Ranking(
+        prompt,
+        tuple(answers),
+        tuple(tuple(tier) for tier in tiers),
+        where,
+        sampled=samples_of_list(row, where, len(answers)),
+    )
 
 
 def _pair(row: Row, where: str) -> Comparison | str:
     """A comparison, or why an HH transcript gives none."""
-    if _has(row, "prompt"):
+    chosen, rejected = (text(row[name], name, where) for name in ("chosen", "rejected"))
+    if _has(row, "prompt") and not _says_the_prompt(row, chosen, rejected, where):
         prompt, chosen, rejected = _prompt_and_answers(row, where, "chosen", "rejected")
         return Comparison(prompt, chosen, rejected, where)
-    chosen, rejected = (_text(row[name], name, where) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str):
         differs = (at for at, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
         shared = next(differs, min(len(chosen), len(rejected)))
@@ -189,25 +247,46 @@ def _pair(row: Row, where: str) -> Comparison | str:
         return pair
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise UserError(f"{where}: `chosen` and `rejected` must both be strings or message lists")
-    length = min(len(chosen), len(rejected)) - 1
-    while chosen[:length] != rejected[:length]:
-        length -= 1
+    length = _shared(chosen, rejected)
     if not length:
         raise UserError(
             f"{where}: no `prompt`, and `chosen` and `rejected` do not begin with the same "
             "messages; add a `prompt` column"
         )
+    if len(chosen) > length + 1 and chosen[-1].role == rejected[-1].role == "assistant":
+        return "conversations that differ before the last answer"
     better = _one_answer(chosen[length:], "chosen", where)
     worse = _one_answer(rejected[length:], "rejected", where)
+    for name, (answer,) in (("chosen", better), ("rejected", worse)):
+        if not answer.content.strip():
+            raise UserError(f"{where}: `{name}` is an empty answer; remove the row or fill it")
     return Comparison(chosen[:length], better, worse, where)
+
+
+def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
+    """Messages that both begin with, the last one of each left aside."""
+    length = min(len(chosen), len(rejected)) - 1
+    while chosen[:length] != rejected[:length]:
+        length -= 1
+    return length
+
+
+def _says_the_prompt(row: Row, chosen: Text, rejected: Text, where: str) -> bool:
+    """Whether the answers are whole conversations in which the prompt stands once more."""
+    if isinstance(chosen, str) or isinstance(rejected, str) or len(chosen) < 2 > len(rejected):
+        return False
+    prompt = text(row["prompt"], "prompt", where)
+    asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    shared = chosen[: _shared(chosen, rejected)]
+    return all(message in shared for message in asked)
 
 
 def _prompt_and_answers(row: Row, where: str, *names: str) -> list[Text]:
     """Prompt and non-empty answers, all strings or all messages."""
-    texts = [_text(row[name], name, where) for name in ("prompt", *names)]
+    texts = [text(row[name], name, where) for name in ("prompt", *names)]
     texts = _same_form(texts, ["prompt", *names], where)
-    for name, text in zip(names, texts[1:], strict=True):
-        if not (text if isinstance(text, str) else text[0].content).strip():
+    for name, said in zip(names, texts[1:], strict=True):
+        if not (said if isinstance(said, str) else said[0].content).strip():
             raise UserError(f"{where}: `{name}` is an empty answer; remove the row or fill it")
     return texts
 
@@ -230,7 +309,7 @@ def _same_form(texts: Sequence[Text], names: Sequence[str], where: str) -> list[
     return formed
 
 
-def _one_answer(messages: tuple[Message, ...], name: str, where: str) -> Text:
+def _one_answer(messages: tuple[Message, ...], name: str, where: str) -> tuple[Message, ...]:
     if [message.role for message in messages] != ["assistant"]:
         roles = ", ".join(message.role for message in messages) or "nothing"
         raise UserError(
@@ -243,59 +322,8 @@ def _one_answer(messages: tuple[Message, ...], name: str, where: str) -> Text:
 # --- values --------------------------------------------------------------------------------------
 
 
-def _text(value: object, name: str, where: str) -> Text:
-    if isinstance(value, str) and value.startswith('[{"role"') and ".csv:" in where:
-        value = _decoded(value, name, where)
-    if isinstance(value, list):
-        return _messages(value, name, where)
-    return _string(value, name, where, "a string or a list of messages")
-
-
-def _string(value: object, name: str, where: str, wanted: str = "a string") -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: `{name}` is of type {json_type(value)}; it must be {wanted}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: `{name}` holds half a character (\\u{ord(value[error.start]):04x} at "
-            f"{error.start}); remove it"
-        ) from error
-    return value
-
-
-def _messages(value: object, name: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: `{name}` must be a list of messages, and not empty")
-    messages = []
-    for number, item in enumerate(value):
-        field = f"{name}[{number}]"
-        if not isinstance(item, dict) or not _has(item, "role", "content"):
-            keys = ", ".join(item) if isinstance(item, dict) else f"a {json_type(item)}"
-            raise UserError(f"{where}: `{field}` is {keys}; a message needs `role` and `content`")
-        unread = [key for key in UNREAD if item.get(key)]
-        if unread:
-            raise UserError(
-                f"{where}: `{field}.{unread[0]}` cannot be learned from; put it into `content` or "
-                "remove it"
-            )
-        role, content = (_string(item[key], f"{field}.{key}", where) for key in ("role", "content"))
-        if role not in ROLES and (not role or get_close_matches(role, ROLES, cutoff=0.8)):
-            raise UserError(f"{where}: `{field}.role` is {role!r}; did you mean one of {ROLES}?")
-        messages.append(Message(role, content))
-    return tuple(messages)
-
-
-def _decoded(value: object, name: str, where: str) -> object:
-    """A list that CSV can hold only as JSON text."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise UserError(f"{where}: `{name}` must be a list (in CSV: as JSON)") from error
-
-
 def _label(value: object, where: str) -> bool:
-    labels = {"true": True, "1": True, "false": False, "0": False}
+    labels = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     label = labels.get(str(value).strip().lower())
     if label is None:
         raise UserError(f"{where}: `label` is {value!r}; it must be true or false")
@@ -312,86 +340,3 @@ def _margin(row: Row, where: str) -> float:
     if isinstance(value, bool) or not math.isfinite(margin):
         raise UserError(f"{where}: `margin` is {value!r}; it must be a finite number")
     return margin
-
-
-# --- sources -------------------------------------------------------------------------------------
-
-
-def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    path = Path(source)
-    local = source.endswith(SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1
-    if path.is_file() or (local and not path.is_dir()):
-        yield from read_rows(source)
-        return
-    try:
-        datasets: Any = import_module("datasets")
-    except ImportError as error:
-        what = "a folder" if path.is_dir() else "no file, so a hub id"
-        raise UserError(
-            f"{source}: {what}, which needs the datasets package; pip install datasets"
-        ) from error
-    try:
-        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        data = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
-    except Exception as error:  # whatever the package, the network or the hub say
-        told = first_line(error)
-        raise UserError(f"{source}: datasets cannot load it ({told}); check the name") from error
-    if isinstance(data, dict):
-        splits = list(data)
-        if "train" not in splits and len(splits) > 1:
-            told = ", ".join(splits)
-            raise UserError(f"{source}: splits {told}, and none is `train`; save one by itself")
-        data = data["train" if "train" in splits else splits[0]]
-    for number, row in enumerate(data, 1):
-        yield f"{source}:{number}", row
-
-
-# --- splitting -----------------------------------------------------------------------------------
-
-
-def prompt_of(record: Record) -> Text:
-    """A record's prompt; a conversation's is all before its first assistant turn."""
-    if not isinstance(record, Conversation):
-        return record.prompt
-    roles = [message.role for message in record.messages]
-    return record.messages[: roles.index("assistant")]
-
-
-def first_prompts(prompts: Sequence[Prompt], most: int, counts: RowCounts) -> list[Prompt]:
-    """The first `most` prompts (0: all); the others are counted as dropped."""
-    kept = list(prompts[: most or None])
-    for _ in prompts[len(kept) :]:
-        counts.drop("beyond --max-prompts")
-    return kept
-
-
-def split_by_prompt(
-    records: Sequence[AnyRecord], fraction: float, seed: int
-) -> tuple[list[AnyRecord], list[AnyRecord]]:
-    """Split into (train, held out) with all rows of one prompt on the same side.
-
-    The `fraction` of the distinct prompts (at least one of each side) whose hash with the seed is
-    smallest is held out: the order of the rows plays no part.
-    """
-    if not 0 <= fraction < 1:
-        raise UserError(f"eval_fraction is {fraction}; it must be at least 0 and below 1")
-    if fraction == 0:
-        return list(records), []
-    keys = [_prompt_key(record, seed) for record in records]
-    distinct = sorted(set(keys))
-    if len(distinct) < 2:
-        raise UserError(
-            f"eval_fraction is {fraction}, but all rows share one prompt, and none can be held "
-            "out; give --eval-data"
-        )
-    size = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
-    held = set(distinct[:size])
-    sides: tuple[list[AnyRecord], list[AnyRecord]] = ([], [])
-    for key, record in zip(keys, records, strict=True):
-        sides[key in held].append(record)
-    return sides
-
-
-def _prompt_key(record: Record, seed: int) -> bytes:
-    told = json.dumps([seed, text_to_json(prompt_of(record))])
-    return blake2b(told.encode(), digest_size=16).digest()

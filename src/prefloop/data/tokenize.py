@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import comb
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from prefloop.config import Truncation
 from prefloop.data.encoder import ANSWERED, ASKED, PROBE, Encoder
@@ -24,6 +24,7 @@ from prefloop.records import (
     Ranking,
     Record,
     RowCounts,
+    Sampled,
     Text,
     Unpaired,
 )
@@ -51,6 +52,8 @@ class Example:
     margin: float = 0.0
     index: int = 0
     where: str = ""
+    record: int = 0
+    """Its record's place in the list that was tokenised."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: Text
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of an answer, without special tokens."""
-    text: Any = tokenizer.decode(
-        list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(text, str)
-    return text
+    return Encoder(tokenizer).decode(ids)
 
 
 def stop_token_ids(
@@ -191,7 +190,7 @@ def tokenize(
     """
     encoder = Encoder(tokenizer)
     examples: list[Example] = []
-    for record in records:
+    for place, record in enumerate(records):
         try:
             example = _checked(_example(encoder, record), keep_ties)
             if isinstance(example, Example):
@@ -206,7 +205,7 @@ def tokenize(
             ids = example.prompt + answer
             masks = ((True,) * (len(ids) - 1),)
             example = replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
-        examples.append(replace(example, index=len(examples)))
+        examples.append(replace(example, index=len(examples), record=place))
         counts.tied_pairs += sum(comb(len(tier), 2) for tier in example.tiers)
     counts.used += len(examples)
     if not examples:
@@ -229,7 +228,11 @@ def _example(encoder: Encoder, record: Record) -> Example:
         texts = record.completions
     elif not isinstance(record, Prompt):
         texts = (record.completion,)
-    answers = tuple(tuple(encoder.answer(record.prompt, text)) for text in texts)
+    sampled = getattr(record, "sampled", ()) or (Sampled(),) * len(texts)
+    answers = tuple(
+        encode_sampled(encoder, record.prompt, text, how)
+        for text, how in zip(texts, sampled, strict=True)
+    )
     return Example(
         prompt=tuple(encoder.prompt(record.prompt)),
         answers=answers,
@@ -239,6 +242,18 @@ def _example(encoder: Encoder, record: Record) -> Example:
         labels=(record.label,) if isinstance(record, Unpaired) else (),
         where=record.where,
     )
+
+
+def encode_sampled(encoder: Encoder, prompt: Text, answer: Text, how: Sampled) -> Ids:
+    """Ids of an answer that a model may have written: its own where the tokenizer is the same.
+
+    One that was cut at the length limit did not end, and has no stop token.
+    """
+    if how.ids and how.tokenizer == encoder.fingerprint:
+        return how.ids
+    ids = tuple(encoder.answer(prompt, answer))
+    stop = encoder.tokenizer.eos_token_id if isinstance(prompt, str) else encoder.turn.stop
+    return ids[:-1] if not how.ended and len(ids) > 1 and ids[-1] == stop else ids
 
 
 def _checked(example: Example, keep_ties: bool) -> Example | str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prefloop.config import CompareConfig
 from prefloop.config.resolve import as_dict
-from prefloop.data import formats
+from prefloop.data import formats, split
 from prefloop.data.tokenize import Example, decode_answer, same_ids, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
@@ -124,12 +124,11 @@ def _prepare(config: CompareConfig) -> Task:
     assert judge is not None
     sft = load_policy(config.sft, pick_device(config.device))
     records = formats.load(config.data, "prompt", counts := RowCounts())
-    records = formats.first_prompts(records, config.max_prompts, counts)
+    records = split.first_prompts(records, config.max_prompts, counts)
     room = config.max_length - config.max_new_tokens
     examples = tokenize(records, sft.tokenizer, room, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
-    prompt_of = {record.where: record.prompt for record in records}
-    prompts = [prompt_of[example.where] for example in examples]
+    prompts = [records[example.record].prompt for example in examples]
     prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy)
 

@@ -13,7 +13,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
-from prefloop.data import formats
+from prefloop.data import formats, split
+from prefloop.data.columns import carried
+from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
@@ -24,8 +26,7 @@ from prefloop.models.model import LoadedModel
 from prefloop.provenance import weights_sha256
 from prefloop.records import Message, Prompt, RowCounts, text_to_json
 from prefloop.runs import model_path
-
-VERDICTS = ("tiers", "label")  # columns that speak of a row's former answers are not carried along
+from prefloop.terminal import shown
 
 
 def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Path:
@@ -37,14 +38,18 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
     counts = RowCounts(read=len(prompts or ()))
     if prompts is None:
         prompts = formats.load(config.data, "prompt", counts)
+    _check_carried(prompts)
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, config.samples_per_prompt, counts)
     settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}
     weights = weights_sha256(Path(model_path(config.model)))
+    encoder = Encoder(model.tokenizer)
     rows = [
         _carried(prompt)
         | {
-            "completions": [decode_answer(model.tokenizer, s.tokens) for s in samples],
+            "completions": [encoder.decode(s.tokens) for s in samples],
+            "completion_ids": [list(s.tokens) for s in samples],
+            "tokenizer": encoder.fingerprint,
             "finish_reasons": [s.finish_reason for s in samples],
             "log_probs": [sum(s.log_probs) for s in samples],
             "model": config.model,
@@ -72,6 +77,7 @@ def generate(config: GenerateConfig) -> Path | None:
     prompts = [Prompt(text, f"--prompt {number}") for number, text in enumerate(config.prompt, 1)]
     if config.data is not None:
         prompts = formats.load(config.data, "prompt", counts)
+    _check_carried(prompts)
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, 1, counts)
     texts = [decode_answer(model.tokenizer, samples[0].tokens) for _, samples in answered]
@@ -79,7 +85,7 @@ def generate(config: GenerateConfig) -> Path | None:
         pairs = zip(answered, texts, strict=True)
         write_jsonl(config.output, [_carried(p) | {"completion": text} for (p, _), text in pairs])
     else:
-        print("\n\n".join(texts))
+        print("\n\n".join(map(shown, texts)))
     print(counts.summary(), file=sys.stderr)
     return config.output
 
@@ -114,19 +120,19 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
 def _told(engine: Engine, ids: list[int], sampling: Sampling, seed: int, out: TextIO) -> str:
     """An answer, printed as it grows but for bytes that are not yet a whole character."""
     drawn: list[int] = []
-    shown = ""
+    before = ""
 
     def show(tokens: Tensor, end: str = "") -> None:
-        nonlocal shown
+        nonlocal before
         drawn.extend(tokens.tolist())
         text = decode_answer(engine.model.tokenizer, drawn)
         if end or not text.endswith("\ufffd"):
-            print(text[len(shown) :], end=end, file=out, flush=True)
-            shown = text
+            print(shown(text[len(before) :]), end=end, file=out, flush=True)
+            before = text
 
     engine.generate([ids], 1, sampling, seed, on_tokens=show)
     show(torch.tensor([]), end="\n")
-    return shown
+    return before
 
 
 def _lines(source: TextIO, out: TextIO) -> Iterator[str]:
@@ -153,9 +159,8 @@ def _answers(
     counts: RowCounts,
 ) -> list[tuple[Prompt, list[Sample]]]:
     """Each prompt that fits with its n samples, under a progress bar on a terminal."""
-    prompts = formats.first_prompts(prompts, config.max_prompts, counts)
+    prompts = split.first_prompts(prompts, config.max_prompts, counts)
     examples = tokenize(prompts, model.tokenizer, _room(config), config.truncation, counts)
-    by_place = {prompt.where: prompt for prompt in prompts}
     engine = Engine(model, config.max_concurrent, config.dtype)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -167,7 +172,7 @@ def _answers(
             config.seed,
             on_done=lambda _: bar.advance(task),
         )
-    return [(by_place[e.where], row) for e, row in zip(examples, samples, strict=True)]
+    return [(prompts[e.record], row) for e, row in zip(examples, samples, strict=True)]
 
 
 def _room(config: PolicyConfig) -> int:
@@ -186,8 +191,14 @@ def _sampling(config: PolicyConfig, model: LoadedModel) -> Sampling:
 
 
 def _carried(prompt: Prompt) -> dict[str, object]:
-    kept = {key: value for key, value in prompt.extra.items() if key not in VERDICTS}
-    return {"prompt": text_to_json(prompt.prompt), **kept}
+    """The row with its prompt, without what speaks of former answers."""
+    return {"prompt": text_to_json(prompt.prompt), **carried(prompt.extra, prompt.where)}
+
+
+def _check_carried(prompts: Sequence[Prompt]) -> None:
+    """Before the first answer: what the output's rows will hold can be written."""
+    for prompt in prompts:
+        carried(prompt.extra, prompt.where)
 
 
 def _check_output(path: Path) -> None:

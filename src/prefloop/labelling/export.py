@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from prefloop.config.labelling import Consensus, Form, LabelExportConfig
-from prefloop.data.formats import parse_row, split_by_prompt
+from prefloop.data.formats import parse_row
+from prefloop.data.split import split_by_prompt
 from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.labelling.agreement import copeland, one_coin, pair_signs, ranks_of
@@ -33,7 +34,7 @@ from prefloop.labelling.store.reading import (
     prompts_of,
     responses_of,
 )
-from prefloop.records import Ranking, RowCounts, Text, Unpaired, ranking_to_json, text_to_json
+from prefloop.records import Comparison, Ranking, RowCounts, Text, Unpaired, to_json
 
 GOOD, BAD = 5, 3
 """In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""
@@ -172,17 +173,18 @@ def decisions(
         for _ in range(len(group) - len(chosen)):
             counts.drop("overruled by adjudication")
         first = chosen[0]
-        completions = [responses[i]["completion"] for i in first.response_ids]
-        prompt = prompts[first.prompt_id][0]
+        asked, extra = prompts[first.prompt_id]
+        answers = [responses[i] for i in first.response_ids]
+        row = {"prompt": asked, "tools": extra.get("tools"), **_answer_columns(answers)}
         where = f"{project}, task {first.task_id}"
         if consensus == "labeller" or adjudicated:
             for a in chosen:
                 assert a.tiers is not None
-                ranking = _ranking(prompt, completions, a.tiers, where)
+                ranking = _ranking(row, a.tiers, where)
                 ratings, name = a.ratings, a.labeller
                 found.append(Decision(ranking, name, a.confidence, a.all_bad, ratings))
         else:
-            found.append(_together(prompt, completions, chosen, weight, where))
+            found.append(_together(row, chosen, weight, where))
         counts.used += len(chosen)
     if not found:
         raise UserError(f"project {project}: nothing to use: {counts.summary()}; label some tasks")
@@ -203,24 +205,33 @@ def _kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
     return reason is None
 
 
-def _ranking(
-    prompt: Any, completions: Sequence[Any], tiers: Sequence[Sequence[int]], where: str
-) -> Ranking:
-    row = {"prompt": prompt, "completions": list(completions), "tiers": [list(t) for t in tiers]}
-    found = parse_row(row, where, "preference")[0]
+def _answer_columns(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stored responses as a row's columns."""
+    known = all(one["token_ids"] for one in answers)
+    same = {one["tokenizer"] for one in answers}
+    ids = [one["token_ids"] for one in answers] if known and len(same) == 1 else None
+    return {
+        "completions": [one["completion"] for one in answers],
+        "finish_reasons": [one["finish_reason"] for one in answers],
+        "completion_ids": ids,
+        "tokenizer": same.pop() if ids else None,
+    }
+
+
+def _ranking(row: Mapping[str, Any], tiers: Sequence[Sequence[int]], where: str) -> Ranking:
+    found = parse_row({**row, "tiers": [list(t) for t in tiers]}, where, "preference")[0]
     assert isinstance(found, Ranking)
     return found
 
 
 def _together(
-    prompt: Any,
-    completions: Sequence[Any],
+    row: Mapping[str, Any],
     said: Sequence[Annotation],
     weight: Callable[[str], float],
     where: str,
 ) -> Decision:
     """The (weighted) majority on each pair, then tiers by pairs won minus pairs lost."""
-    count = len(completions)
+    count = len(row["completions"])
     ranks = np.array([ranks_of(a.tiers or (), count) for a in said])
     votes = np.array([weight(a.labeller) for a in said]) @ pair_signs(ranks)
     ratings = None
@@ -228,7 +239,7 @@ def _together(
         ratings = [round(float(x)) for x in np.mean(rated, axis=0)]
     all_bad = 2 * sum(a.all_bad for a in said) > len(said)
     tiers = copeland(votes.tolist(), count)
-    return Decision(_ranking(prompt, completions, tiers, where), "", None, all_bad, ratings)
+    return Decision(_ranking(row, tiers, where), "", None, all_bad, ratings)
 
 
 def _weights(by_task: Sequence[Sequence[Annotation]]) -> Callable[[str], float]:
@@ -262,28 +273,31 @@ def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[st
     if form == "rankings":
         told = {"labeller": decision.labeller} if decision.labeller else {}
         sure = {"confidence": decision.confidence} if decision.confidence else {}
-        return [ranking_to_json(ranking) | told | sure]
+        return [to_json(ranking) | told | sure]
     if form == "kto":
+        labels = _labels(decision, counts)
         return [
-            {"prompt": text_to_json(prompt), "completion": text_to_json(answer), "label": label}
-            for answer, label in zip(answers, _labels(decision, counts), strict=True)
+            to_json(Unpaired(prompt, answer, label, sampled=ranking.sampled[i : i + 1]))
+            for i, (answer, label) in enumerate(zip(answers, labels, strict=True))
             if label is not None
         ]
     if not ranking.pairs():
         counts.drop("ranking whose answers all tie (gives no pairs)")
-    pairs = [(answers[w], answers[l]) for w, l in ranking.pairs()]
     if form == "dpo":
         return [
-            {
-                "prompt": text_to_json(prompt),
-                "chosen": text_to_json(chosen),
-                "rejected": text_to_json(rejected),
-            }
-            for chosen, rejected in pairs
+            to_json(
+                Comparison(
+                    prompt,
+                    answers[w],
+                    answers[l],
+                    sampled=(ranking.sampled[w], ranking.sampled[l]) if ranking.sampled else (),
+                )
+            )
+            for w, l in ranking.pairs()
         ]
     return [
-        {"chosen": _transcript(prompt, chosen), "rejected": _transcript(prompt, rejected)}
-        for chosen, rejected in pairs
+        {"chosen": _transcript(prompt, answers[w]), "rejected": _transcript(prompt, answers[l])}
+        for w, l in ranking.pairs()
     ]
 
 

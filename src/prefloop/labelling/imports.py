@@ -13,26 +13,20 @@ from random import Random
 from typing import Any
 
 from prefloop.config.labelling import LabelImportConfig
+from prefloop.data.columns import HEADS, OF_ANSWERS, OTHER_NAMES, carried
 from prefloop.data.formats import parse_row
+from prefloop.data.messages import decoded
 from prefloop.errors import UserError
 from prefloop.labelling.export import project_id_of, split_address
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of
 from prefloop.labelling.store.reading import unanswered_of
-from prefloop.records import Prompt, Ranking, RowCounts, text_to_json
+from prefloop.records import Prompt, Ranking, RowCounts, Sampled, text_to_json
 
 MOST_ANSWERS = 9
 """Answers of a task: they are ranked with the keys 1 to 9."""
-OWN = frozenset(
-    "prompt completions tiers chosen rejected judged finish_reasons log_probs model weights seed "
-    "sampling scores priority labeller margin".split()
-)
-
-
-ANSWERS = frozenset(
-    "completion completions chosen rejected tiers answer answers response responses".split()
-)
-"""A row with any of these holds answers, or was meant to: it is no prompt that waits for them."""
+LISTS = ("completions", "tiers", "judged", "scores", "log_probs")
+"""Columns that a CSV cell holds as JSON text."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +49,13 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
     items: list[Item] = []
     waiting: list[Prompt] = []
     for where, row in read_outside(config.data, counts):
-        if any(row.get(name) is not None for name in ANSWERS) or row.get("prompt") is None:
+        answers = (*OF_ANSWERS, *OTHER_NAMES)
+        if any(row.get(name) is not None for name in answers) or row.get("prompt") is None:
             items.append(_item(row, where, config))
         elif config.gold:
             raise UserError(f"{where}: a gold row needs `completions` and `tiers`; add them")
         else:
+            carried(row, where)
             waiting += [p for p in parse_row(row, where, "prompt") if isinstance(p, Prompt)]
     if not items and not waiting:
         raise UserError(f"{config.data}: it holds no rows")
@@ -134,13 +130,14 @@ def _guidelines(path: Path | None) -> str | None:
 
 def _item(row: Mapping[str, Any], where: str, config: LabelImportConfig) -> Item:
     """A row with its answers, checked."""
+    row = {k: decoded(v, k, where) if k in LISTS else v for k, v in row.items()}
+    carried(row, where)
     if row.get("completions") is not None and row.get("prompt") is not None:
         listed = row["completions"]
         count = len(listed) if isinstance(listed, list) else 0
         tiers = row.get("tiers")
         given = tiers if tiers is not None else [list(range(count))]
-        columns = {"prompt": row["prompt"], "completions": listed, "tiers": given}
-        found = parse_row(columns, where, "preference")
+        found = parse_row({**row, "tiers": given}, where, "preference")
     else:
         found, tiers = parse_row(row, where, "preference"), [[0], [1]]
     ranking = found[0]
@@ -154,9 +151,9 @@ def _item(row: Mapping[str, Any], where: str, config: LabelImportConfig) -> Item
     count = len(ranking.completions)
     if not 2 <= count <= MOST_ANSWERS:
         raise UserError(f"{where}: {count} answers; labellers rank 2 to {MOST_ANSWERS}")
-    for name in ("finish_reasons", "log_probs"):
-        if row.get(name) is not None and len(row[name]) != count:
-            raise UserError(f"{where}: `{name}` has {len(row[name])} values for {count} answers")
+    said = row.get("log_probs")
+    if said is not None and (not isinstance(said, list) or len(said) != count):
+        raise UserError(f"{where}: `log_probs` must hold one number for each of {count} answers")
     _scores(row, count, where, config.strategy)
     return Item(ranking, judged, {**row, "where": where})
 
@@ -215,7 +212,8 @@ def _put(
     if len(kept) < 2:
         counts.drop("row whose answers are all equal")
         return 0
-    extra = {name: value for name, value in row.items() if name not in OWN and name != "where"}
+    extra = {k: v for k, v in carried(row, row["where"]).items() if k not in ("prompt", "where")}
+    extra = {k: v for k, v in extra.items() if k not in HEADS}  # they stand in the prompt
     prompt = text_to_json(ranking.prompt)
     # In pairwise mode every pair of answers is a task of its own.
     groups = list(combinations(kept, 2)) if config.mode == "pairwise" else [tuple(kept)]
@@ -228,7 +226,7 @@ def _put(
         known = t.task_by_key(project_id, key)
         if known is None:
             prompt_id = prompt_id or t.put_prompt(project_id, prompt, extra)
-            ids = ids or _put_responses(t, prompt_id, completions, row)
+            ids = ids or _put_responses(t, prompt_id, completions, ranking, row)
             values = _task_values(config, row, group, key, prompt, judged)
             mine = {"project_id": project_id, "prompt_id": prompt_id, "kind": kind, "key": key}
             task_id = t.put_task(**mine, **values, response_ids=[ids[i] for i in group])
@@ -252,11 +250,15 @@ def _restricted(tiers: Sequence[Sequence[int]], group: Sequence[int]) -> list[li
 
 
 def _put_responses(
-    t: Transaction, prompt_id: int, completions: Sequence[object], row: Mapping[str, Any]
+    t: Transaction,
+    prompt_id: int,
+    completions: Sequence[object],
+    ranking: Ranking,
+    row: Mapping[str, Any],
 ) -> dict[int, int]:
     snapshot = row.get("model") and t.put_snapshot(row["model"], row.get("weights") or "")
     count = len(completions)
-    reasons = row.get("finish_reasons") or [None] * count
+    sampled: Sequence[Sampled | None] = ranking.sampled or [None] * count
     log_probs = row.get("log_probs") or [None] * count
     scores = _scores(row, count, row["where"], "random")
     same = {"snapshot_id": snapshot, "sampling": row.get("sampling"), "seed": row.get("seed")}
@@ -265,11 +267,13 @@ def _put_responses(
             prompt_id,
             completion,
             **same,
-            finish_reason=reasons[i],
+            finish_reason=one and ("stop" if one.ended else "length"),
+            token_ids=list(one.ids) if one and one.ids else None,
+            tokenizer=one.tokenizer if one and one.ids else None,
             log_prob=log_probs[i],
             scores=[model[i] for model in scores] or None,
         )
-        for i, completion in enumerate(completions)
+        for i, (completion, one) in enumerate(zip(completions, sampled, strict=True))
     }
 
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest
@@ -233,7 +234,7 @@ def _set_distinct_pad(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         if unused:
             tokenizer.pad_token = unused[0]
         else:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            tokenizer.add_special_tokens({"pad_token": PAD})
             if len(tokenizer) > rows:
                 module.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     module.config.pad_token_id = tokenizer.pad_token_id

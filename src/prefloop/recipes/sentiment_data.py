@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefloop.data.sampled import samples_of_list
 from prefloop.errors import UserError
 from prefloop.files import read_rows, write_atomic, write_jsonl
 from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, cache_dir, fetch_movie_ratings
@@ -236,6 +237,8 @@ def rank_samples(
     rankings, one_answer, agreement, pairs, ties = [], 0, [], 0, 0
     for number, (where, row) in enumerate(read_rows(samples)):
         prompt, completions = str(row["prompt"]), tuple(dict.fromkeys(row["completions"]))
+        every = samples_of_list(row, where, len(row["completions"]))
+        sampled = tuple(every[row["completions"].index(t)] for t in completions if every)
         if len(completions) < 2:
             one_answer += 1
             continue
@@ -244,7 +247,7 @@ def rank_samples(
             annotate(scores, noise.residuals, annotators, np.random.default_rng([seed, number, p]))
             for p in range(2)
         ]
-        ranking = Ranking(prompt, completions, panels[0], where)
+        ranking = Ranking(prompt, completions, panels[0], where, sampled=sampled)
         second = Ranking(prompt, completions, panels[1], where)
         strict, other = set(ranking.pairs()), set(second.pairs())
         agreement += [

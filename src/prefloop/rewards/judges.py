@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from prefloop.errors import UserError, first_line
-from prefloop.records import Message, Text, text_to_json
+from prefloop.records import Message, Sampled, Text, text_to_json
 
 if TYPE_CHECKING:
     from prefloop.models.model import LoadedModel
@@ -98,18 +98,17 @@ def model_judge(
     import torch
 
     from prefloop.data.batches import micro_batches, pack
-    from prefloop.data.tokenize import Example, encode_answer, encode_prompt, stop_token_ids
+    from prefloop.data.encoder import Encoder
+    from prefloop.data.tokenize import Example, encode_sampled
     from prefloop.models.heads import answer_scores
     from prefloop.models.precision import autocast
 
-    stops = stop_token_ids(model.tokenizer)
+    encoder = Encoder(model.tokenizer)
 
     def encode(prompt: Text, completion: str, ended: bool, index: int) -> Example:
-        head = tuple(encode_prompt(model.tokenizer, prompt))
+        head = tuple(encoder.prompt(prompt))
         said = completion if isinstance(prompt, str) else (Message("assistant", completion),)
-        answer = tuple(encode_answer(model.tokenizer, prompt, said))
-        if not ended and answer[-1] in stops:
-            answer = answer[:-1] or answer
+        answer = encode_sampled(encoder, prompt, said, Sampled(ended))
         if max_length is not None and len(head) + len(answer) > max_length:
             raise UserError(
                 f"{model.source}: answer {index} with its prompt has {len(head) + len(answer)} "

@@ -25,6 +25,8 @@ def check(config: CheckConfig) -> None:
     records = formats.load(config.data, config.kind, counts)
     examples = tokenize(records, tokenizer, config.max_length, config.truncation, counts)
     print(counts.summary())
+    for what, count in counts.noted.items():
+        print(f"note: {what} ({count} rows)")
     print(_lengths("prompt", [len(example.prompt) for example in examples]))
     if answers := [len(answer) for example in examples for answer in example.answers]:
         print(_lengths("answer", answers))

@@ -11,7 +11,7 @@ import torch
 
 from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig
-from prefloop.data import formats, stream
+from prefloop.data import formats, split, stream
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example, tokenize
 from prefloop.errors import UserError
@@ -60,7 +60,7 @@ def _records(
     if config.eval_data is not None:
         held_out = _load(config.eval_data, kind, eval_counts)
         return (records, counts), (held_out, eval_counts)
-    records, held_out = formats.split_by_prompt(records, config.eval_fraction, config.seed)
+    records, held_out = split.split_by_prompt(records, config.eval_fraction, config.seed)
     return (records, counts), (held_out, counts)
 
 
@@ -126,8 +126,7 @@ def read_prompts(config: PPOConfig, model: LoadedModel, run: Run) -> tuple[Promp
         if records:
             examples = tokenize(records, model.tokenizer, room, config.truncation, counts)
             _check_positions(examples, model, config.max_new_tokens)
-        by_place = {record.where: record for record in records}
-        parts.append(Prompts(tuple(by_place[e.where] for e in examples), tuple(examples)))
+        parts.append(Prompts(tuple(records[e.record] for e in examples), tuple(examples)))
     _note_rows(config, run, train[1], held_out[1])
     return parts[0], parts[1]
 

@@ -102,6 +102,8 @@ responses = Table(
     Column("seed", Integer),
     Column("log_prob", Float),  # nats, of the whole answer
     Column("finish_reason", String(40)),
+    Column("token_ids", Json),  # as sampled, the stop token included
+    Column("tokenizer", String(40)),  # whose tokens they are
     Column("scores", Json),  # one a reward model
     Index(None, "prompt_id"),
 )

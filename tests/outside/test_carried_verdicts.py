@@ -1,0 +1,36 @@
+"""New answers to prompts of a set that was judged: nothing of the former verdict goes along."""
+
+import json
+from pathlib import Path
+
+from tests.outside.conftest import Run
+
+
+def test_the_new_rows_wait_for_a_labeller(models: Path, case: Path, prefloop: Run) -> None:
+    told = prefloop(
+        *("sample", "--model", models / "plain", "--data", "judged_before.jsonl"),
+        *("--output", "new.jsonl", "--samples-per-prompt", 2, "--max-new-tokens", 4),
+        *("--max-length", 64, "--device", "cpu"),
+    )
+    assert told.code == 0, told.err
+    row = json.loads((case / "new.jsonl").read_text())
+    assert row["topic"] == "birds"
+    former = {"chosen", "rejected", "margin", "completion", "scores", "judged", "priority"}
+    assert not former & row.keys()
+    told = prefloop("check", "--model", models / "plain", "--data", "new.jsonl")
+    assert (told.code, "preference rows need" in told.err) == (2, True)
+    told = prefloop("label", "import", "--store", "s.db", "--data", "new.jsonl")
+    assert told.code == 0, told.err
+    told = prefloop("label", "export", "--store", "s.db", "--output", "out.jsonl")
+    assert (told.code, "nothing to use" in told.err) == (2, True)
+
+
+def test_generate_too(models: Path, case: Path, prefloop: Run) -> None:
+    told = prefloop(
+        *("generate", "--model", models / "plain", "--data", "judged_before.jsonl"),
+        *("--output", "g.jsonl", "--max-new-tokens", 4, "--max-length", 64, "--device", "cpu"),
+    )
+    assert told.code == 0, told.err
+    row = json.loads((case / "g.jsonl").read_text())
+    assert row["completion"] != " Heron."
+    assert not {"chosen", "rejected", "margin", "scores", "judged", "priority"} & row.keys()
