@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import prefloop.generation.engine
 from benchmarks.ceilings import model_flops, weight_bytes
 from prefloop.config import DPOConfig, SFTConfig, TrainingConfig
-from prefloop.data.batches import to_batches
+from prefloop.data.batches import pack_all
 from prefloop.data.tokenize import Example
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
@@ -37,7 +37,7 @@ from prefloop.models import adapters, selftest
 from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from prefloop.training import loop, optim
-from prefloop.training.preference import MicroBatch, Preference
+from prefloop.training.preference import Preference
 from prefloop.training.sft import SFT
 
 engines: Any = prefloop.generation.engine
@@ -170,20 +170,16 @@ def training(model: LoadedModel, shape: str, peak: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, method, config, examples in methods:
         free()
-        batches: list[Any] = to_batches(examples, BUDGET[shape], CUDA)
+        batches: list[Any] = pack_all(examples, BUDGET[shape])
         flops = sum(
             model_flops(model, b.position_ids.cpu(), b.target_ids.numel(), trains=True)
             for b in batches
         )
         tokens = sum(len(e.prompt) + len(a) for e in examples for a in e.answers)
-        if name == "dpo":
-            batches = [MicroBatch(b, 0.0) for b in batches]
 
         def step(method: Any = method, batches: Any = batches, config: Any = config) -> float:
-            optimizer.zero_grad()
-            values, _, _ = loop.gradients(method, batches, {"policy": model.trainable()}, config)
-            optimizer.step()
-            return values["loss"]
+            parameters = {"policy": model.trainable()}
+            return loop.step(method, batches, parameters, optimizer, config).losses["loss"]
 
         line: dict[str, Any] = report(f"{shape} {name}", seconds(step), tokens, flops, peak)
         if shape != "8B":

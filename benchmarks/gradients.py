@@ -21,14 +21,14 @@ from benchmarks.prefloop_side import CPU, records
 from benchmarks.sides import prepare_models, prepare_rows
 from benchmarks.work import WORKS
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import tokenize
 from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.model import LoadedModel
 from prefloop.records import RowCounts
 from prefloop.training import loop, ppo
-from prefloop.training.preference import MicroBatch, Preference
+from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward
 from prefloop.training.rollout import Sampler
 from prefloop.training.rows import Prompts
@@ -136,7 +136,7 @@ def _method(
     as_policy, as_scorer = load
     model = as_scorer(f"{models}/scorer") if method == "reward" else as_policy(f"{models}/policy")
     examples = tokenize(records(WORKS[work], rows), model.tokenizer, 1024, "error", RowCounts())
-    batches = to_batches(examples, TOKENS, CPU)
+    batches = pack_all(examples, TOKENS)
     if method == "sft":
         sft = SFTConfig(**settings)
         return SFT(sft, model, examples, []), batches, sft
@@ -146,7 +146,7 @@ def _method(
     if method == "dpo":
         dpo = DPOConfig(**settings, ref_model=f"{models}/reference")
         trained = Preference(dpo, model, examples, [], Path(rows).with_suffix(".ref"))
-        return trained, [MicroBatch(batch, 0.0) for batch in batches], dpo
+        return trained, batches, dpo
     config = PPOConfig(**settings)
     old, critic = policy(f"{models}/reference"), as_scorer(f"{models}/scorer")
     sampler = Sampler(config, model, critic, None, lambda *_: [], frozenset())
@@ -158,7 +158,7 @@ def _method(
 @torch.no_grad()
 def rollouts(
     batches: list[TokenBatch], old: LoadedModel, critic: LoadedModel
-) -> list[ppo.MicroBatch]:
+) -> list[ppo.RolloutBatch]:
     """The rows' answers as if `old` had sampled them, with normal advantages and value errors."""
     generator = torch.Generator().manual_seed(0)
     items = []
@@ -167,5 +167,5 @@ def rollouts(
         advantages, errors = torch.randn((2, *shape), generator=generator)
         values = token_values(critic, batch)
         log_probs = answer_log_probs(old, batch)
-        items.append(ppo.MicroBatch(batch, log_probs, advantages, values, values + errors))
+        items.append(ppo.RolloutBatch(batch, log_probs, advantages, values, values + errors))
     return items

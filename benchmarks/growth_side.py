@@ -17,14 +17,14 @@ import torch
 
 from benchmarks.meter import serve
 from prefloop.config import DPOConfig
-from prefloop.data.batches import to_batches
+from prefloop.data.batches import pack_all
 from prefloop.data.tokenize import Example
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
 from prefloop.training import loop, optim
-from prefloop.training.preference import MicroBatch, Preference
+from prefloop.training.preference import Preference
 
 CPU = torch.device("cpu")
 
@@ -61,14 +61,12 @@ def train(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str
     ]
     config = DPOConfig(model=path, data="", output=Path("unused"), loss="simpo", dtype=dtype)
     method = Preference(config, model, examples, [], Path("unused"))
-    batches = to_batches(examples, config.micro_batch_tokens, CPU)
+    batches = pack_all(examples, config.micro_batch_tokens)
     parameters = {"policy": model.trainable()}
     optimizer = optim.build_optimizer(parameters, config, {})
 
     def turn() -> dict[str, Any]:
-        optimizer.zero_grad()
-        loop.gradients(method, [MicroBatch(b, 0.0) for b in batches], parameters, config)
-        optimizer.step()
+        loop.step(method, batches, parameters, optimizer, config)
         return {"tokens": sum(b.tokens for b in batches)}
 
     return turn

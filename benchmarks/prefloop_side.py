@@ -16,7 +16,7 @@ from benchmarks.ceilings import model_flops, weight_bytes
 from benchmarks.meter import serve
 from benchmarks.work import LORA_ALPHA, LORA_RANK, PPO_EPOCHS, WORKS, Work, read_texts, stop_ids
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from prefloop.data.batches import pack, to_batches
+from prefloop.data.batches import pack, pack_all
 from prefloop.data.tokenize import Example, encode_prompt, tokenize
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
@@ -27,7 +27,7 @@ from prefloop.models.precision import autocast
 from prefloop.records import Demonstration, Ranking, RowCounts
 from prefloop.runs import Run
 from prefloop.training import loop, optim, ppo
-from prefloop.training.preference import MicroBatch, Preference
+from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward
 from prefloop.training.sft import SFT
 
@@ -67,7 +67,7 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
     kept = ("lora_rank", "lora_alpha", "gradient_checkpointing")
     model = load(settings["model"], CPU, **{k: v for k, v in settings.items() if k in kept})
     examples = tokenize(records(work, path), model.tokenizer, 1024, "error", RowCounts())
-    batches: list[Any] = to_batches(examples, settings["micro_batch_tokens"], CPU)
+    batches: list[Any] = pack_all(examples, settings["micro_batch_tokens"])
     flops = sum(forward_and_backward(model, batch.examples) for batch in batches)
     fixed: LoadedModel | None = None
     method: Any
@@ -79,7 +79,6 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
         config = DPOConfig(**settings, ref_model=reference)
         cache = Path(path).with_suffix(f".{config.dtype}.ref")
         method = Preference(config, model, examples, [], cache)
-        batches = [MicroBatch(batch, 0.0) for batch in batches]
         if form == "first":  # every row is new: the reference reads it, too
             fixed = load_policy(reference, CPU)
             flops += forward(fixed, examples)
@@ -90,12 +89,10 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
     def turn() -> dict[str, Any]:
         if fixed:
             sequence_log_probs(fixed, examples, method.config.micro_batch_tokens, config.dtype)
-        optimizer.zero_grad()
-        values, metrics, _ = loop.gradients(method, batches, parameters, method.config)
-        optimizer.step()
-        same = {"loss": values["loss"]}
-        if "logps/chosen" in metrics:
-            same["logps"] = metrics["logps/chosen"]
+        found = loop.step(method, batches, parameters, optimizer, method.config)
+        same = {"loss": found.losses["loss"]}
+        if "logps/chosen" in found.metrics:
+            same["logps"] = found.metrics["logps/chosen"]
         return {"same": same, "tokens": tokens, "flops": flops}
 
     return turn
@@ -126,9 +123,7 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
         for _ in range(PPO_EPOCHS):
             part = next(steps)
             metrics |= part.metrics
-            optimizer.zero_grad()
-            loop.gradients(method, part.batches, parameters, config)
-            optimizer.step()
+            loop.step(method, part.batches, parameters, optimizer, config)
         assert method.rollouts
         examples = method.rollouts.examples
         flops = 2 * forward(policy, examples)  # sampling, and log-probs as the trainer sees them

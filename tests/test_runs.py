@@ -105,6 +105,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path):
         file.write('{"step": 13, "lo')  # cut short by kill -9
     run = Run.open(config(tmp_path), "sft")
     assert run.resume_from == run.checkpoint(10)
+    run.go_on(10, logged=10)
     assert [line["step"] for line in lines(run)] == list(range(1, 11))
     assert len(lines(run, "samples.jsonl")) == 20
     assert record(run)["resumed"] == 1
@@ -115,6 +116,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
     interrupted_after(tmp_path, 3)
     run = Run.open(config(tmp_path), "sft")
     assert run.resume_from is None
+    run.go_on(0, logged=0)
     assert lines(run) == []
 
 
@@ -122,7 +124,10 @@ def test_a_checkpoint_named_outright(tmp_path):
     interrupted_after(tmp_path, 12, saved=(5, 10))
     run = Run.open(config(tmp_path, resume=str(tmp_path / "run/checkpoints/step-5")), "sft")
     assert run.resume_from == run.checkpoint(5)
+    assert lines(run)[-1]["step"] == 12  # nothing is lost before the checkpoint is found sound
+    run.go_on(5, logged=5)
     assert lines(run)[-1]["step"] == 5
+    assert newest_checkpoint(run.directory) == run.checkpoint(5)  # of the branch that goes on
     with pytest.raises(UserError, match="no such checkpoint folder"):
         Run.open(config(tmp_path, resume="absent/step-1"), "sft")
 

@@ -1,6 +1,7 @@
 """`prefloop COMMAND`: find the command, resolve its settings, run it, turn errors into exit codes.
 
-Exit 0: done; 2: the user's mistake, told in one line; 1: ours, with a traceback; 130: interrupted.
+Exit 0: done; 2: the user's mistake, told in one line; 1: ours, with a traceback; 130: interrupted;
+143: terminated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import FrameType, MappingProxyType
 
 from prefloop.commands import COMMANDS, Command
 from prefloop.config.resolve import flag, nearest, resolve
-from prefloop.errors import UserError
+from prefloop.errors import Terminated, UserError
 
 # How long idle threads spin for their next piece of work. Not at all makes decoding take 1.7 times
 # as long on two free cores; as long as libgomp would, 2.5 times as long beside a busy program; this
@@ -26,7 +27,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():  # no bars in log files
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-DONE, OURS, YOURS, INTERRUPTED = 0, 1, 2, 130
+DONE, OURS, YOURS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(
@@ -37,12 +38,15 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
             stream.reconfigure(errors="replace")
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(words, commands)
     except UserError as error:
         print("prefloop: " + " ".join(str(error).split()), file=sys.stderr)
         return YOURS
+    except Terminated:
+        print("prefloop: terminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("prefloop: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -128,6 +132,6 @@ def _log_to_stderr() -> None:
         log.addHandler(logging.StreamHandler())
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
+def _terminate(signum: int, frame: FrameType | None) -> None:
     """SIGTERM ends a command as Ctrl-C does; the trainers' loop saves first."""
-    raise KeyboardInterrupt
+    raise Terminated

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prefloop.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -45,11 +47,23 @@ def mine(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world()]
 
 
-def local_device(device: torch.device) -> torch.device:
-    """The rank's own GPU where several ranks share a machine."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
+def local_device(name: str) -> str:
+    """The name of the rank's own GPU where several ranks share a machine, else `name`."""
+    local = os.environ.get("LOCAL_RANK")
+    kind, _, index = name.partition(":")
+    if local is None or kind not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    if index:
+        if ranks > 1:
+            raise UserError(f"--device {name} for each of {ranks} processes; give --device cuda")
+        return name
+    if int(local) >= torch.cuda.device_count():
+        raise UserError(
+            f"{ranks} processes on this machine and {torch.cuda.device_count()} CUDA devices; "
+            "start one process a device"
+        )
+    return f"cuda:{local}"
 
 
 def sum_tensor(values: Tensor) -> Tensor:
@@ -90,9 +104,15 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         dist.all_reduce(parameter.grad)
 
 
+def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Of each flag whether it is set on at least one rank."""
+    sums = sum_mapping({str(number): float(flag) for number, flag in enumerate(flags)}, device)
+    return [sums[str(number)] > 0 for number in range(len(flags))]
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on at least one rank."""
-    return sum_mapping({"flag": float(flag)}, device)["flag"] > 0
+    return any_of([flag], device)[0]
 
 
 def barrier() -> None:

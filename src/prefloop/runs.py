@@ -28,15 +28,14 @@ from typing import Any, Literal, Self
 
 from prefloop import provenance
 from prefloop.config import TrainingConfig
-from prefloop.config.resolve import as_dict, flag, read_yaml
+from prefloop.config.resolve import as_dict
 from prefloop.errors import UserError
 from prefloop.files import check_folder, write_atomic
+from prefloop.resume import checkpoint_step, named_checkpoint, read_record, require_same
 from prefloop.tracking import Tracker, open_tracker
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
-FREE_TO_CHANGE = frozenset({"output", "resume", "track", "save_every", "keep_checkpoints"})
-"""Settings that may differ when a run goes on: they change nothing that is computed."""
 BEFORE_STEP_1 = ("config.yaml", "run.json", "tensorboard", "reference_log_probs.safetensors")
 FROM_STEP_1 = ("metrics.jsonl", "samples.jsonl", "checkpoints", "model", "value_model")
 """What a run directory holds when nothing has been trained yet, and from then on."""
@@ -73,20 +72,18 @@ class Run:
         to load. Raises UserError when the directory holds a run that this one must not touch.
         """
         directory, settings = config.output, as_dict(config)
-        previous = _read_record(directory)
+        previous = read_record(directory)
         if previous is not None:
             if config.resume == "never":
                 raise UserError(
                     f"{directory} holds a run already; give another --output or --resume auto"
                 )
-            _require_same(directory, settings, command, previous)
+            require_same(directory, config, command, previous)
         # 1. What to go on from.
         if config.resume in ("auto", "never"):
             checkpoint = newest_checkpoint(directory)
         else:
-            checkpoint = Path(config.resume)
-            if not checkpoint.is_dir():
-                raise UserError(f"--resume {checkpoint}: no such checkpoint folder")
+            checkpoint = named_checkpoint(config, command)
         if previous is None and writes:
             _require_free(directory)
         finished = previous is not None and previous["status"] == "finished"
@@ -113,7 +110,7 @@ class Run:
             run.record |= {"versions": provenance.versions(), "revision": provenance.revision()}
             if previous is not None:
                 run.record["resumed"] += 1
-                run.truncate_after(checkpoint_step(checkpoint) if checkpoint else -1)
+                run.lines_until(checkpoint_step(checkpoint) if checkpoint else -1)
             write_atomic(directory / "config.yaml", _yaml(settings))
             run._save()
         return run
@@ -149,16 +146,31 @@ class Run:
         """Append one line a sample to samples.jsonl."""
         self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, and a last line cut short, before a run goes on."""
+    def lines_until(self, step: int) -> dict[Path, tuple[str, str]]:
+        """Each file of lines as it is, and as it is without later steps and a line cut short."""
+        found = {}
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
-            if self._writes and path.exists():
+            if path.exists():
                 text = path.read_text(encoding="utf-8", errors="replace")
                 lines = text.splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and _step(line, path) <= step]
-                if kept != lines:
-                    write_atomic(path, "".join(kept))
+                found[path] = "".join(lines), "".join(kept)
+        return found
+
+    def go_on(self, step: int, logged: int) -> None:
+        """The run goes on after `step`: what was done beyond it is dropped, and its lines too.
+
+        `logged`: the last step whose lines stay.
+        """
+        if not self._writes:
+            return
+        for path in self.checkpoints.glob("step-*"):
+            if checkpoint_step(path) > step:
+                shutil.rmtree(path)
+        for path, (text, kept) in self.lines_until(logged).items():
+            if kept != text:
+                write_atomic(path, kept)
 
     def set_rows(self, counts: Mapping[str, object], of: str = "data") -> None:
         """Record how many rows were read, used and dropped, and why (`RowCounts.as_dict`)."""
@@ -248,31 +260,10 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return max(found, key=checkpoint_step, default=None)
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    """Number of optimiser steps before a checkpoint, from its name `step-N`."""
-    match = re.fullmatch(r"step-(\d+)", checkpoint.name)
-    if match is None:
-        raise UserError(f"{checkpoint}: not a checkpoint; its folder is named step-N")
-    return int(match[1])
-
-
 def model_path(path: str) -> str:
     """A model's folder or hub id, where `path` may also be a run directory that holds one."""
     model = Path(path) / "model"
     return str(model) if (Path(path) / "run.json").exists() and model.is_dir() else path
-
-
-def _read_record(directory: Path) -> dict[str, Any] | None:
-    path = directory / "run.json"
-    if not path.exists():
-        return None
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "status" in record and "command" in record:
-            return record
-    except (ValueError, OSError, TypeError) as error:
-        raise UserError(f"{path}: not a run's record; give another --output") from error
-    raise UserError(f"{path}: not a run's record; give another --output")
 
 
 def _new_record(config: TrainingConfig, command: str) -> dict[str, Any]:
@@ -286,29 +277,6 @@ def _new_record(config: TrainingConfig, command: str) -> dict[str, Any]:
         "resumed": 0,
         "rows": {},
     }
-
-
-def _require_same(
-    directory: Path, settings: dict[str, object], command: str, previous: dict[str, Any]
-) -> None:
-    """UserError naming what differs between this run and the one that stands in `directory`."""
-    if previous["command"] != command:
-        raise UserError(
-            f"{directory} holds a run of `{previous['command']}`, not of `{command}`; "
-            "give another --output"
-        )
-    stored = read_yaml(directory / "config.yaml")
-    differing = sorted(
-        key
-        for key in settings.keys() | stored.keys()
-        if key not in FREE_TO_CHANGE and stored.get(key) != settings.get(key)
-    )
-    if differing:
-        told = ", ".join(f"{flag(k)} was {stored.get(k)}, now {settings.get(k)}" for k in differing)
-        raise UserError(
-            f"{directory} holds a run with other settings ({told}); "
-            "give the same ones or another --output"
-        )
 
 
 def _require_free(directory: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefloop.config import DPOConfig, DPOLoss, PPOConfig, RewardConfig, SFTConfig
-from prefloop.data.batches import to_batches
+from prefloop.data.batches import pack_all, to_batches
 from prefloop.data.formats import load
 from prefloop.data.tokenize import Example, tokenize
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
@@ -295,7 +295,7 @@ def test_ppo(variant: str, folders: dict[str, str], tmp_path: Path) -> None:
     ]
 
     # 1. Log-probs, values, scores.
-    batches = to_batches(examples, config.micro_batch_tokens, CPU)
+    batches = pack_all(examples, config.micro_batch_tokens)
     assert sampler.reference is not None
     assert sampler.critic is not None
     with torch.no_grad():
@@ -321,7 +321,7 @@ def test_ppo(variant: str, folders: dict[str, str], tmp_path: Path) -> None:
     rollouts = Rollouts(
         tuple(examples), mask, log_probs, ref_log_probs, advantages, values, returns
     )
-    method.load_state_dict(method.state_dict() | {"rollouts": rollouts.state_dict()})
+    method.load_state_dict(method.state_dict() | {"rollouts": rollouts.state})
     terms, sums = losses_of(method)
     first = trl["epochs"][0]
     assert terms["policy_avg"] == pytest.approx(first["policy_loss"], abs=1e-6)

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prefloop.data.batches import pack
+from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.tokenize import Example, encode_answer, encode_prompt
 from prefloop.errors import UserError
 from prefloop.files import read_rows
@@ -259,14 +259,14 @@ def test_the_ptx_term_by_hand(world, tmp_path):
     assert all("loss/ptx" in row for row in found)
     ptx = built(world, tmp_path, **changes, **LENGTH)
     step = next(iter(ptx.steps(0)))
-    batch = [item for item in step.batches if item.log_probs is None]
+    batch = [item for item in step.batches if isinstance(item, TokenBatch)]
     nll = tokens = 0.0
     for item in batch:
-        for example in item.batch.examples:
+        for example in item.examples:
             with torch.no_grad():
                 nll -= float(token_log_probs(plain, example.prompt, example.answers[0]).sum())
             tokens += len(example.answers[0])
-    assert sum(len(item.batch.examples) for item in batch) == 3
+    assert sum(len(item.examples) for item in batch) == 3
     assert found[0]["loss/ptx"] == pytest.approx(0.7 * nll / tokens, rel=1e-5)
     assert found[0]["loss"] == pytest.approx(
         sum(v for k, v in found[0].items() if k.startswith("loss/")), rel=1e-5

@@ -18,7 +18,7 @@ POSITIVE = frozenset(
 )
 NOT_NEGATIVE = frozenset(
     "max_steps seed warmup weight_decay max_grad_norm lora_rank lora_alpha eval_every save_every "
-    "center_coefficient sft_coefficient simpo_gamma orpo_lambda desirable_weight "
+    "save_minutes center_coefficient sft_coefficient simpo_gamma orpo_lambda desirable_weight "
     "undesirable_weight kl_coef kl_target vf_coef value_lr reward_clip target_kl ptx_coef "
     "temperature top_k max_prompts".split()
 )

@@ -32,7 +32,8 @@ class TrainingConfig:
     """Share of the prompts of --data held out for evaluation when --eval-data is not given."""
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint in --output; `never`: --output must hold no run;
-    or the path of a checkpoint to go on from."""
+    or the path of a checkpoint (RUN/checkpoints/step-N) to go on from, with what --epochs, --lr
+    and the like now say."""
     seed: int = 0
     """Seed of the row order, of sampling and of new heads."""
     epochs: float = 1.0
@@ -79,7 +80,10 @@ class TrainingConfig:
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     save_every: int = 0
-    """Steps between checkpoints; 0 saves on interruption, and at the end until `model` stands."""
+    """Steps between checkpoints; with 0 they are saved by time alone, and removed once `model`
+    stands. Whatever ends a run, its last whole step is saved."""
+    save_minutes: float = 10.0
+    """Save also when the newest checkpoint is this old; 0 never does."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
     track: Tracker = "none"
@@ -155,7 +159,8 @@ class PPOConfig(TrainingConfig):
     kl_target: float = 0.0
     """Adapt beta to hold this KL per answer (nats); 0 keeps beta fixed."""
     kl_horizon: float = 10000.0
-    """Episodes over which an adaptive beta moves by e (1/K_beta of lm-human-preferences)."""
+    """With --kl-target: episodes (answers) over which beta moves by at most 20 %; no single
+    iteration moves it further."""
     gamma: float = 1.0
     """Discount."""
     gae_lambda: float = 0.95

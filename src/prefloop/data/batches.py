@@ -9,8 +9,8 @@ in the stream once however many answers it has:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -167,6 +167,33 @@ def packed_length(example: Example) -> int:
     return len(example.prompt) + sum(len(answer) for answer in example.answers)
 
 
+def split(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    """The examples in order, those longer than `max_tokens` as pieces: some of their answers each.
+
+    The prompt is repeated; an answer that is too long with its prompt stands alone. A piece says
+    nothing of how answers compare: its tiers and labels stay with the whole example.
+    """
+    pieces = []
+    for example in examples:
+        if packed_length(example) <= max_tokens:
+            pieces.append(example)
+            continue
+        first, used = 0, len(example.prompt)
+        for number, answer in enumerate(example.answers):
+            if number > first and used + len(answer) > max_tokens:
+                pieces.append(_some_answers(example, first, number))
+                first, used = number, len(example.prompt)
+            used += len(answer)
+        pieces.append(_some_answers(example, first, len(example.answers)))
+    return pieces
+
+
+def _some_answers(example: Example, first: int, end: int) -> Example:
+    chosen = slice(first, end)
+    answers, masks = example.answers[chosen], example.answer_masks[chosen]
+    return replace(example, answers=answers, answer_masks=masks, tiers=(), labels=())
+
+
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
     """Splits one step's examples, in order, into groups of at most `max_tokens` packed tokens.
 
@@ -184,8 +211,14 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Exa
     return groups
 
 
+def pack_all(examples: Sequence[Example], micro_batch_tokens: int) -> list[TokenBatch]:
+    """Packed micro-batches, in the order of the examples, in main memory."""
+    return [pack(group) for group in micro_batches(examples, micro_batch_tokens)]
+
+
 def to_batches(
     examples: Sequence[Example], micro_batch_tokens: int, device: torch.device
-) -> list[TokenBatch]:
-    """Packed micro-batches on the device, in the order of the examples."""
-    return [pack(group).to(device) for group in micro_batches(examples, micro_batch_tokens)]
+) -> Iterator[TokenBatch]:
+    """The same on the device, one at a time."""
+    for group in micro_batches(examples, micro_batch_tokens):
+        yield pack(group).to(device)

@@ -9,7 +9,8 @@ after that token (ChatML: a line break) belongs to the next turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from itertools import combinations, product
 from math import comb
 from typing import TYPE_CHECKING, Literal
@@ -42,6 +43,7 @@ class Example:
 
     `answer_masks` says which answer tokens are in the loss; `tiers` (rankings) and `labels`
     (unpaired rows) speak of `answers` by index; `index` is the place in the tokenised list.
+    `source` stands for the record that it was made of, whatever the template printed around it.
     """
 
     prompt: Ids
@@ -54,6 +56,7 @@ class Example:
     where: str = ""
     record: int = 0
     """Its record's place in the list that was tokenised."""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,8 @@ def tokenize(
             ids = example.prompt + answer
             masks = ((True,) * (len(ids) - 1),)
             example = replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
-        examples.append(replace(example, index=len(examples), record=place))
+        source = _source(record)
+        examples.append(replace(example, index=len(examples), record=place, source=source))
         counts.tied_pairs += sum(comb(len(tier), 2) for tier in example.tiers)
     counts.used += len(examples)
     if not examples:
@@ -214,6 +218,12 @@ def tokenize(
             f"{source}no rows left to use: {counts.summary()}; mend the rows or options"
         )
     return examples
+
+
+def _source(record: Record) -> str:
+    """A digest of what a row says; not of where it stands."""
+    said = [(f.name, getattr(record, f.name)) for f in fields(record) if f.name != "where"]
+    return blake2b(repr((type(record).__name__, said)).encode(), digest_size=16).hexdigest()
 
 
 def _example(encoder: Encoder, record: Record) -> Example:

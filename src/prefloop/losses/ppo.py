@@ -161,15 +161,16 @@ def value_loss(
 def next_kl_coef(
     kl_coef: float, kl: float, *, target: float, episodes: int, horizon: float
 ) -> float:
-    """Adaptive beta: beta (1 + clip(KL / target - 1, -0.2, 0.2) episodes / horizon).
+    """Adaptive beta: beta (1 + clip(KL / target - 1, -0.2, 0.2) min(1, episodes / horizon)).
 
-    Ziegler et al. (arXiv 1909.08593), section 2.2; `horizon` in episodes is 1 / K_beta.
+    Ziegler et al. (arXiv 1909.08593), section 2.2; `horizon` in episodes is 1 / K_beta. The bound
+    of 1 is ours: without it an iteration of more than 5 horizons could make beta negative.
 
     >>> next_kl_coef(0.1, 12.0, target=6.0, episodes=256, horizon=2560.0)
     0.10200000000000001
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * episodes / horizon)
+    return kl_coef * (1 + error * min(1.0, episodes / horizon))
 
 
 def rloo_advantages(scores: Float[Tensor, "P K"]) -> Float32[Tensor, "P K"]:

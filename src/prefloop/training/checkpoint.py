@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError, first_line
-from prefloop.runs import checkpoint_step
+from prefloop.resume import checkpoint_step
 
 FILE = "state.pt"
 
@@ -72,11 +72,12 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def remove(path: Path) -> None:
-    """Removes a checkpoint, and the folder of checkpoints if it was the only one."""
-    shutil.rmtree(path, ignore_errors=True)
+def remove_all(folder: Path) -> None:
+    """Removes every checkpoint, and their folder if it holds nothing else."""
+    for path in folder.glob("step-*"):
+        shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
-        path.parent.rmdir()
+        folder.rmdir()
 
 
 def rng_state() -> dict[str, Any]:
@@ -100,15 +101,29 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def fingerprint(examples: Iterable[Example], tensors: Sequence[Tensor], more: str = "") -> str:
-    """sha256 of rows as tokens, of tensors' contents, and of `more`."""
+    """sha256 of the rows as they were read, of tensors' contents, and of `more`.
+
+    Not of the rows' tokens: a chat template may print today's date.
+    """
     digest = hashlib.sha256(more.encode())
     for e in examples:
-        row = (e.prompt, e.answers, e.answer_masks, e.tiers, e.labels, e.margin)
-        digest.update(repr(row).encode())
+        digest.update(e.source.encode() or repr((e.prompt, e.answers)).encode())
+        digest.update(b"\n")
+    _add(digest, tensors)
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """sha256 of tensors' contents."""
+    digest = hashlib.sha256()
+    _add(digest, tensors)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def frozen(*modules: nn.Module) -> list[Tensor]:
@@ -130,6 +145,14 @@ def load_trainable_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(state[name])
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Puts moments and step counts back; rates, decays and the like stay as the settings say."""
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data import stream
-from prefloop.data.batches import TokenBatch, micro_batches, pack, to_batches
+from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all, split
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids
 from prefloop.errors import UserError
 from prefloop.losses import ppo as losses
@@ -32,19 +32,23 @@ from prefloop.models.model import LoadedModel
 from prefloop.rewards.judges import function_judge, model_judge
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
-from prefloop.training.loop import LossSums, Step
+from prefloop.training.method import LossSums, Step
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler, text_scorer, token_scorer
 from prefloop.training.rows import Prompts, read_demonstrations, read_prompts
 
 
-class MicroBatch(NamedTuple):
-    """Sampled answers with what the clipped losses need of their N tokens; or PPO-ptx rows."""
+class RolloutBatch(NamedTuple):
+    """Sampled answers with what the clipped losses need of their N tokens."""
 
     batch: TokenBatch
-    log_probs: Tensor | None = None  # [N] log pi_old; None marks PPO-ptx rows
-    advantages: Tensor | None = None  # [N]
-    values: Tensor | None = None  # [N]
-    returns: Tensor | None = None  # [N]
+    log_probs: Tensor  # [N] log pi_old
+    advantages: Tensor  # [N]
+    values: Tensor  # [N]; zeros without a critic
+    returns: Tensor  # [N]
+
+    def to(self, device: torch.device | str) -> RolloutBatch:
+        """See Movable."""
+        return RolloutBatch(self.batch.to(device), *(part.to(device) for part in self[1:]))
 
 
 class PPO:
@@ -67,7 +71,6 @@ class PPO:
         self.rollouts: Rollouts | None = None  # of the iteration under way
         self.stopped_early = False  # the iteration under way, by target_kl
         self.running = RunningScores()
-        self._approxkl: dict[str, Tensor | float] = {"sum": 0.0, "count": 0.0}
 
     @property
     def trained(self) -> Mapping[str, LoadedModel]:
@@ -95,8 +98,11 @@ class PPO:
         )
         return self.config.max_steps or iterations * self._steps_per_iteration
 
-    def steps(self, start_step: int) -> Iterator[Step[MicroBatch]]:
-        """See Method. A resumed iteration goes on with the rollouts it had."""
+    def steps(self, start_step: int) -> Iterator[Step[RolloutBatch | TokenBatch]]:
+        """See Method: sampled answers, and PPO-ptx rows as plain batches.
+
+        A resumed iteration goes on with the rollouts it had.
+        """
         first, within = divmod(start_step, self._steps_per_iteration)
         iterations = math.ceil(self.total_steps / self._steps_per_iteration)
         for iteration in range(first, iterations):
@@ -107,11 +113,8 @@ class PPO:
                 self.rollouts, metrics, samples = self._roll_out(iteration, iterations)
             for number in range(within, self._steps_per_iteration):
                 batches = [] if self.stopped_early else self._minibatch(iteration, number)
-                passes = {True: 1, False: len(self.trained)}  # PPO-ptx rows train the policy only
-                tokens = sum(b.batch.tokens * passes[b.log_probs is None] for b in batches)
-                yield Step(batches, tokens, metrics, samples)
+                yield Step(batches, sum(map(self._tokens, batches)), metrics, samples)
                 metrics, samples = {}, []
-                self._maybe_stop_early()
             within = 0
 
     def _roll_out(
@@ -136,54 +139,63 @@ class PPO:
             )
         return rollouts, metrics, samples
 
-    def _minibatch(self, iteration: int, number: int) -> list[MicroBatch]:
+    def _tokens(self, item: RolloutBatch | TokenBatch) -> int:
+        """Tokens computed: PPO-ptx rows train the policy only."""
+        if isinstance(item, TokenBatch):
+            return item.tokens
+        return item.batch.tokens * len(self.trained)
+
+    def _minibatch(self, iteration: int, number: int) -> list[RolloutBatch | TokenBatch]:
         """Micro-batches of the iteration's step `number`."""
-        assert self.rollouts is not None
         epoch, part = divmod(number, self.config.num_minibatches)
-        examples = self.rollouts.examples
         seed = self.config.seed * 1_000_003 + iteration
         size = min(self._prompts_per_iteration, len(self.prompts.examples))
         order = stream.epoch_order(size, seed, epoch)[part :: self.config.num_minibatches]
         rank, world = distributed.rank(), distributed.world()  # who holds row i: rank i mod world
-        chosen = [i // world for i in order if i % world == rank]
-        batches = []
-        for group in micro_batches([examples[i] for i in chosen], self.config.micro_batch_tokens):
-            picked, chosen = chosen[: len(group)], chosen[len(group) :]
-            batches.append(self._micro_batch(group, picked))
+        batches: list[RolloutBatch | TokenBatch] = []
+        batches += self._rollout_batches([i // world for i in order if i % world == rank])
         if self.ptx_examples:
             step = iteration * self._steps_per_iteration + number
             count, size = len(self.ptx_examples), self.config.batch_size
             rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step))
             mine = [self.ptx_examples[row] for row in distributed.mine(rows)]
-            packed = to_batches(mine, self.config.micro_batch_tokens, self.policy.device)
-            batches += [MicroBatch(batch) for batch in packed]
+            batches += pack_all(mine, self.config.micro_batch_tokens)
         return batches
 
-    def _micro_batch(self, group: Sequence[Example], picked: Sequence[int]) -> MicroBatch:
+    def _rollout_batches(self, prompts: Sequence[int]) -> list[RolloutBatch]:
+        """Micro-batches of some prompts' answers; each learns alone, so they may be split."""
         assert self.rollouts is not None
-        k = self.config.samples_per_prompt
-        answers = torch.tensor([i * k + j for i in picked for j in range(k)])
-        mask = self.rollouts.mask[answers]
-        flat = [
-            getattr(self.rollouts, name)[answers][mask].to(self.policy.device)
-            for name in ("log_probs", "advantages", "values", "returns")
-        ]
-        return MicroBatch(pack(group).to(self.policy.device), *flat)
+        k, most = self.config.samples_per_prompt, self.config.micro_batch_tokens
+        chosen = [self.rollouts.examples[i] for i in prompts]
+        rows = torch.tensor([i * k + j for i in prompts for j in range(k)], dtype=torch.long)
+        batches = []
+        for group in micro_batches(split(chosen, most), most):
+            count = sum(len(piece.answers) for piece in group)
+            answers, rows = rows[:count], rows[count:]
+            mask = self.rollouts.mask[answers]
+            flat = [
+                getattr(self.rollouts, name)[answers][mask]
+                for name in ("log_probs", "advantages", "values", "returns")
+            ]
+            batches.append(RolloutBatch(pack(group), *flat))
+        return batches
 
-    def counts(self, item: MicroBatch) -> Mapping[str, float]:
+    def counts(self, item: RolloutBatch | TokenBatch) -> Mapping[str, float]:
         """Generated tokens, or the tokens of PPO-ptx rows."""
+        if isinstance(item, TokenBatch):
+            return {"ptx": item.target_ids.numel()}
         tokens = item.batch.target_ids.numel()
-        if item.log_probs is None:
-            return {"ptx": tokens}
         return {"policy_avg": tokens} | ({"value_avg": tokens} if self.critic else {})
 
-    def loss(self, item: MicroBatch) -> LossSums:
+    def loss(self, item: RolloutBatch | TokenBatch) -> LossSums:
         """Clipped policy loss + vf_coef x clipped value loss, or ptx_coef x NLL."""
+        if isinstance(item, TokenBatch):
+            nll = sft_loss(answer_log_probs(self.policy, item)).sum
+            return LossSums({"ptx": self.config.ptx_coef * nll}, {})
+        return self._clipped(item)
+
+    def _clipped(self, item: RolloutBatch) -> LossSums:
         config, batch = self.config, item.batch
-        if item.log_probs is None:
-            nll = sft_loss(answer_log_probs(self.policy, batch)).sum
-            return LossSums({"ptx": config.ptx_coef * nll}, {})
-        assert item.advantages is not None and item.values is not None
         log_probs = answer_log_probs(self.policy, batch, config.temperature)
         policy = losses.policy_loss(
             log_probs, item.log_probs, item.advantages, cliprange=config.cliprange
@@ -196,7 +208,6 @@ class PPO:
             "val/ratio": (policy.ratio_sum, count),
         }
         if self.critic:
-            assert item.returns is not None
             value = losses.value_loss(
                 token_values(self.critic, batch),
                 item.values,
@@ -205,18 +216,12 @@ class PPO:
             )
             terms["value_avg"] = config.vf_coef * value.sum
             metrics["val/clipfrac_avg"] = (value.clipfrac_sum, count)
-        if torch.is_grad_enabled():
-            self._approxkl["sum"] += policy.approxkl_sum
-            self._approxkl["count"] += count
         return LossSums(terms, metrics)
 
-    def _maybe_stop_early(self) -> None:
-        if self.config.target_kl:
-            own = {name: float(value) for name, value in self._approxkl.items()}
-            total = distributed.sum_mapping(own, self.policy.device)
-            if total["count"]:
-                self.stopped_early |= total["sum"] / total["count"] > self.config.target_kl
-        self._approxkl = {"sum": 0.0, "count": 0.0}
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """Leaves the iteration's remaining passes once the policy has moved by `target_kl`."""
+        if self.config.target_kl and "policy/approxkl_avg" in metrics:
+            self.stopped_early |= metrics["policy/approxkl_avg"] > self.config.target_kl
 
     def evaluate(self) -> dict[str, float]:
         """Answers to held-out prompts: score, KL, length."""
@@ -234,12 +239,11 @@ class PPO:
 
     def state_dict(self) -> dict[str, Any]:
         """The KL controller, and the rollouts of the iteration under way."""
-        self._maybe_stop_early()  # by what the last step measured
         return {
             "kl_coef": self.kl_coef,
             "running_scores": asdict(self.running),
             "stopped_early": self.stopped_early,
-            "rollouts": self.rollouts.state_dict() if self.rollouts else None,
+            "rollouts": self.rollouts.state if self.rollouts else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,7 +251,7 @@ class PPO:
         self.kl_coef, self.stopped_early = state["kl_coef"], state["stopped_early"]
         self.running = RunningScores(**state["running_scores"])
         if state["rollouts"] is not None:
-            self.rollouts = Rollouts.from_state_dict(state["rollouts"])
+            self.rollouts = Rollouts.from_state(state["rollouts"])
 
     def export(self, folder: Path) -> None:
         """The policy, and the critic as `value_model/`."""
@@ -258,7 +262,7 @@ class PPO:
 
 def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
     """Loads the models and prompts that the settings name."""
-    # 1. Policy and its frozen reference.
+    # 1. Policy and its frozen reference; where KL costs nothing, only one that is asked for.
     policy = load_policy(config.model, device, **loop.model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     reference = None
@@ -266,7 +270,7 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
         reference = load_policy(config.ref_model, device)
         require_same_ids("--ref-model", reference, policy)
         reference.module.requires_grad_(False)
-    elif not config.lora_rank:
+    elif config.kl_coef and not config.lora_rank:
         frozen = copy.deepcopy(policy.module).requires_grad_(False)
         reference = replace(policy, module=frozen)
     fixed = [policy.module, *([reference.module] if reference else [])]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import DPOConfig
-from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import Example
 from prefloop.losses import preference as losses
 from prefloop.losses.masked import Total, masked_sum, segment_sum
@@ -21,29 +21,80 @@ from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
-from prefloop.models.precision import autocast
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
-from prefloop.training.loop import LossSums, Step
-from prefloop.training.reference import mismatched, reference_log_probs
+from prefloop.training.kto import KTO
+from prefloop.training.method import LossSums, Step
+from prefloop.training.pieces import in_pieces
+from prefloop.training.reference import Reference
 
-WITHOUT_REFERENCE = ("simpo", "orpo")
 
-
-class Answers(NamedTuple):
+class LogProbs(NamedTuple):
     """What a micro-batch's losses need of its A answers."""
 
     log_probs: Tensor  # [A] log pi(y|x), summed over tokens
-    ref_log_probs: Tensor  # [A]
+    ref_log_probs: Tensor  # [A]; zeros without a reference
     lengths: Tensor  # [A] tokens
     token_log_probs: Tensor  # [N]
 
 
-class MicroBatch(NamedTuple):
-    """Packed prompts with their answers, and for KTO the step's KL estimate."""
+class Pairs(NamedTuple):
+    """The same of M strictly ordered pairs."""
 
-    batch: TokenBatch
-    kl_estimate: float
+    log_probs: tuple[Tensor, ...]  # of the winners [M], of the losers [M]
+    ref_log_probs: tuple[Tensor, ...]
+    lengths: tuple[Tensor, ...]
+
+
+class PairLoss(NamedTuple):
+    """A loss over pairs, by the settings, and whether it compares with a reference."""
+
+    function: Callable[[Pairs, DPOConfig], Total]
+    needs_reference: bool
+
+
+def _smoothed(loss: Callable[..., Total]) -> PairLoss:
+    return PairLoss(
+        lambda pairs, config: loss(
+            *pairs.log_probs,
+            *pairs.ref_log_probs,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+        ),
+        True,
+    )
+
+
+def _hinge(pairs: Pairs, config: DPOConfig) -> Total:
+    return losses.hinge_loss(*pairs.log_probs, *pairs.ref_log_probs, beta=config.beta)
+
+
+def _ipo(pairs: Pairs, config: DPOConfig) -> Total:
+    both = (*pairs.log_probs, *pairs.ref_log_probs)
+    chosen, rejected = pairs.lengths if config.ipo_average else (None, None)
+    return losses.ipo_loss(
+        *both, beta=config.beta, chosen_lengths=chosen, rejected_lengths=rejected
+    )
+
+
+def _simpo(pairs: Pairs, config: DPOConfig) -> Total:
+    both = (*pairs.log_probs, *pairs.lengths)
+    return losses.simpo_loss(*both, beta=config.beta, gamma=config.simpo_gamma)
+
+
+def _orpo(pairs: Pairs, config: DPOConfig) -> Total:
+    return losses.orpo_loss(*pairs.log_probs, *pairs.lengths)
+
+
+PAIR_LOSSES: Mapping[str, PairLoss] = {
+    "sigmoid": _smoothed(losses.sigmoid_loss),
+    "robust": _smoothed(losses.robust_loss),
+    "hinge": PairLoss(_hinge, True),
+    "ipo": PairLoss(_ipo, True),
+    "simpo": PairLoss(_simpo, False),
+    "orpo": PairLoss(_orpo, False),
+}
+"""By --loss; `plackett-luce` compares whole rankings, and `kto` has a method of its own."""
 
 
 class Preference:
@@ -61,13 +112,10 @@ class Preference:
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
         self.eval_examples = eval_examples
-        self.mismatched = mismatched(examples) if config.loss == "kto" else []
-        self.eval_mismatched = mismatched(eval_examples) if config.loss == "kto" else []
-        self.references: dict[int, Tensor] = {}  # by id() of the example: log-probs of its answers
-        if config.loss not in WITHOUT_REFERENCE:
-            everything = [*examples, *eval_examples, *self.mismatched, *self.eval_mismatched]
-            parts = reference_log_probs(config, policy, everything, cache)
-            self.references = {id(e): part for e, part in zip(everything, parts, strict=True)}
+        self.pair_loss = None if config.loss == "plackett-luce" else PAIR_LOSSES[config.loss]
+        self.reference = None
+        if self.pair_loss is None or self.pair_loss.needs_reference:
+            self.reference = Reference(config, policy, [*examples, *eval_examples], cache)
 
     @property
     def trained(self) -> Mapping[str, LoadedModel]:
@@ -79,20 +127,12 @@ class Preference:
         """See Method."""
         return rows.total_steps(self.config, len(self.examples))
 
-    def steps(self, start_step: int) -> Iterator[Step[MicroBatch]]:
-        """See Method; for KTO each step first measures its KL estimate with the newest weights."""
-        device = self.policy.device
-        other = {id(e): m for e, m in zip(self.examples, self.mismatched, strict=False)}
-        for step in rows.supervised_steps(self.examples, self.config, device, start_step):
-            estimate = 0.0
-            if self.config.loss == "kto":
-                partners = [other[id(e)] for batch in step.batches for e in batch.examples]
-                estimate = self._kl_estimate(partners)
-            yield Step([MicroBatch(batch, estimate) for batch in step.batches], step.tokens)
+    def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
+        """See Method."""
+        return rows.supervised_steps(self.examples, self.config, start_step)
 
-    def counts(self, item: MicroBatch) -> Mapping[str, float]:
-        """Pairs (rankings for Plackett-Luce, answers for KTO), and tokens of chosen answers."""
-        batch = item.batch
+    def counts(self, batch: TokenBatch) -> Mapping[str, float]:
+        """Pairs (rankings for Plackett-Luce), and tokens of chosen answers."""
         chosen = sum(
             sum(mask)
             for e in batch.examples
@@ -100,9 +140,7 @@ class Preference:
             for i, mask in enumerate(e.answer_masks)
             if i in e.tiers[0]
         )
-        if self.config.loss == "kto":
-            return {"preference": batch.answers}
-        if self.config.loss == "plackett-luce":
+        if self.pair_loss is None:
             return {"preference": len(batch.examples), "nll": chosen}
         return {"preference": len(batch.pairs()[0]), "nll": chosen}
 
@@ -118,13 +156,11 @@ class Preference:
         )
         return best[batch.target_answer]
 
-    def loss(self, item: MicroBatch) -> LossSums:
-        """The chosen loss over pairs, and alpha * NLL(chosen) where asked."""
-        batch, config = item.batch, self.config
-        answers = self._answers(batch)
-        if config.loss == "kto":
-            return self._kto(batch, answers, item.kl_estimate)
-        if config.loss == "plackett-luce":
+    def loss(self, batch: TokenBatch) -> LossSums:
+        """The chosen loss over pairs or rankings, and alpha * NLL(chosen) where asked."""
+        config = self.config
+        answers, (winners, losers) = self._log_probs(batch), batch.pairs()
+        if self.pair_loss is None:
             total = losses.plackett_luce_dpo_loss(
                 batch.by_example(answers.log_probs),
                 batch.by_example(answers.ref_log_probs),
@@ -132,54 +168,27 @@ class Preference:
                 beta=config.beta,
             )
         else:
-            total = self._pair_loss(answers, *batch.pairs())
+            both = ((x[winners], x[losers]) for x in answers[:3])
+            total = self.pair_loss.function(Pairs(*both), config)
         weight = config.orpo_lambda if config.loss == "orpo" else 1.0
         terms = {"preference": weight * total.sum}
         if self._uses_nll:
             alpha = 1.0 if config.loss == "orpo" else config.sft_coefficient
             chosen = answers.token_log_probs[self._token_in_chosen(batch)]
             terms["nll"] = alpha * sft_loss(chosen).sum
-        return LossSums(terms, self._metrics(answers, *batch.pairs()))
+        return LossSums(terms, self._metrics(answers, winners, losers))
 
-    def _answers(self, batch: TokenBatch) -> Answers:
-        tokens = answer_log_probs(self.policy, batch)
+    def _log_probs(self, batch: TokenBatch) -> LogProbs:
+        compute = partial(answer_log_probs, self.policy)
+        tokens = in_pieces(compute, batch, self.config.micro_batch_tokens)
         log_probs = segment_sum(tokens, batch.target_answer, batch.answers)
+        ref = self.reference.of(batch) if self.reference else torch.zeros_like(log_probs)
         lengths = torch.bincount(batch.target_answer, minlength=batch.answers)
-        if self.references:
-            ref = torch.cat([self.references[id(e)] for e in batch.examples]).to(log_probs.device)
-        else:
-            ref = torch.zeros_like(log_probs)
-        return Answers(log_probs, ref, lengths, tokens)
-
-    def _pair_loss(self, answers: Answers, winners: Tensor, losers: Tensor) -> Total:
-        config = self.config
-        pi, ref, n = answers.log_probs, answers.ref_log_probs, answers.lengths
-        chosen, rejected = pi[winners], pi[losers]
-        four = (chosen, rejected, ref[winners], ref[losers])
-        if config.loss == "sigmoid":
-            return losses.sigmoid_loss(
-                *four, beta=config.beta, label_smoothing=config.label_smoothing
-            )
-        if config.loss == "robust":
-            return losses.robust_loss(
-                *four, beta=config.beta, label_smoothing=config.label_smoothing
-            )
-        if config.loss == "hinge":
-            return losses.hinge_loss(*four, beta=config.beta)
-        if config.loss == "ipo":
-            lengths = (n[winners], n[losers]) if config.ipo_average else (None, None)
-            return losses.ipo_loss(
-                *four, beta=config.beta, chosen_lengths=lengths[0], rejected_lengths=lengths[1]
-            )
-        if config.loss == "simpo":
-            return losses.simpo_loss(
-                chosen, rejected, n[winners], n[losers], beta=config.beta, gamma=config.simpo_gamma
-            )
-        return losses.orpo_loss(chosen, rejected, n[winners], n[losers])
+        return LogProbs(log_probs, ref, lengths, tokens)
 
     @torch.no_grad()
     def _metrics(
-        self, answers: Answers, winners: Tensor, losers: Tensor
+        self, answers: LogProbs, winners: Tensor, losers: Tensor
     ) -> dict[str, tuple[Tensor | float, float]]:
         """TRL's names; implicit rewards are beta (log pi - log pi_ref)."""
         pairs = float(len(winners))
@@ -197,62 +206,26 @@ class Preference:
             "logps/chosen": answers.log_probs[winners],
             "logps/rejected": answers.log_probs[losers],
         }
-        if self.references:
+        if self.reference:
             metrics["logps/chosen_shift"] = shift[winners]  # displacement of the chosen answer
             metrics["kl/forward"] = -(shift[winners] + shift[losers]) / 2
         return {name: (masked_sum(value), pairs) for name, value in metrics.items()}
 
-    def _kto(self, batch: TokenBatch, answers: Answers, kl_estimate: float) -> LossSums:
-        labels = torch.tensor([e.labels[0] for e in batch.examples], device=batch.input_ids.device)
-        total = losses.kto_loss(
-            answers.log_probs,
-            answers.ref_log_probs,
-            labels,
-            kl_estimate,
-            beta=self.config.beta,
-            desirable_weight=self.config.desirable_weight,
-            undesirable_weight=self.config.undesirable_weight,
-        )
-        good = float(sum(e.labels[0] for e in batch.examples))
-        sides = {"chosen": (labels, good), "rejected": (~labels, batch.answers - good)}
-        metrics: dict[str, tuple[Tensor | float, float]] = {}
-        with torch.no_grad():
-            shift = answers.log_probs - answers.ref_log_probs
-            for name, (side, count) in sides.items():
-                metrics[f"rewards/{name}"] = (self.config.beta * masked_sum(shift, side), count)
-                metrics[f"logps/{name}"] = (masked_sum(answers.log_probs, side), count)
-            metrics["logps/chosen_shift"] = (masked_sum(shift, labels), good)
-            metrics["kl"] = (kl_estimate * batch.answers, batch.answers)
-            metrics["kl/forward"] = (masked_sum(-shift), batch.answers)
-        return LossSums({"preference": total.sum}, metrics)
-
-    @torch.no_grad()
-    def _kl_estimate(self, partners: list[Example]) -> float:
-        """max(0, mean log-ratio of mismatched answers) over the whole step (KTO, section 4.1)."""
-        total = {"sum": 0.0, "count": 0.0}
-        device = self.policy.device
-        for batch in to_batches(partners, self.config.micro_batch_tokens, device):
-            with autocast(device, self.config.dtype):
-                answers = self._answers(batch)
-            total["sum"] += float((answers.log_probs - answers.ref_log_probs).sum())
-            total["count"] += batch.answers
-        total = distributed.sum_mapping(total, device)
-        return max(0.0, total["sum"] / total["count"])
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """See Method."""
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""
-        device = self.policy.device
-        estimate = self._kl_estimate(self.eval_mismatched) if self.eval_mismatched else 0.0
         mine = distributed.mine(self.eval_examples)
-        batches = to_batches(mine, self.config.micro_batch_tokens, device)
-        items = [MicroBatch(batch, estimate) for batch in batches]
-        return loop.evaluate(self, items, device, self.config.dtype)
+        batches = pack_all(mine, self.config.micro_batch_tokens)
+        return loop.evaluate(self, batches, self.policy.device, self.config.dtype)
 
     @cached_property
     def fingerprint(self) -> str:
-        """See Method; the reference's log-probs stand for its weights."""
-        fixed = [*self.references.values(), *checkpoint.frozen(self.policy.module)]
-        return checkpoint.fingerprint(self.examples, fixed)
+        """See Method."""
+        fixed = checkpoint.frozen(self.policy.module)
+        digest = self.reference.digest if self.reference else ""
+        return checkpoint.fingerprint(self.examples, fixed, more=digest)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step, the reference from the start."""
@@ -276,5 +249,6 @@ def run(config: DPOConfig) -> Run:
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
         examples, held_out = rows.read_examples(config, kind, policy, run)
         cache = run.directory / "reference_log_probs.safetensors"
-        loop.train(Preference(config, policy, examples, held_out, cache), config, run)
+        method = KTO if config.loss == "kto" else Preference
+        loop.train(method(config, policy, examples, held_out, cache), config, run)
     return run

@@ -40,9 +40,9 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, step: int, tokens: int, loss: float) -> None:
+    def advance(self, step: int, tokens: int, loss: float | None) -> None:
         """Shows that `step` is done."""
         now = time.perf_counter()
         rate, self._last = tokens / (now - self._last), now
-        text = f"loss {loss:.4f} · {rate:,.0f} tokens/s"
+        text = f"loss {loss:.4f} · {rate:,.0f} tokens/s" if loss is not None else "left out"
         self._bar.update(self._task, completed=step, description=text)

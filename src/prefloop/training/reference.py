@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import DPOConfig
+from prefloop.data.batches import TokenBatch, split
 from prefloop.data.tokenize import Example
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, require_same_ids
@@ -35,35 +37,55 @@ def mismatched(examples: list[Example]) -> list[Example]:
     return pairs
 
 
-def reference_log_probs(
-    config: DPOConfig, policy: LoadedModel, examples: list[Example], cache: Path
-) -> list[Tensor]:
-    """log pi_ref of every answer, per example [K]; computed once and kept in the file `cache`.
+class Reference:
+    """log pi_ref of every answer, computed once and kept in the file `cache`.
 
     The reference is `--ref-model`, or the policy's weights in memory as they are now. The file is
     used again only while weights and tokens hash to what it was made from. Each rank computes its
     share of the examples.
     """
-    reference = policy
-    if config.ref_model is not None:
-        reference = load_policy(config.ref_model, policy.device)
-        require_same_ids("--ref-model", reference, policy)
-    weights = list(reference.hf.state_dict().values())
-    key = checkpoint.fingerprint(examples, weights, more=config.dtype)
+
+    def __init__(
+        self, config: DPOConfig, policy: LoadedModel, examples: list[Example], cache: Path
+    ) -> None:
+        model = policy
+        if config.ref_model is not None:
+            model = load_policy(config.ref_model, policy.device)
+            require_same_ids("--ref-model", model, policy)
+        self.digest = checkpoint.tensors_digest(model.hf.state_dict().values())
+        """Of its weights."""
+        sums = _log_probs(config, model, examples, cache, self.digest)
+        parts = sums.split([len(example.answers) for example in examples])
+        self.log_probs = {id(e): part for e, part in zip(examples, parts, strict=True)}
+        """By id() of the example: those of its answers [K]."""
+
+    def of(self, batch: TokenBatch) -> Tensor:
+        """Those of the batch's answers [A], on its device."""
+        parts = [self.log_probs[id(example)] for example in batch.examples]
+        return torch.cat(parts).to(batch.input_ids.device)
+
+
+def _log_probs(
+    config: DPOConfig, model: LoadedModel, examples: list[Example], cache: Path, weights: str
+) -> Tensor:
+    key = hashlib.sha256(f"{config.dtype} {weights}".encode())
+    for e in examples:
+        key.update(repr((e.prompt, e.answers, e.answer_masks)).encode())
+    name = key.hexdigest()
     sizes = [len(example.answers) for example in examples]
     if cache.exists():
         stored = load_file(cache)
-        if key in stored:
-            return list(stored[key].split(sizes))
+        if name in stored:
+            return stored[name]
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     mine = range(distributed.rank(), len(examples), distributed.world())
     spots = [spot for i in mine for spot in range(starts[i], starts[i + 1])]
-    own = [examples[i] for i in mine]
-    sums = torch.zeros(sum(sizes), device=reference.device)
-    sums[spots] = sequence_log_probs(reference, own, config.micro_batch_tokens, config.dtype)
+    own = split([examples[i] for i in mine], config.micro_batch_tokens)
+    sums = torch.zeros(sum(sizes), device=model.device)
+    sums[spots] = sequence_log_probs(model, own, config.micro_batch_tokens, config.dtype)
     sums = distributed.sum_tensor(sums).cpu()
     if distributed.rank() == 0:
         temporary = cache.with_name(f".{cache.name}.tmp")
-        save_file({key: sums}, temporary)
+        save_file({name: sums}, temporary)
         temporary.replace(cache)
-    return list(sums.split(sizes))
+    return sums

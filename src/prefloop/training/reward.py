@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import RewardConfig
-from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.batches import TokenBatch, pack_all, split, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses import reward as losses
 from prefloop.losses.masked import Total
@@ -24,7 +24,8 @@ from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
-from prefloop.training.loop import LossSums, Step
+from prefloop.training.method import LossSums, Step
+from prefloop.training.pieces import in_pieces
 
 LEARN_FROM_TIES = ("rao-kupper", "davidson")  # losses to which ties are pairs, too
 STATISTICS_PROMPTS = 512  # training prompts whose answers give the stored mean and deviation
@@ -43,9 +44,7 @@ class Reward:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.scorer, self.examples = config, scorer, examples
-        self.eval_batches = to_batches(
-            distributed.mine(eval_examples), config.micro_batch_tokens, scorer.device
-        )
+        self.eval_batches = pack_all(distributed.mine(eval_examples), config.micro_batch_tokens)
 
     @property
     def trained(self) -> Mapping[str, LoadedModel]:
@@ -59,7 +58,7 @@ class Reward:
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
-        return rows.supervised_steps(self.examples, self.config, self.scorer.device, start_step)
+        return rows.supervised_steps(self.examples, self.config, start_step)
 
     def counts(self, batch: TokenBatch) -> Mapping[str, float]:
         """Prompts or pairs, and answers for the centring term."""
@@ -74,7 +73,8 @@ class Reward:
 
     def loss(self, batch: TokenBatch) -> LossSums:
         """The ranking loss, and c * sum(score^2) where asked."""
-        scores, tiers = batch.by_example(answer_scores(self.scorer, batch)), batch.tiers()
+        flat = in_pieces(partial(answer_scores, self.scorer), batch, self.config.micro_batch_tokens)
+        scores, tiers = batch.by_example(flat), batch.tiers()
         terms = {"ranking": self._ranking_loss(scores, tiers, batch.margins()).sum}
         center = losses.centering_loss(scores, tiers)
         if self.config.center_coefficient:
@@ -100,6 +100,9 @@ class Reward:
         if config.loss == "davidson":
             return losses.davidson_loss(scores, tiers, config.tie_parameter, config.normalize)
         return losses.bradley_terry_loss(scores, tiers, margins, config.normalize)
+
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """See Method."""
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""
@@ -131,9 +134,9 @@ class Reward:
     @torch.no_grad()
     def _training_scores(self) -> Tensor:
         stride = -(-len(self.examples) // STATISTICS_PROMPTS)
-        some, device = self.examples[::stride], self.scorer.device
+        tokens, device = self.config.micro_batch_tokens, self.scorer.device
         scores = []
-        for batch in to_batches(some, self.config.micro_batch_tokens, device):
+        for batch in to_batches(split(self.examples[::stride], tokens), tokens, device):
             with autocast(device, self.config.dtype):
                 scores.append(answer_scores(self.scorer, batch))
         return torch.cat(scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefloop import distributed
 from prefloop.config import PPOConfig
-from prefloop.data.batches import to_batches
+from prefloop.data.batches import split, to_batches
 from prefloop.data.tokenize import Example, decode_answer
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
@@ -41,18 +42,20 @@ class Rollouts:
     examples: tuple[Example, ...]  # one a prompt, with its sampled answers, B answers in all
     mask: Tensor  # [B, T]
     log_probs: Tensor  # [B, T] log pi_old at the sampling temperature
-    ref_log_probs: Tensor  # [B, T]
+    ref_log_probs: Tensor | None  # [B, T]; None without a reference
     advantages: Tensor  # [B, T] whitened
     values: Tensor  # [B, T]; zeros without a critic
     returns: Tensor  # [B, T]
 
-    def state_dict(self) -> list[tuple[Any, ...]]:
+    @cached_property
+    def state(self) -> list[tuple[Any, ...]]:
         """Each prompt of all ranks, in the order of the iteration's rows, with its tensors."""
         k = len(self.mask) // len(self.examples)
+        tensors = [getattr(self, name) for name in TENSORS]
         own = [
             (
                 (e.prompt, e.answers, e.index, e.where),
-                [getattr(self, name)[i * k : (i + 1) * k].clone() for name in TENSORS],
+                [None if x is None else x[i * k : (i + 1) * k].clone() for x in tensors],
             )
             for i, e in enumerate(self.examples)
         ]
@@ -60,15 +63,18 @@ class Rollouts:
         return [piece for turn in turns for piece in turn if piece is not None]
 
     @classmethod
-    def from_state_dict(cls, state: Sequence[tuple[Any, ...]]) -> Rollouts:
-        """This rank's share of what `state_dict` gave, on however many ranks."""
+    def from_state(cls, state: Sequence[tuple[Any, ...]]) -> Rollouts:
+        """This rank's share of what `state` gave, on however many ranks."""
         own = distributed.mine(state)
         examples = tuple(
             with_answers(Example(tuple(p), (), (), index=i, where=w), answers)
             for (p, answers, i, w), _ in own
         )
-        rows = [[row for _, tensors in own for row in tensors[i]] for i in range(len(TENSORS))]
-        return cls(examples, *(pad_sequence(column, batch_first=True) for column in rows))
+        columns = []
+        for parts in zip(*(tensors for _, tensors in own), strict=True):
+            rows = [row for part in parts if part is not None for row in part]
+            columns.append(pad_sequence(rows, batch_first=True) if rows else None)
+        return cls(examples, *columns)  # type: ignore[arg-type]
 
 
 def with_answers(prompt: Example, answers: Sequence[Sequence[int]]) -> Example:
@@ -96,7 +102,8 @@ def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
         prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
     ) -> list[float]:
         scores: list[float] = []
-        for batch in to_batches(examples, config.micro_batch_tokens, scorer.device):
+        pieces = split(examples, config.micro_batch_tokens)
+        for batch in to_batches(pieces, config.micro_batch_tokens, scorer.device):
             with autocast(scorer.device, config.dtype):
                 scores += answer_scores(scorer, batch).tolist()
         return scores
@@ -183,7 +190,7 @@ class Sampler:
     config: PPOConfig
     policy: LoadedModel
     critic: LoadedModel | None
-    reference: LoadedModel | None  # None: the policy without its adapters
+    reference: LoadedModel | None  # None: the policy without adapters, if it has any and KL costs
     scorer: Scorer
     stop_token_ids: frozenset[int]
 
@@ -224,8 +231,9 @@ class Sampler:
         raw = torch.tensor(self.scorer(asked, texts, examples), dtype=torch.float32)
         scores = self._adjusted(raw, stopped, running)
         # 4. Advantages and returns.
+        ref = log_probs if ref_log_probs is None else ref_log_probs  # then kl_coef is 0
         advantages, returns = advantages_and_returns(
-            config, scores, log_probs, ref_log_probs, values, mask, kl_coef
+            config, scores, log_probs, ref, values, mask, kl_coef
         )
         rollouts = Rollouts(
             tuple(examples), mask, log_probs, ref_log_probs, advantages, values, returns
@@ -244,24 +252,25 @@ class Sampler:
         ][:LOGGED_SAMPLES]
         return rollouts, metrics, samples
 
-    def _forward_passes(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward_passes(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None, Tensor]:
         config, device = self.config, self.policy.device
+        without_adapters = config.kl_coef > 0 and adapters.has_adapters(self.policy.module)
         new: list[Tensor] = []
         old: list[Tensor] = []
         values: list[Tensor] = []
-        for batch in to_batches(examples, config.micro_batch_tokens, device):
+        pieces = split(examples, config.micro_batch_tokens)
+        for batch in to_batches(pieces, config.micro_batch_tokens, device):
             with autocast(device, config.dtype):
                 new.append(answer_log_probs(self.policy, batch, config.temperature))
                 if self.reference:
-                    ref = answer_log_probs(self.reference, batch, config.temperature)
-                else:
+                    old.append(answer_log_probs(self.reference, batch, config.temperature))
+                elif without_adapters:
                     with adapters.without_adapters(self.policy.module):
-                        ref = answer_log_probs(self.policy, batch, config.temperature)
-                old.append(ref)
+                        old.append(answer_log_probs(self.policy, batch, config.temperature))
                 if self.critic:
                     values.append(token_values(self.critic, batch))
         log_probs = padded(torch.cat(new).cpu(), examples)
-        ref_log_probs = padded(torch.cat(old).cpu(), examples)
+        ref_log_probs = padded(torch.cat(old).cpu(), examples) if old else None
         if not self.critic:
             return log_probs, ref_log_probs, torch.zeros_like(log_probs)
         return log_probs, ref_log_probs, padded(torch.cat(values).cpu(), examples)
@@ -288,23 +297,25 @@ def rollout_metrics(
     """Over all ranks' answers, named as TRL 1.12's PPO names them.
 
     val/sampler_gap is the mean |log pi| difference of a token between sampler and trainer, nats.
+    Without a reference there is no KL to tell of.
     """
     mask = rollouts.mask
-    kl = k1(rollouts.log_probs - rollouts.ref_log_probs).mul(mask).sum(1)
     lengths = mask.sum(1).float()
     answers = [answer for example in rollouts.examples for answer in example.answers]
     everyone = [a for part in distributed.gather(answers) for a in part]
     sums = {
-        "objective/kl": kl.sum(),
         "objective/entropy": -(rollouts.log_probs * mask).sum(),
         "objective/scores": scores.sum(),
-        "objective/non_score_reward": -kl_coef * kl.sum(),
-        "objective/rlhf_reward": scores.sum() - kl_coef * kl.sum(),
         "length_mean": lengths.sum(),
         "truncated": (~stopped).sum(),
         "tokens": lengths.sum(),
         "gap": sampler_gap.mul(mask).sum(),
     }
+    if rollouts.ref_log_probs is not None:
+        kl = k1(rollouts.log_probs - rollouts.ref_log_probs).mul(mask).sum(1).sum()
+        sums["objective/kl"] = kl
+        sums["objective/non_score_reward"] = -kl_coef * kl
+        sums["objective/rlhf_reward"] = scores.sum() - kl_coef * kl
     totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()}, device)
     tokens, gap = totals.pop("tokens"), totals.pop("gap")
     metrics = {name: total / len(everyone) for name, total in totals.items()}

@@ -7,19 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.data import formats, split, stream
-from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import Example, tokenize
 from prefloop.errors import UserError
 from prefloop.labelling.export import is_store, read_records
 from prefloop.models.model import LoadedModel
 from prefloop.records import Prompt, RowCounts
 from prefloop.runs import Run
-from prefloop.training.loop import Step
+from prefloop.training.method import Step
 
 Kind = Literal["demonstration", "preference", "unpaired"]
 
@@ -137,12 +135,12 @@ def total_steps(config: TrainingConfig, rows: int) -> int:
 
 
 def supervised_steps(
-    examples: Sequence[Example], config: TrainingConfig, device: torch.device, start_step: int
+    examples: Sequence[Example], config: TrainingConfig, start_step: int
 ) -> Iterator[Step[TokenBatch]]:
     """The steps from `start_step` on; each rank takes its share of each step's rows."""
     for rows in stream.step_rows(
         len(examples), config.batch_size, config.epochs, config.max_steps, config.seed, start_step
     ):
         mine = stream.shard(rows, distributed.rank(), distributed.world())
-        batches = to_batches([examples[row] for row in mine], config.micro_batch_tokens, device)
+        batches = pack_all([examples[row] for row in mine], config.micro_batch_tokens)
         yield Step(batches, sum(batch.tokens for batch in batches))

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefloop import distributed
 from prefloop.config import SFTConfig
-from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import Example
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
@@ -18,7 +18,7 @@ from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
-from prefloop.training.loop import LossSums, Step
+from prefloop.training.method import LossSums, Step
 
 
 class SFT:
@@ -34,9 +34,7 @@ class SFT:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
-        self.eval_batches = to_batches(
-            distributed.mine(eval_examples), config.micro_batch_tokens, policy.device
-        )
+        self.eval_batches = pack_all(distributed.mine(eval_examples), config.micro_batch_tokens)
 
     @property
     def trained(self) -> Mapping[str, LoadedModel]:
@@ -50,7 +48,7 @@ class SFT:
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
-        return rows.supervised_steps(self.examples, self.config, self.policy.device, start_step)
+        return rows.supervised_steps(self.examples, self.config, start_step)
 
     def counts(self, batch: TokenBatch) -> Mapping[str, float]:
         """Answer tokens."""
@@ -60,6 +58,9 @@ class SFT:
         """L = -sum_t log pi(y_t | .) / N."""
         log_probs = answer_log_probs(self.policy, batch)
         return LossSums({"sft": sft_loss(log_probs).sum}, {})
+
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """See Method."""
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""

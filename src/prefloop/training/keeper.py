@@ -1,0 +1,192 @@
+"""What of a run is sound, and when it is saved: whatever ends it, its last whole step is kept."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from prefloop import distributed
+from prefloop.config import TrainingConfig
+from prefloop.errors import UserError, first_line
+from prefloop.runs import Run
+from prefloop.training import checkpoint
+from prefloop.training.method import Method
+
+
+class NotFinite(UserError):
+    """A loss or gradient that is no number: what led there is not worth keeping."""
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What a step that is done has still to be followed by: its evaluation, its lines."""
+
+    line: Mapping[str, float]
+    samples: list[dict[str, Any]]
+    log: bool  # whatever --log-every says
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The run after a whole step, but for weights and optimiser, which stay as they are until the
+    next step changes them.
+    """
+
+    step: int
+    tokens: int
+    method: Mapping[str, Any]
+    rng: Mapping[str, Any]
+    owed: Owed | None
+
+
+class Keeper:
+    """Knows how the run stood after its last whole step, and saves that; a context manager that
+    saves what an exception would lose.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        optimizer: torch.optim.Optimizer,
+        run: Run,
+        config: TrainingConfig,
+    ) -> None:
+        self.method, self.optimizer, self.run, self.config = method, optimizer, run, config
+        self.sound: Sound | None = None  # None while weights change
+        self.saved = 0  # the step of the newest checkpoint
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> tuple[int, int, Owed | None]:
+        """Puts the run's checkpoint back; returns steps and tokens done, and what is owed."""
+        path = self.run.resume_from
+        if path is None:
+            self.run.go_on(0, logged=0)
+            return 0, 0, None
+        state = checkpoint.load(path)
+        self._check(state)
+        try:
+            for name, model in self.method.trained.items():
+                checkpoint.load_trainable_state(model.module, state["models"][name])
+            checkpoint.load_optimizer_state(self.optimizer, state["optimizer"])
+            self.method.load_state_dict(state["method"])
+            checkpoint.set_rng_state(state["rng"])
+            step, tokens = int(state["step"]), int(state["tokens"])
+            owed = None if state["owed"] is None else Owed(**state["owed"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: not a checkpoint of this run ({first_line(error)}); name another"
+            ) from error
+        self.run.go_on(step, logged=step if owed is None else step - 1)
+        self.note(step, tokens, owed)
+        self.saved = step
+        if path.resolve().parent != self.run.checkpoints.resolve():
+            self.save()  # a run goes on from its own
+        return step, tokens, owed
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        """UserError where the checkpoint is not of this run as it is now."""
+        if "owed" not in state:
+            raise UserError(
+                f"{self.run.resume_from}: made by an earlier prefloop; go on with that one, or "
+                "give another --output"
+            )
+        if state.get("fingerprint") != self.method.fingerprint:
+            raise UserError(
+                f"{self.run.directory}: the rows, or weights that stay fixed (reference, reward "
+                "model, the base of LoRA), are not those that the run began with; put them back, "
+                "or give another --output"
+            )
+        if state["step"] > self.method.total_steps:
+            raise UserError(
+                f"{self.run.resume_from}: of step {state['step']}, beyond the "
+                f"{self.method.total_steps} steps of this run; raise --max-steps or --epochs, or "
+                "name an earlier checkpoint"
+            )
+
+    def forget(self) -> None:
+        """Weights and optimiser are about to change: there is nothing sound until `note`."""
+        self.sound = None
+
+    def note(self, step: int, tokens: int, owed: Owed | None = None) -> None:
+        """The run as it stands is sound, after `step` whole steps."""
+        state, rng = self.method.state_dict(), checkpoint.rng_state()
+        self.sound = Sound(step, tokens, state, rng, owed)
+
+    def is_old(self) -> bool:
+        """Whether the first rank's newest checkpoint is older than --save-minutes."""
+        age = (time.monotonic() - self.saved_at) / 60
+        return distributed.rank() == 0 and 0 < self.config.save_minutes <= age
+
+    def save(self) -> None:
+        """Writes the checkpoint, once for all ranks."""
+        if distributed.rank() == 0:
+            self._write()
+        distributed.barrier()
+
+    def _write(self) -> None:
+        assert self.sound is not None
+        sound = self.sound
+        state = {
+            "step": sound.step,
+            "models": {
+                name: checkpoint.trainable_state(model.module)
+                for name, model in self.method.trained.items()
+            },
+            "optimizer": self.optimizer.state_dict(),
+            "method": sound.method,
+            "fingerprint": self.method.fingerprint,
+            "rng": sound.rng,
+            "tokens": sound.tokens,
+            "owed": None if sound.owed is None else asdict(sound.owed),
+        }
+        checkpoint.save(self.run.checkpoints, sound.step, state, self.config.keep_checkpoints)
+        self.saved, self.saved_at = sound.step, time.monotonic()
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Keeps the last whole step; memory that ran out becomes the user's to mend.
+
+        The first rank saves alone: the others may be anywhere, or gone.
+        """
+        if error is None:
+            return
+        if not isinstance(error, NotFinite) and distributed.rank() == 0:
+            self._rescue()
+        if out_of_memory(error):
+            raise UserError(
+                f"out of memory ({first_line(error)}); lower --micro-batch-tokens or give "
+                "--gradient-checkpointing, then give the same command again"
+            ) from error
+
+    def _rescue(self) -> None:
+        if self.sound is None or self.sound.step <= self.saved:
+            return
+        try:
+            self._write()
+        except UserError as failure:  # no room: the error that came first is told
+            print(f"prefloop: {failure}", file=sys.stderr)
+            return
+        print(
+            f"{self.run.directory}: saved after step {self.saved}; the same command goes on there",
+            file=sys.stderr,
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in main memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
