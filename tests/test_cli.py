@@ -123,8 +123,11 @@ def test_exit_codes(capsys):
         main(["demo"], raising(RuntimeError("ours")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_with_130(number, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_signals_have_their_exit_codes(number, code, word, tmp_path):
     (tmp_path / "judge.py").write_text(
         "import os, time\n"
         "def score(prompts, completions):\n"
@@ -142,7 +145,7 @@ def test_signals_end_with_130(number, tmp_path):
         timeout=60,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job ignores SIGINT
     )
-    assert (done.returncode, done.stderr) == (130, "prefloop: interrupted\n")
+    assert (done.returncode, done.stderr) == (code, f"prefloop: {word}\n")
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -1,5 +1,6 @@
 """Reward functions as a user might write them, right and wrong."""
 
+import os
 import random as stdlib_random
 
 import numpy as np
@@ -14,6 +15,18 @@ def random(prompts, completions):
     """Of the generators that a user's code may draw from."""
     drawn = [stdlib_random.random() + np.random.random() for _ in completions]
     return [value + float(torch.rand(())) for value in drawn]
+
+
+calls = 0
+
+
+def fails_on_the_second_rank(prompts, completions):
+    """The third time, and there alone."""
+    global calls
+    calls += 1
+    if calls == 3 and os.environ["RANK"] == "1":
+        raise TimeoutError("no answer")
+    return by_length(prompts, completions)
 
 
 def constant(prompts, completions):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.training.cases import CASES, run_case
 from tests.training.small import (
+    REWARDS,
     assert_close_runs,
     assert_same_run,
     lines,
@@ -61,7 +62,10 @@ def two_ranks(world, tmp_path_factory):
     """Every case and what else needs two ranks, all in one start of two processes."""
     folder = tmp_path_factory.mktemp("two")
     saving = {"save_every": 1, "keep_checkpoints": 99}
+    train("ppo", world, folder / "solo", **saving, **MIXED)
     jobs = [
+        {"copy": ["solo", "solo-again", 3]},
+        {"command": "ppo", "to": "solo-again"} | MIXED,
         {"command": "ppo", "to": "mixed"} | saving | MIXED,
         {"copy": ["mixed", "again", 3]},
         {"command": "ppo", "to": "again"} | MIXED,
@@ -110,6 +114,32 @@ def test_ppo_on_two_ranks_goes_on_in_mid_iteration(two_ranks):
     """Each rank finds its own rollouts again: step 3 is in an iteration of four."""
     assert len(lines(two_ranks / "mixed")) == 5
     assert_same_run(two_ranks / "mixed", two_ranks / "again")
+
+
+def test_a_checkpoint_of_one_rank_loads_on_two(two_ranks):
+    """Step 4 learns from the rollouts that were saved; step 5 samples with the same weights."""
+    whole, mine = lines(two_ranks / "solo"), lines(two_ranks / "solo-again")
+    assert len(mine) == len(whole) == 5
+    assert mine[:3] == whole[:3]
+    assert mine[3]["loss"] == pytest.approx(whole[3]["loss"], rel=1e-4)
+    for key in ("objective/kl", "objective/scores", "length_mean", "kl_coef"):
+        assert mine[4][key] == pytest.approx(whole[4][key], rel=1e-4)
+
+
+def test_a_rank_that_fails_costs_no_whole_step(world, tmp_path):
+    """The first rank hears of it by the broken connection, and saves alone."""
+    changes = {"batch_size": 3, "ppo_epochs": 2}
+    failing = f"{REWARDS}:fails_on_the_second_rank"
+    job = {"command": "ppo", "to": "run", "reward_function": failing} | changes
+    outcomes = on_ranks(
+        2, "-m", "tests.training.on_rank", str(world), str(tmp_path), json.dumps(job)
+    )
+    assert "no answer" in (tmp_path / "run-told-1").read_text()
+    assert outcomes[0][1] != 0  # it lost its peer
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert kept == ["step-4"], outcomes
+    before = lines(tmp_path / "run")
+    assert [line["step"] for line in before] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("step", [3, 4])

@@ -171,6 +171,13 @@ LONG = {  # name: command, settings of a run that lasts long enough to be hit
 }
 
 
+ENDS = {  # a signal that is saved at: exit code and last word
+    signal.SIGINT: (130, "interrupted"),
+    signal.SIGTERM: (143, "terminated"),
+    signal.SIGHUP: (143, "terminated"),
+}
+
+
 def shoot(words, output, number, after):
     """Runs the command in a process of its own and signals it once `after` steps are logged."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
@@ -200,9 +207,10 @@ def check_interruption(name, number, world, tmp_path, **saving):
     code, errors = shoot(words, broken, number, after=8)
     record = json.loads((broken / "run.json").read_text())
     kept = sorted(path.name for path in (broken / "checkpoints").iterdir())
-    if number == signal.SIGINT:
-        assert (code, record["status"]) == (130, "interrupted"), errors
-        assert errors.endswith("prefloop: interrupted\n")
+    if number in ENDS:
+        exit_code, word = ENDS[number]
+        assert (code, record["status"]) == (exit_code, "interrupted"), errors
+        assert errors.endswith(f"prefloop: {word}\n")
         assert kept == [f"step-{lines(broken)[-1]['step']}"]
     else:
         assert (code, record["status"]) == (-signal.SIGKILL, "running")
@@ -212,8 +220,9 @@ def check_interruption(name, number, world, tmp_path, **saving):
     assert_same_run(whole, broken)
 
 
-def test_ppo_interrupted_goes_on_to_the_same_bits(world, tmp_path):
-    check_interruption("ppo", signal.SIGINT, world, tmp_path)
+@pytest.mark.parametrize("number", ENDS)
+def test_ppo_interrupted_goes_on_to_the_same_bits(number, world, tmp_path):
+    check_interruption("ppo", number, world, tmp_path)
 
 
 @pytest.mark.slow

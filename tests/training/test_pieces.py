@@ -1,0 +1,83 @@
+"""`--micro-batch-tokens` is a bound: a prompt's answers are split, and nothing else changes."""
+
+import pytest
+import torch
+
+from prefloop.data.batches import micro_batches, pack, packed_length, split, to_batches
+from prefloop.data.tokenize import Example
+from prefloop.models import heads
+from prefloop.models.heads import answer_log_probs, answer_scores
+from prefloop.models.load import load_scorer
+from prefloop.training.pieces import in_pieces
+from tests.training.cases import CASES, run_case
+from tests.training.small import CPU, policy
+
+WIDE = Example(
+    (9, 40, 41),
+    tuple((50 + n,) * (2 + n) + (4,) for n in range(5)),  # of 3 to 7 tokens
+    tuple((True,) * (3 + n) for n in range(5)),
+    tiers=((4,), (0, 2), (1,), (3,)),
+)
+
+
+def test_answers_are_split_where_they_must_be():
+    """Budgets by hand: the prompt takes 3 tokens, the answers 3, 4, 5, 6 and 7."""
+    assert split([WIDE], 28) == [WIDE]
+    for budget, sizes in ((27, [4, 1]), (15, [3, 1, 1]), (10, [2, 1, 1, 1]), (1, [1] * 5)):
+        pieces = split([WIDE], budget)
+        assert [len(piece.answers) for piece in pieces] == sizes
+        assert all(packed_length(p) <= budget or len(p.answers) == 1 for p in pieces)
+        assert all(piece.prompt == WIDE.prompt and piece.tiers == () for piece in pieces)
+        assert [a for piece in pieces for a in piece.answers] == list(WIDE.answers)
+        assert [m for piece in pieces for m in piece.answer_masks] == list(WIDE.answer_masks)
+
+
+@pytest.mark.parametrize("budget", [27, 12, 1])
+@pytest.mark.parametrize("kind", ["policy", "scorer"])
+def test_pieces_give_the_same_numbers_and_gradients(kind, budget, world):
+    """Of a function in which every answer meets every other, so that pieces need each other."""
+    model = policy(world) if kind == "policy" else load_scorer(str(world / "rm"), CPU)
+    compute = answer_log_probs if kind == "policy" else answer_scores
+    found = []
+    for most in (1000, budget):
+        values = in_pieces(lambda part: compute(model, part), pack([WIDE]), most)
+        torch.logsumexp(values[:, None] * values[None, :], (0, 1)).backward()
+        grads = {n: p.grad.clone() for n, p in model.module.named_parameters()}
+        model.module.zero_grad()
+        found.append((values.detach(), grads))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+    for name, grad in found[0][1].items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(grad, found[1][1][name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_forward_pass_exceeds_the_bound(name, world, tmp_path, monkeypatch):
+    """Of any length that one prompt with its longest answer fits; evaluation and rollouts, too."""
+    seen = []
+    run = heads.hidden_states
+
+    def watched(model, batch):
+        seen.append(batch.tokens)
+        return run(model, batch)
+
+    monkeypatch.setattr(heads, "hidden_states", watched)
+    run_case(name, world, tmp_path / "run", micro_batch_tokens=45)
+    assert seen
+    assert max(seen) <= 45
+
+
+def test_a_step_is_put_on_the_device_a_micro_batch_at_a_time(monkeypatch):
+    moved = []
+    to = type(pack([WIDE])).to
+
+    def noted(batch, device):
+        moved.append(batch.tokens)
+        return to(batch, device)
+
+    monkeypatch.setattr(type(pack([WIDE])), "to", noted)
+    batches = to_batches([WIDE] * 3, 28, torch.device("meta"))
+    assert moved == []
+    assert next(batches).input_ids.device.type == "meta"
+    assert moved == [28]
+    assert len(micro_batches([WIDE] * 3, 28)) == 3
