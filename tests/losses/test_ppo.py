@@ -118,6 +118,14 @@ def test_adaptive_kl_coefficient() -> None:
     assert next_kl_coef(0.1, 0.0, **common) == pytest.approx(0.1 * (1 - 0.2 * 0.05))
 
 
+def test_adaptive_kl_coefficient_stays_positive() -> None:
+    """However many episodes an iteration has, one moves beta by at most a fifth."""
+    for episodes in (100, 101, 501, 10**6):
+        common = {"target": 6.0, "episodes": episodes, "horizon": 100.0}
+        assert next_kl_coef(0.1, 0.0, **common) == pytest.approx(0.08)
+        assert next_kl_coef(0.1, 99.0, **common) == pytest.approx(0.12)
+
+
 def test_group_baselines_by_hand() -> None:
     scores = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
     # rloo: 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2

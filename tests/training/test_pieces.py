@@ -1,13 +1,18 @@
 """`--micro-batch-tokens` is a bound: a prompt's answers are split, and nothing else changes."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
-from prefloop.data.batches import micro_batches, pack, packed_length, split, to_batches
+from prefloop.data.batches import pack, packed_length, split
 from prefloop.data.tokenize import Example
 from prefloop.models import heads
 from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.models.load import load_scorer
+from prefloop.models.model import LoadedModel
+from prefloop.training import loop
+from prefloop.training.method import LossSums
 from prefloop.training.pieces import in_pieces
 from tests.training.cases import CASES, run_case
 from tests.training.small import CPU, policy
@@ -67,17 +72,27 @@ def test_no_forward_pass_exceeds_the_bound(name, world, tmp_path, monkeypatch):
     assert max(seen) <= 45
 
 
-def test_a_step_is_put_on_the_device_a_micro_batch_at_a_time(monkeypatch):
-    moved = []
-    to = type(pack([WIDE])).to
+class Noted:
+    """A micro-batch, and a method over such, that notes when it is moved and when computed."""
 
-    def noted(batch, device):
-        moved.append(batch.tokens)
-        return to(batch, device)
+    trained: ClassVar[dict[str, LoadedModel]] = {}
 
-    monkeypatch.setattr(type(pack([WIDE])), "to", noted)
-    batches = to_batches([WIDE] * 3, 28, torch.device("meta"))
-    assert moved == []
-    assert next(batches).input_ids.device.type == "meta"
-    assert moved == [28]
-    assert len(micro_batches([WIDE] * 3, 28)) == 3
+    def __init__(self, number, notes):
+        self.number, self.notes = number, notes
+
+    def to(self, device):
+        self.notes.append(("moved", self.number))
+        return self
+
+    def counts(self, batch):
+        return {"term": 1.0}
+
+    def loss(self, batch):
+        self.notes.append(("computed", batch.number))
+        return LossSums({"term": torch.tensor(1.0)}, {})
+
+
+def test_a_step_is_put_on_the_device_a_micro_batch_at_a_time():
+    notes = []
+    loop.evaluate(Noted(0, notes), [Noted(n, notes) for n in (1, 2, 3)], CPU, "float32")
+    assert notes == [(what, n) for n in (1, 2, 3) for what in ("moved", "computed")]

@@ -33,9 +33,11 @@ from tests.training.small import (
     CPU,
     REWARDS,
     assert_close_runs,
+    assert_same_run,
     checkpoint,
     config,
     lines,
+    only_checkpoint,
     policy,
     train,
     weights,
@@ -235,6 +237,23 @@ def test_whitened_rewards_keep_their_mean(world, tmp_path):
     assert found[1].mean().item() == pytest.approx(found[0].mean().item(), abs=1e-5)
     assert found[1].std().item() == pytest.approx(1, abs=1e-5)
     assert found[0].std().item() != pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_kl_that_costs_nothing_keeps_no_reference(rank, world, tmp_path):
+    """Its metrics are left out; a reference that is named is measured, and changes nothing."""
+    changes = {"kl_coef": 0.0, "batch_size": 3, "ppo_epochs": 2, "lora_rank": rank, **LENGTH}
+    assert built(world, tmp_path, **changes).sampler.reference is None
+    train("ppo", world, tmp_path / "none", save_every=1, keep_checkpoints=99, **changes)
+    only_checkpoint(tmp_path / "none", tmp_path / "again", 3)  # in mid-iteration
+    train("ppo", world, tmp_path / "again", **changes)
+    assert_same_run(tmp_path / "none", tmp_path / "again")
+    train("ppo", world, tmp_path / "named", ref_model=str(world / "reference"), **changes)
+    of_kl = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"}
+    for none, named in zip(lines(tmp_path / "none"), lines(tmp_path / "named"), strict=True):
+        assert named.keys() - none.keys() == (of_kl if "objective/kl" in named else set())
+        assert all(named[key] == value for key, value in none.items())
+    assert of_kl <= lines(tmp_path / "named")[0].keys()
 
 
 def test_the_ptx_term_by_hand(world, tmp_path):

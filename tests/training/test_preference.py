@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefloop import distributed
 from prefloop.data import formats
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
@@ -236,6 +237,19 @@ def test_the_kl_estimate_is_never_below_0_and_follows_the_policy(world, tmp_path
     for key in references:
         references[key] = references[key] - 80.0
     assert one_step(kto)[1]["kl"] == pytest.approx(30.0, abs=1e-3)
+
+
+def test_a_rank_measures_its_share_of_the_estimate(world, tmp_path, monkeypatch):
+    """Of 18 held-out answers and their 18 partners, the first of two ranks computes 9 and 9."""
+    model, computed = policy(world), []
+    examples = examples_of(world / "pairs.jsonl", model, "unpaired")
+    settings = config("dpo", world, tmp_path / "run", loss="kto")
+    kto = KTO(settings, model, examples, examples, tmp_path / "cache.safetensors")
+    run = kto._log_probs
+    monkeypatch.setattr(kto, "_log_probs", lambda b: computed.append(b.answers) or run(b))
+    monkeypatch.setattr(distributed, "mine", lambda items: items[::2])
+    kto.evaluate()
+    assert (len(examples), sum(computed)) == (18, 18)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ after that token (ChatML: a line break) belongs to the next turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from itertools import combinations, product
 from math import comb
@@ -56,7 +56,7 @@ class Example:
     where: str = ""
     record: int = 0
     """Its record's place in the list that was tokenised."""
-    source: str = ""
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prefloop import distributed
-from prefloop.config import TrainingConfig
+from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.errors import UserError, first_line
 from prefloop.runs import Run
 from prefloop.training import checkpoint
@@ -166,9 +166,10 @@ class Keeper:
         if not isinstance(error, NotFinite) and distributed.rank() == 0:
             self._rescue()
         if out_of_memory(error):
+            samples = ", --max-concurrent" if isinstance(self.config, PPOConfig) else ""
             raise UserError(
-                f"out of memory ({first_line(error)}); lower --micro-batch-tokens or give "
-                "--gradient-checkpointing, then give the same command again"
+                f"out of memory ({first_line(error)}); lower --micro-batch-tokens{samples} or give "
+                "--gradient-checkpointing: a run goes on with these changed"
             ) from error
 
     def _rescue(self) -> None:
