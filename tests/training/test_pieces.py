@@ -1,19 +1,21 @@
 """`--micro-batch-tokens` is a bound: a prompt's answers are split, and nothing else changes."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefloop.data.batches import pack, packed_length, split
+from prefloop.data.batches import computed_tokens, micro_batches, pack, packed_length, split
 from prefloop.data.tokenize import Example
 from prefloop.models import heads
 from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.models.load import load_scorer
 from prefloop.models.model import LoadedModel
+from prefloop.models.pieces import in_pieces
 from prefloop.training import loop
 from prefloop.training.method import LossSums
-from prefloop.training.pieces import in_pieces
 from tests.training.cases import CASES, run_case
 from tests.training.small import CPU, policy
 
@@ -39,13 +41,17 @@ def test_answers_are_split_where_they_must_be():
 
 @pytest.mark.parametrize("budget", [27, 12, 1])
 @pytest.mark.parametrize("kind", ["policy", "scorer"])
-def test_pieces_give_the_same_numbers_and_gradients(kind, budget, world):
+@pytest.mark.parametrize("packed", [True, False])
+def test_pieces_give_the_same_numbers_and_gradients(packed, kind, budget, world):
     """Of a function in which every answer meets every other, so that pieces need each other."""
     model = policy(world) if kind == "policy" else load_scorer(str(world / "rm"), CPU)
-    compute = answer_log_probs if kind == "policy" else answer_scores
+    if not packed:  # as it comes, on padded batches
+        kind = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
+        model = replace(model, module=kind.from_pretrained(model.source).eval(), packed=False)
+    compute = answer_scores if model.is_scorer else answer_log_probs
     found = []
     for most in (1000, budget):
-        values = in_pieces(lambda part: compute(model, part), pack([WIDE]), most)
+        values = in_pieces(compute, model, pack([WIDE]), most)
         torch.logsumexp(values[:, None] * values[None, :], (0, 1)).backward()
         grads = {n: p.grad.clone() for n, p in model.module.named_parameters()}
         model.module.zero_grad()
@@ -54,6 +60,16 @@ def test_pieces_give_the_same_numbers_and_gradients(kind, budget, world):
     for name, grad in found[0][1].items():
         assert grad.abs().max() > 0, name
         torch.testing.assert_close(grad, found[1][1][name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_padded_batches_count_their_rectangle():
+    """By hand: sequences of 6 to 10 tokens; two of up to 7 are 14, three of up to 8 are 24."""
+    assert computed_tokens([WIDE], padded=True) == 5 * 10
+    for budget, sizes in ((50, [5]), (49, [4, 1]), (24, [3, 2]), (23, [2, 2, 1]), (1, [1] * 5)):
+        assert [len(piece.answers) for piece in split([WIDE], budget, padded=True)] == sizes
+    singles = split([WIDE], 1)
+    groups = micro_batches(singles, 24, padded=True)
+    assert [len(group) for group in groups] == [3, 2]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -167,7 +167,15 @@ def packed_length(example: Example) -> int:
     return len(example.prompt) + sum(len(answer) for answer in example.answers)
 
 
-def split(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+def computed_tokens(examples: Sequence[Example], padded: bool = False) -> int:
+    """Tokens of one forward pass over the examples: of their stream, or `padded` to a rectangle."""
+    if not padded:
+        return sum(map(packed_length, examples))
+    rows = [len(example.prompt) + len(answer) for example in examples for answer in example.answers]
+    return len(rows) * max(rows, default=0)
+
+
+def split(examples: Sequence[Example], max_tokens: int, padded: bool = False) -> list[Example]:
     """The examples in order, those longer than `max_tokens` as pieces: some of their answers each.
 
     The prompt is repeated; an answer that is too long with its prompt stands alone. A piece says
@@ -175,16 +183,12 @@ def split(examples: Sequence[Example], max_tokens: int) -> list[Example]:
     """
     pieces = []
     for example in examples:
-        if packed_length(example) <= max_tokens:
-            pieces.append(example)
-            continue
-        first, used = 0, len(example.prompt)
-        for number, answer in enumerate(example.answers):
-            if number > first and used + len(answer) > max_tokens:
-                pieces.append(_some_answers(example, first, number))
-                first, used = number, len(example.prompt)
-            used += len(answer)
-        pieces.append(_some_answers(example, first, len(example.answers)))
+        first = 0
+        for end in range(1, len(example.answers)):
+            if computed_tokens([_some_answers(example, first, end + 1)], padded) > max_tokens:
+                pieces.append(_some_answers(example, first, end))
+                first = end
+        pieces.append(_some_answers(example, first, len(example.answers)) if first else example)
     return pieces
 
 
@@ -194,31 +198,39 @@ def _some_answers(example: Example, first: int, end: int) -> Example:
     return replace(example, answers=answers, answer_masks=masks, tiers=(), labels=())
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Splits one step's examples, in order, into groups of at most `max_tokens` packed tokens.
+def micro_batches(
+    examples: Sequence[Example], max_tokens: int, padded: bool = False
+) -> list[list[Example]]:
+    """Splits one step's examples, in order, into groups of at most `max_tokens` computed tokens.
 
     An example longer than the budget gets a group of its own.
     """
     groups: list[list[Example]] = []
-    used = 0
+    rows = width = used = 0  # of the group: answers, the longest sequence, packed tokens
     for example in examples:
-        length = packed_length(example)
-        if not groups or used + length > max_tokens:
+        longest = len(example.prompt) + max(map(len, example.answers), default=0)
+        rows, width = rows + len(example.answers), max(width, longest)
+        used += packed_length(example)
+        if not groups or (rows * width if padded else used) > max_tokens:
             groups.append([])
-            used = 0
+            rows, width, used = len(example.answers), longest, packed_length(example)
         groups[-1].append(example)
-        used += length
     return groups
 
 
-def pack_all(examples: Sequence[Example], micro_batch_tokens: int) -> list[TokenBatch]:
+def pack_all(
+    examples: Sequence[Example], micro_batch_tokens: int, padded: bool = False
+) -> list[TokenBatch]:
     """Packed micro-batches, in the order of the examples, in main memory."""
-    return [pack(group) for group in micro_batches(examples, micro_batch_tokens)]
+    return [pack(group) for group in micro_batches(examples, micro_batch_tokens, padded)]
 
 
 def to_batches(
-    examples: Sequence[Example], micro_batch_tokens: int, device: torch.device
+    examples: Sequence[Example],
+    micro_batch_tokens: int,
+    device: torch.device,
+    padded: bool = False,
 ) -> Iterator[TokenBatch]:
     """The same on the device, one at a time."""
-    for group in micro_batches(examples, micro_batch_tokens):
+    for group in micro_batches(examples, micro_batch_tokens, padded):
         yield pack(group).to(device)

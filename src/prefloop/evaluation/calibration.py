@@ -90,10 +90,11 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     import torch
 
     from prefloop.data import formats
-    from prefloop.data.batches import to_batches
+    from prefloop.data.batches import pack_all
     from prefloop.data.tokenize import tokenize
     from prefloop.models.heads import answer_scores
     from prefloop.models.load import load_reward_model, pick_device
+    from prefloop.models.pieces import in_pieces
     from prefloop.models.precision import autocast
 
     if config.output is not None:
@@ -104,8 +105,9 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     print(counts.summary(), file=sys.stderr)
     pairs: list[tuple[float, float, int, int]] = []
     with torch.no_grad(), autocast(model.device, config.dtype):
-        for batch in to_batches(examples, config.micro_batch_tokens, model.device):
-            scores = answer_scores(model, batch).tolist()
+        most = config.micro_batch_tokens
+        for batch in pack_all(examples, most, not model.packed):
+            scores = in_pieces(answer_scores, model, batch.to(model.device), most).tolist()
             lengths = [len(answer) for example in batch.examples for answer in example.answers]
             for w, l in zip(*(side.tolist() for side in batch.pairs()), strict=True):
                 pairs.append((scores[w], scores[l], lengths[w], lengths[l]))

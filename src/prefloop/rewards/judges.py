@@ -132,7 +132,7 @@ def model_judge(
         examples = [encode(prompt, completion, end, i) for i, (prompt, completion, end) in rows]
         scores: list[float] = []
         with torch.no_grad(), autocast(model.device, dtype):
-            for group in micro_batches(examples, micro_batch_tokens):
+            for group in micro_batches(examples, micro_batch_tokens, not model.packed):
                 scores += answer_scores(model, pack(group).to(model.device)).tolist()
         return scores
 

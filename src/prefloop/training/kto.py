@@ -69,7 +69,7 @@ class KTO:
     def steps(self, start_step: int) -> Iterator[Step[WithEstimate]]:
         """See Method."""
         other = {id(e): m for e, m in zip(self.examples, self.mismatched, strict=True)}
-        for step in rows.supervised_steps(self.examples, self.config, start_step):
+        for step in rows.supervised_steps(self.examples, self.config, self.policy, start_step):
             partners = [other[id(e)] for batch in step.batches for e in batch.examples]
             estimate = self._kl_estimate(partners)
             yield Step([WithEstimate(batch, estimate) for batch in step.batches], step.tokens)
@@ -113,8 +113,8 @@ class KTO:
     def _kl_estimate(self, partners: list[Example]) -> float:
         """max(0, mean log-ratio of all ranks' mismatched answers) (section 4.1)."""
         total = {"sum": 0.0, "count": 0.0}
-        device = self.policy.device
-        for batch in to_batches(partners, self.config.micro_batch_tokens, device):
+        device, most = self.policy.device, self.config.micro_batch_tokens
+        for batch in to_batches(partners, most, device, not self.policy.packed):
             with autocast(device, self.config.dtype):
                 log_probs = self._log_probs(batch)
             total["sum"] += float((log_probs - self.reference.of(batch)).sum())
@@ -131,7 +131,7 @@ class KTO:
             return {}
         estimate = self._kl_estimate(list(distributed.mine(self.eval_mismatched)))
         mine = distributed.mine(self.eval_examples)
-        batches = pack_all(mine, self.config.micro_batch_tokens)
+        batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         items = [WithEstimate(batch, estimate) for batch in batches]
         return loop.evaluate(self, items, self.policy.device, self.config.dtype)
 

@@ -159,7 +159,7 @@ class PPO:
             count, size = len(self.ptx_examples), self.config.batch_size
             rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step))
             mine = [self.ptx_examples[row] for row in distributed.mine(rows)]
-            batches += pack_all(mine, self.config.micro_batch_tokens)
+            batches += pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         return batches
 
     def _rollout_batches(self, prompts: Sequence[int]) -> list[RolloutBatch]:
@@ -169,7 +169,8 @@ class PPO:
         chosen = [self.rollouts.examples[i] for i in prompts]
         rows = torch.tensor([i * k + j for i in prompts for j in range(k)], dtype=torch.long)
         batches = []
-        for group in micro_batches(split(chosen, most), most):
+        padded = not all(model.packed for model in self.trained.values())
+        for group in micro_batches(split(chosen, most, padded), most, padded):
             count = sum(len(piece.answers) for piece in group)
             answers, rows = rows[:count], rows[count:]
             mask = self.rollouts.mask[answers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,11 @@ from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
+from prefloop.models.pieces import in_pieces
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
 from prefloop.training.kto import KTO
 from prefloop.training.method import LossSums, Step
-from prefloop.training.pieces import in_pieces
 from prefloop.training.reference import Reference
 
 
@@ -129,7 +129,7 @@ class Preference:
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
-        return rows.supervised_steps(self.examples, self.config, start_step)
+        return rows.supervised_steps(self.examples, self.config, self.policy, start_step)
 
     def counts(self, batch: TokenBatch) -> Mapping[str, float]:
         """Pairs (rankings for Plackett-Luce), and tokens of chosen answers."""
@@ -179,8 +179,8 @@ class Preference:
         return LossSums(terms, self._metrics(answers, winners, losers))
 
     def _log_probs(self, batch: TokenBatch) -> LogProbs:
-        compute = partial(answer_log_probs, self.policy)
-        tokens = in_pieces(compute, batch, self.config.micro_batch_tokens)
+        most = self.config.micro_batch_tokens
+        tokens = in_pieces(answer_log_probs, self.policy, batch, most)
         log_probs = segment_sum(tokens, batch.target_answer, batch.answers)
         ref = self.reference.of(batch) if self.reference else torch.zeros_like(log_probs)
         lengths = torch.bincount(batch.target_answer, minlength=batch.answers)
@@ -217,7 +217,7 @@ class Preference:
     def evaluate(self) -> dict[str, float]:
         """See Method."""
         mine = distributed.mine(self.eval_examples)
-        batches = pack_all(mine, self.config.micro_batch_tokens)
+        batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         return loop.evaluate(self, batches, self.policy.device, self.config.dtype)
 
     @cached_property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import DPOConfig
-from prefloop.data.batches import TokenBatch, split
+from prefloop.data.batches import TokenBatch
 from prefloop.data.tokenize import Example
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, require_same_ids
@@ -80,7 +80,7 @@ def _log_probs(
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     mine = range(distributed.rank(), len(examples), distributed.world())
     spots = [spot for i in mine for spot in range(starts[i], starts[i + 1])]
-    own = split([examples[i] for i in mine], config.micro_batch_tokens)
+    own = [examples[i] for i in mine]
     sums = torch.zeros(sum(sizes), device=model.device)
     sums[spots] = sequence_log_probs(model, own, config.micro_batch_tokens, config.dtype)
     sums = distributed.sum_tensor(sums).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from prefloop.models.export import export_model
 from prefloop.models.heads import answer_scores, score_mean
 from prefloop.models.load import load_scorer
 from prefloop.models.model import LoadedModel
+from prefloop.models.pieces import in_pieces
 from prefloop.models.precision import autocast
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
 from prefloop.training.method import LossSums, Step
-from prefloop.training.pieces import in_pieces
 
 LEARN_FROM_TIES = ("rao-kupper", "davidson")  # losses to which ties are pairs, too
 STATISTICS_PROMPTS = 512  # training prompts whose answers give the stored mean and deviation
@@ -44,7 +44,9 @@ class Reward:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.scorer, self.examples = config, scorer, examples
-        self.eval_batches = pack_all(distributed.mine(eval_examples), config.micro_batch_tokens)
+        self.eval_batches = pack_all(
+            distributed.mine(eval_examples), config.micro_batch_tokens, not scorer.packed
+        )
 
     @property
     def trained(self) -> Mapping[str, LoadedModel]:
@@ -58,7 +60,7 @@ class Reward:
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
-        return rows.supervised_steps(self.examples, self.config, start_step)
+        return rows.supervised_steps(self.examples, self.config, self.scorer, start_step)
 
     def counts(self, batch: TokenBatch) -> Mapping[str, float]:
         """Prompts or pairs, and answers for the centring term."""
@@ -73,7 +75,7 @@ class Reward:
 
     def loss(self, batch: TokenBatch) -> LossSums:
         """The ranking loss, and c * sum(score^2) where asked."""
-        flat = in_pieces(partial(answer_scores, self.scorer), batch, self.config.micro_batch_tokens)
+        flat = in_pieces(answer_scores, self.scorer, batch, self.config.micro_batch_tokens)
         scores, tiers = batch.by_example(flat), batch.tiers()
         terms = {"ranking": self._ranking_loss(scores, tiers, batch.margins()).sum}
         center = losses.centering_loss(scores, tiers)
@@ -134,9 +136,10 @@ class Reward:
     @torch.no_grad()
     def _training_scores(self) -> Tensor:
         stride = -(-len(self.examples) // STATISTICS_PROMPTS)
-        tokens, device = self.config.micro_batch_tokens, self.scorer.device
+        most, padded = self.config.micro_batch_tokens, not self.scorer.packed
+        device, some = self.scorer.device, split(self.examples[::stride], most, padded)
         scores = []
-        for batch in to_batches(split(self.examples[::stride], tokens), tokens, device):
+        for batch in to_batches(some, most, device, padded):
             with autocast(device, self.config.dtype):
                 scores.append(answer_scores(self.scorer, batch))
         return torch.cat(scores)

@@ -102,8 +102,8 @@ def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
         prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
     ) -> list[float]:
         scores: list[float] = []
-        pieces = split(examples, config.micro_batch_tokens)
-        for batch in to_batches(pieces, config.micro_batch_tokens, scorer.device):
+        most, padded = config.micro_batch_tokens, not scorer.packed
+        for batch in to_batches(split(examples, most, padded), most, scorer.device, padded):
             with autocast(scorer.device, config.dtype):
                 scores += answer_scores(scorer, batch).tolist()
         return scores
@@ -258,8 +258,9 @@ class Sampler:
         new: list[Tensor] = []
         old: list[Tensor] = []
         values: list[Tensor] = []
-        pieces = split(examples, config.micro_batch_tokens)
-        for batch in to_batches(pieces, config.micro_batch_tokens, device):
+        models = [model for model in (self.policy, self.reference, self.critic) if model]
+        most, wide = config.micro_batch_tokens, not all(model.packed for model in models)
+        for batch in to_batches(split(examples, most, wide), most, device, wide):
             with autocast(device, config.dtype):
                 new.append(answer_log_probs(self.policy, batch, config.temperature))
                 if self.reference:

@@ -135,12 +135,13 @@ def total_steps(config: TrainingConfig, rows: int) -> int:
 
 
 def supervised_steps(
-    examples: Sequence[Example], config: TrainingConfig, start_step: int
+    examples: Sequence[Example], config: TrainingConfig, model: LoadedModel, start_step: int
 ) -> Iterator[Step[TokenBatch]]:
     """The steps from `start_step` on; each rank takes its share of each step's rows."""
     for rows in stream.step_rows(
         len(examples), config.batch_size, config.epochs, config.max_steps, config.seed, start_step
     ):
         mine = stream.shard(rows, distributed.rank(), distributed.world())
-        batches = pack_all([examples[row] for row in mine], config.micro_batch_tokens)
+        chosen = [examples[row] for row in mine]
+        batches = pack_all(chosen, config.micro_batch_tokens, not model.packed)
         yield Step(batches, sum(batch.tokens for batch in batches))

@@ -34,7 +34,9 @@ class SFT:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
-        self.eval_batches = pack_all(distributed.mine(eval_examples), config.micro_batch_tokens)
+        self.eval_batches = pack_all(
+            distributed.mine(eval_examples), config.micro_batch_tokens, not policy.packed
+        )
 
     @property
     def trained(self) -> Mapping[str, LoadedModel]:
@@ -48,7 +50,7 @@ class SFT:
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
-        return rows.supervised_steps(self.examples, self.config, start_step)
+        return rows.supervised_steps(self.examples, self.config, self.policy, start_step)
 
     def counts(self, batch: TokenBatch) -> Mapping[str, float]:
         """Answer tokens."""
