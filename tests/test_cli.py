@@ -12,7 +12,7 @@ import pytest
 from prefloop.cli import main
 from prefloop.commands import COMMANDS, Command
 from prefloop.config import DemoConfig
-from prefloop.errors import UserError
+from prefloop.errors import Terminated, UserError
 
 HEAVY = ("torch", "transformers", "tyro", "numpy", "yaml", "peft")
 
@@ -119,6 +119,10 @@ def test_exit_codes(capsys):
     assert main(["demo"], raising(UserError("rows.jsonl:3:\nempty"))) == 2
     assert capsys.readouterr().err == "prefloop: rows.jsonl:3: empty\n"
     assert main(["demo"], raising(KeyboardInterrupt())) == 130
+    assert main(["demo"], raising(Terminated())) == 143
+    assert capsys.readouterr().err.endswith("prefloop: terminated\n")
+    assert main(["demo"], raising(MemoryError())) == 2
+    assert capsys.readouterr().err.startswith("prefloop: out of memory (MemoryError); ")
     with pytest.raises(RuntimeError):  # Python prints the traceback and exits with 1
         main(["demo"], raising(RuntimeError("ours")))
 

@@ -17,7 +17,7 @@ from types import FrameType, MappingProxyType
 
 from prefloop.commands import COMMANDS, Command
 from prefloop.config.resolve import flag, nearest, resolve
-from prefloop.errors import Terminated, UserError
+from prefloop.errors import Terminated, UserError, first_line, out_of_memory
 
 # How long idle threads spin for their next piece of work. Not at all makes decoding take 1.7 times
 # as long on two free cores; as long as libgomp would, 2.5 times as long beside a busy program; this
@@ -50,6 +50,12 @@ def main(
     except KeyboardInterrupt:
         print("prefloop: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        told = f"out of memory ({first_line(error)}); take less at once, or a smaller model"
+        print(f"prefloop: {told}", file=sys.stderr)
+        return YOURS
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE

@@ -11,6 +11,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM ended the command (exit 143), as Ctrl-C would have (exit 130)."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in main memory; torch is known by its words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, for a message of one line."""
     return (str(error) or type(error).__name__).splitlines()[0]

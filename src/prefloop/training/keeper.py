@@ -13,7 +13,7 @@ import torch
 
 from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig
-from prefloop.errors import UserError, first_line
+from prefloop.errors import UserError, first_line, out_of_memory
 from prefloop.runs import Run
 from prefloop.training import checkpoint
 from prefloop.training.method import Method
@@ -184,10 +184,3 @@ class Keeper:
             f"{self.run.directory}: saved after step {self.saved}; the same command goes on there",
             file=sys.stderr,
         )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or in main memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
