@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefloop.data.batches import computed_tokens, micro_batches, pack, packed_length, split
+from prefloop.data.batches import computed_tokens, micro_batches, pack, packed_length, split_answers
 from prefloop.data.tokenize import Example
 from prefloop.models import heads
 from prefloop.models.heads import answer_log_probs, answer_scores
@@ -29,9 +29,9 @@ WIDE = Example(
 
 def test_answers_are_split_where_they_must_be():
     """Budgets by hand: the prompt takes 3 tokens, the answers 3, 4, 5, 6 and 7."""
-    assert split([WIDE], 28) == [WIDE]
+    assert split_answers([WIDE], 28) == [WIDE]
     for budget, sizes in ((27, [4, 1]), (15, [3, 1, 1]), (10, [2, 1, 1, 1]), (1, [1] * 5)):
-        pieces = split([WIDE], budget)
+        pieces = split_answers([WIDE], budget)
         assert [len(piece.answers) for piece in pieces] == sizes
         assert all(packed_length(p) <= budget or len(p.answers) == 1 for p in pieces)
         assert all(piece.prompt == WIDE.prompt and piece.tiers == () for piece in pieces)
@@ -66,8 +66,8 @@ def test_padded_batches_count_their_rectangle():
     """By hand: sequences of 6 to 10 tokens; two of up to 7 are 14, three of up to 8 are 24."""
     assert computed_tokens([WIDE], padded=True) == 5 * 10
     for budget, sizes in ((50, [5]), (49, [4, 1]), (24, [3, 2]), (23, [2, 2, 1]), (1, [1] * 5)):
-        assert [len(piece.answers) for piece in split([WIDE], budget, padded=True)] == sizes
-    singles = split([WIDE], 1)
+        assert [len(piece.answers) for piece in split_answers([WIDE], budget, padded=True)] == sizes
+    singles = split_answers([WIDE], 1)
     groups = micro_batches(singles, 24, padded=True)
     assert [len(group) for group in groups] == [3, 2]
 

@@ -175,7 +175,9 @@ def computed_tokens(examples: Sequence[Example], padded: bool = False) -> int:
     return len(rows) * max(rows, default=0)
 
 
-def split(examples: Sequence[Example], max_tokens: int, padded: bool = False) -> list[Example]:
+def split_answers(
+    examples: Sequence[Example], max_tokens: int, padded: bool = False
+) -> list[Example]:
     """The examples in order, those longer than `max_tokens` as pieces: some of their answers each.
 
     The prompt is repeated; an answer that is too long with its prompt stands alone. A piece says

@@ -208,7 +208,7 @@ def tokenize(
             ids = example.prompt + answer
             masks = ((True,) * (len(ids) - 1),)
             example = replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
-        source = _source(record)
+        source = _source(encoder, record)
         examples.append(replace(example, index=len(examples), record=place, source=source))
         counts.tied_pairs += sum(comb(len(tier), 2) for tier in example.tiers)
     counts.used += len(examples)
@@ -220,10 +220,11 @@ def tokenize(
     return examples
 
 
-def _source(record: Record) -> str:
-    """A digest of what a row says; not of where it stands."""
+def _source(encoder: Encoder, record: Record) -> str:
+    """A digest of what a row says and of the vocabulary; not of where the row stands."""
     said = [(f.name, getattr(record, f.name)) for f in fields(record) if f.name != "where"]
-    return blake2b(repr((type(record).__name__, said)).encode(), digest_size=16).hexdigest()
+    whole = repr((type(record).__name__, said, encoder.fingerprint))
+    return blake2b(whole.encode(), digest_size=16).hexdigest()
 
 
 def _example(encoder: Encoder, record: Record) -> Example:

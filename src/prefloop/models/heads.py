@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prefloop.data.batches import TokenBatch, split, to_batches
+from prefloop.data.batches import TokenBatch, split_answers, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.attention.plan import PackedPlan
@@ -73,7 +73,7 @@ def sequence_log_probs(
 ) -> Tensor:
     """log pi(y|x) of all A answers in their order: nats, float32 [A]."""
     sums, most, padded = [torch.zeros(0, device=model.device)], micro_batch_tokens, not model.packed
-    for batch in to_batches(split(examples, most, padded), most, model.device, padded):
+    for batch in to_batches(split_answers(examples, most, padded), most, model.device, padded):
         with autocast(model.device, dtype):
             tokens = answer_log_probs(model, batch, temperature)
         sums.append(segment_sum(tokens, batch.target_answer, batch.answers))

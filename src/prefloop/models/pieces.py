@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prefloop.data.batches import TokenBatch, computed_tokens, micro_batches, pack, split
+from prefloop.data.batches import TokenBatch, computed_tokens, micro_batches, pack, split_answers
 from prefloop.models.model import LoadedModel
 
 
@@ -26,7 +26,7 @@ def in_pieces(
     padded = not model.packed
     if computed_tokens(batch.examples, padded) <= max_tokens:
         return compute(model, batch)
-    pieces = micro_batches(split(batch.examples, max_tokens, padded), max_tokens, padded)
+    pieces = micro_batches(split_answers(batch.examples, max_tokens, padded), max_tokens, padded)
     device = batch.input_ids.device
     numbers = []
     for piece in (pack(group).to(device) for group in pieces):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data import stream
-from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all, split
+from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all, split_answers
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids
 from prefloop.errors import UserError
 from prefloop.losses import ppo as losses
@@ -170,7 +170,7 @@ class PPO:
         rows = torch.tensor([i * k + j for i in prompts for j in range(k)], dtype=torch.long)
         batches = []
         padded = not all(model.packed for model in self.trained.values())
-        for group in micro_batches(split(chosen, most, padded), most, padded):
+        for group in micro_batches(split_answers(chosen, most, padded), most, padded):
             count = sum(len(piece.answers) for piece in group)
             answers, rows = rows[:count], rows[count:]
             mask = self.rollouts.mask[answers]

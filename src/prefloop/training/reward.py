@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import RewardConfig
-from prefloop.data.batches import TokenBatch, pack_all, split, to_batches
+from prefloop.data.batches import TokenBatch, pack_all, split_answers, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses import reward as losses
 from prefloop.losses.masked import Total
@@ -137,7 +137,7 @@ class Reward:
     def _training_scores(self) -> Tensor:
         stride = -(-len(self.examples) // STATISTICS_PROMPTS)
         most, padded = self.config.micro_batch_tokens, not self.scorer.packed
-        device, some = self.scorer.device, split(self.examples[::stride], most, padded)
+        device, some = self.scorer.device, split_answers(self.examples[::stride], most, padded)
         scores = []
         for batch in to_batches(some, most, device, padded):
             with autocast(device, self.config.dtype):

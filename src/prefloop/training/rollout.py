@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefloop import distributed
 from prefloop.config import PPOConfig
-from prefloop.data.batches import split, to_batches
+from prefloop.data.batches import split_answers, to_batches
 from prefloop.data.tokenize import Example, decode_answer
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
@@ -103,7 +103,7 @@ def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
     ) -> list[float]:
         scores: list[float] = []
         most, padded = config.micro_batch_tokens, not scorer.packed
-        for batch in to_batches(split(examples, most, padded), most, scorer.device, padded):
+        for batch in to_batches(split_answers(examples, most, padded), most, scorer.device, padded):
             with autocast(scorer.device, config.dtype):
                 scores += answer_scores(scorer, batch).tolist()
         return scores
@@ -260,7 +260,7 @@ class Sampler:
         values: list[Tensor] = []
         models = [model for model in (self.policy, self.reference, self.critic) if model]
         most, wide = config.micro_batch_tokens, not all(model.packed for model in models)
-        for batch in to_batches(split(examples, most, wide), most, device, wide):
+        for batch in to_batches(split_answers(examples, most, wide), most, device, wide):
             with autocast(device, config.dtype):
                 new.append(answer_log_probs(self.policy, batch, config.temperature))
                 if self.reference:
