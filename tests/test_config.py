@@ -1,12 +1,25 @@
 """Settings: defaults < YAML < flags; what is wrong is told in one line."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from prefloop import CompareConfig, DPOConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from prefloop import (
+    ChatConfig,
+    CompareConfig,
+    DPOConfig,
+    GenerateConfig,
+    PPOConfig,
+    RewardConfig,
+    RewardQualityConfig,
+    SampleConfig,
+    SFTConfig,
+    WinrateConfig,
+)
 from prefloop.config.checks import validate
+from prefloop.config.labelling import LabelScoreConfig
 from prefloop.config.resolve import as_dict, build, resolve
 from prefloop.errors import UserError
 
@@ -172,6 +185,50 @@ def test_compared_models_have_names(models, message):
     assert message in str(caught.value)
 
 
+CHECKED = {
+    "training.sft:run": SFTConfig(**BASE, lr=-1.0),
+    "training.reward:run": RewardConfig(**BASE, lr=-1.0),
+    "training.preference:run": DPOConfig(**BASE, lr=-1.0),
+    "training.ppo:run": PPOConfig(**BASE, reward_model="r", lr=-1.0),
+    "generation.commands:sample": SampleConfig(model="m", data="d", output=Path("o"), top_p=-1.0),
+    "generation.commands:generate": GenerateConfig(model="m", prompt=("a",), top_p=-1.0),
+    "generation.commands:chat": ChatConfig(model="m", top_p=-1.0),
+    "evaluation.compare:compare": CompareConfig(
+        sft="s", models=("a=b",), data="d", judge="a:b", output=Path("o"), temperature=-1.0
+    ),
+    "evaluation.winrate:run": WinrateConfig(
+        answers=Path("a"), baseline=Path("b"), judge="a:b", max_length=-1
+    ),
+    "evaluation.calibration:run": RewardQualityConfig(reward_model="r", data="d", agreement=-1.0),
+    "evaluation.label_scores:run": LabelScoreConfig(
+        store="absent.db", reward_model=("a:b", "a:c"), max_length=-1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_python_callers_are_checked_too(name, tmp_path, monkeypatch):
+    """Whoever calls what is behind a command is told the same, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    module, function = name.split(":")
+    with pytest.raises(UserError, match=r"^--[a-z-]+ is -1(\.0)?; it must be "):
+        getattr(importlib.import_module(f"prefloop.{module}"), function)(CHECKED[name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_types_and_defaults_as_before(capsys):
+    """What stands beside a field is for `validate`: the help knows nothing of it."""
+    with pytest.raises(SystemExit):
+        resolve(DPOConfig, None, ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--lr FLOAT " in out
+    assert "--seed INT " in out
+    assert "--device STR " in out
+    assert "(default: 1e-06)" in out.replace("│ ", "")
+    assert "Above" not in out
+    assert "OnlyWith" not in out
+
+
 def test_good_settings_pass():
     validate(SFTConfig(**BASE, device="cuda:1", lora_rank=8, lora_alpha=16.0))
     validate(DPOConfig(**BASE, loss="robust", label_smoothing=0.1))
@@ -196,5 +253,5 @@ def test_numbers_beyond_all_measure(tmp_path):
     path = write(tmp_path, f"model: m\ndata: d\noutput: o\nlr: {'9' * 400}\n")
     with pytest.raises(UserError, match="lr"):
         validate(resolve(SFTConfig, path, []))
-    with pytest.raises(UserError, match=r"--seed is \d+; it must be below 2\^63"):
+    with pytest.raises(UserError, match=r"--seed is \d+; it must be 0 or more and below 2\^63"):
         validate(SFTConfig(model="m", data="d", output=Path("o"), seed=10**20))

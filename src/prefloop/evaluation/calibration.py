@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.config import RewardQualityConfig
+from prefloop.config.checks import validate
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
 from prefloop.labelling.agreement import ceiling
@@ -87,6 +88,7 @@ def _bins(key: Array, right: Array, delta: Array, count: int) -> tuple[Bin, ...]
 
 def run(config: RewardQualityConfig) -> dict[str, Any]:
     """`prefloop evaluate reward-model`: score every answer once, then compare all strict pairs."""
+    validate(config)
     import torch
 
     from prefloop.data import formats

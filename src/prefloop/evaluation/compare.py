@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prefloop.config import CompareConfig
+from prefloop.config.checks import validate
 from prefloop.config.resolve import as_dict
 from prefloop.data import formats, split
 from prefloop.data.tokenize import Example, decode_answer, same_ids, stop_token_ids, tokenize
@@ -63,6 +64,7 @@ class Task:
 def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
     """Sample, judge and measure; writes report.html (with `notes`), compare.json, answers.jsonl."""
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
+    validate(config)
     check_folder(config.output)
     named = _named_models(config.models)
     for path in (config.sft, *named.values()):

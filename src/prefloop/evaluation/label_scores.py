@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefloop.config.checks import validate
 from prefloop.config.labelling import LabelScoreConfig
 from prefloop.errors import UserError
 from prefloop.labelling.export import project_id_of
@@ -17,12 +18,8 @@ from prefloop.rewards.judges import Judge, load_judge
 
 def run(config: LabelScoreConfig) -> dict[str, Any]:
     """Scores all answers of a project by all models; its tasks are then handed out by them."""
+    validate(config)
     models = len(config.reward_model)
-    if models == 0 or (config.strategy == "uncertainty" and models < 2):
-        raise UserError(
-            f"--strategy {config.strategy} with {models} reward model(s): uncertainty needs two or "
-            "more, gap one; name them after --reward-model"
-        )
     store = Store(config.store, must_exist=True)
     try:
         # 1. The answers.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from prefloop.config import WinrateConfig
+from prefloop.config.checks import validate
 from prefloop.data.formats import load
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
@@ -40,6 +41,7 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     from prefloop.rewards.judges import load_judge
 
     # 1. The answers of both sides, by prompt, in the order of the first file.
+    validate(config)
     if config.output is not None:
         check_writable(config.output)
     answers, baseline = _read_answers(config.answers), _read_answers(config.baseline)

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
+from prefloop.config.checks import validate
 from prefloop.data import formats, split
 from prefloop.data.columns import carried
 from prefloop.data.encoder import Encoder
@@ -34,6 +35,7 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
 
     `prompts` stand for those of --data, where that is a labelling store.
     """
+    validate(config)
     _check_output(config.output)
     counts = RowCounts(read=len(prompts or ()))
     if prompts is None:
@@ -66,6 +68,7 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
 
 def generate(config: GenerateConfig) -> Path | None:
     """Prints an answer to each prompt, or writes them into --output."""
+    validate(config)
     if config.output is not None:
         _check_output(config.output)
     counts = RowCounts(read=len(config.prompt))
@@ -95,6 +98,7 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
 
     A conversation that outgrows --max-length loses its oldest turns, and says so.
     """
+    validate(config)
     source, out = source or sys.stdin, out or sys.stdout
     model = load_policy(config.model, pick_device(config.device))
     if not model.tokenizer.chat_template:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig
+from prefloop.config.checks import validate
 from prefloop.errors import UserError, first_line
 from prefloop.models.load import pick_device
 from prefloop.models.model import LoadedModel, ModelOptions
@@ -173,7 +174,8 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
 
 
 def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
-    """Joins the ranks, seeds, opens the run directory, and says where to compute."""
+    """Checks settings, joins the ranks, seeds, opens the run directory, says where to compute."""
+    validate(config)
     device = distributed.local_device(pick_device(config.device))
     distributed.start(device)
     torch.manual_seed(config.seed)
