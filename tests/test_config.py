@@ -141,10 +141,13 @@ def test_missing_settings_are_named(tmp_path):
         (DPOConfig(**BASE, label_smoothing=0.5), "it must be in [0, 0.5)"),
         (
             DPOConfig(**BASE, loss="ipo", label_smoothing=0.1),
-            "--label-smoothing is read only with --loss sigmoid or robust; leave it out",
+            "--label-smoothing is read only with --loss sigmoid or robust, and --loss is ipo",
         ),
         (DPOConfig(**BASE, simpo_gamma=1.0), "--simpo-gamma is read only with --loss simpo"),
-        (DPOConfig(**BASE, loss="orpo", ref_model="r"), "--loss orpo has no reference"),
+        (
+            DPOConfig(**BASE, loss="orpo", ref_model="r"),
+            "--ref-model is read only with",
+        ),
         (RewardConfig(**BASE, tie_parameter=2.0), "read only with --loss rao-kupper or davidson"),
         (RewardConfig(**BASE, loss="rao-kupper", tie_parameter=0.5), "needs one above 1"),
         (PPOConfig(**BASE), "give either --reward-model or --reward-function"),

@@ -1,4 +1,4 @@
-"""Five classic bugs, put into a copy of the source one at a time: each must make the suite fail.
+"""Classic bugs, put into a copy of the source one at a time: each must make the suite fail.
 
     python -m tests.mutations
 
@@ -63,6 +63,14 @@ BUGS = (
         "is_last = mask & (tokens_left == 1)",
         "is_last = torch.nn.functional.pad(mask & (tokens_left == 1), (1, -1))",
         ("tests/losses/test_ppo.py",),
+    ),
+    Bug(
+        "Plackett-Luce lets tied answers compete with each other",
+        "losses/reward.py",
+        "rivals = wins | torch.eye(tiers.shape[1], dtype=torch.bool, device=tiers.device)",
+        "rivals = (tiers[:, :, None] <= tiers[:, None, :]) & (tiers >= 0)[:, :, None] | torch.eye("
+        "tiers.shape[1], dtype=torch.bool, device=tiers.device)",
+        ("tests/losses/test_reward.py",),
     ),
     Bug(
         "answers of one prompt see each other",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
@@ -30,10 +31,13 @@ def problems(config: Any) -> Iterator[str]:
         for mark in beside:
             if not isinstance(mark, OnlyWith) or value == field.default:
                 continue
-            if getattr(config, mark.other) not in mark.values:
+            now, other = getattr(config, mark.other), flag(mark.other)
+            if not mark.values and not now:
+                yield f"{flag(name)} is read only with {other}; leave it out"
+            elif mark.values and now not in mark.values:
                 yield (
-                    f"{flag(name)} is read only with {flag(mark.other)} "
-                    f"{' or '.join(mark.values)}; leave it out"
+                    f"{flag(name)} is read only with {other} {' or '.join(mark.values)}, and "
+                    f"{other} is {now}; leave it out"
                 )
     yield from config.problems()
 
@@ -44,11 +48,11 @@ def _faults(name: str, value: object, beside: tuple[object, ...]) -> Iterator[st
         if not value.strip():
             yield f"{flag(name)} is empty; give a value or leave it out"
         for mark in beside:
-            if isinstance(mark, Form) and not mark.holds(value):
+            if isinstance(mark, Form) and not re.fullmatch(mark.pattern, value):
                 yield f"{flag(name)} is {value!r}; {mark.remedy}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{flag(name)} is {value}; give a finite number"
         for mark in beside:
             if isinstance(mark, Range) and not mark.holds(value):
-                yield f"{flag(name)} is {value}; it must {mark.must_be()}"
+                yield f"{flag(name)} is {value}; it must {mark.must}"

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prefloop.config.ranges import Above, AtLeast, Device, Seed, Settings, Within, no_room
+from prefloop.config.ranges import (
+    Above,
+    AtLeast,
+    Device,
+    OnlyWith,
+    Seed,
+    Settings,
+    Within,
+    no_room,
+    unread_by_functions,
+)
+from prefloop.config.resolve import flag
 from prefloop.config.training import Truncation
 
 
@@ -45,6 +56,12 @@ class PolicyConfig(InferenceConfig):
         yield from super().problems()
         if self.max_new_tokens >= self.max_length:
             yield no_room(self.max_new_tokens, self.max_length)
+        for name, default in (("top_p", 1.0), ("top_k", 0)):
+            if self.temperature == 0 and getattr(self, name) != default:
+                yield (
+                    f"--temperature 0 takes the likeliest token, so {flag(name)} is not read; "
+                    "leave it out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +142,7 @@ class CompareConfig(PromptsConfig, InferenceConfig):
     """Directory of report.html, compare.json and answers.jsonl."""
     reward_model: str | None = None
     """The reward model that PPO was trained against; adds its scores and best-of-n."""
-    best_of: Annotated[int, Above(0)] = 4
+    best_of: Annotated[int, Above(0), OnlyWith("reward_model")] = 4
     """n of best-of-n: answers of the SFT model among which --reward-model chooses; 1 leaves it."""
     samples_per_prompt: Annotated[int, Above(0)] = 1
     """Answers per prompt and model."""
@@ -169,6 +186,11 @@ class WinrateConfig(InferenceConfig):
     """Most tokens in one forward pass of a judge that is a model."""
     seed: Seed = 0
     """Seed of the bootstrap over prompts."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        yield from unread_by_functions(self, "--judge", (self.judge,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +241,13 @@ class CheckConfig(Settings):
     """Model whose tokenizer and template are audited."""
     data: str | None = None
     """Rows to read, tokenise and count."""
-    kind: Literal["demonstration", "preference", "unpaired", "prompt"] = "preference"
+    kind: Annotated[
+        Literal["demonstration", "preference", "unpaired", "prompt"], OnlyWith("data")
+    ] = "preference"
     """What the rows are: for sft, for reward and dpo, for dpo's kto, for ppo and sample."""
-    max_length: Annotated[int, Above(0)] = 1024
+    max_length: Annotated[int, Above(0), OnlyWith("data")] = 1024
     """Most tokens of a prompt with its answer."""
-    truncation: Truncation = "error"
+    truncation: Annotated[Truncation, OnlyWith("data")] = "error"
     """What to do with longer rows."""
 
 

@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prefloop.config.ranges import Above, Device, Seed, Settings, Within
+from prefloop.config.ranges import (
+    Above,
+    Device,
+    OnlyWith,
+    Seed,
+    Settings,
+    Within,
+    unread_by_functions,
+)
 
 Mode = Literal["ranking", "pairwise", "rating"]
 Strategy = Literal["random", "uncertainty", "gap"]
 Consensus = Literal["labeller", "majority", "dawid-skene"]
 Form = Literal["rankings", "dpo", "hh", "kto", "audit"]
+
+DECIDED = OnlyWith("form", "rankings", "dpo", "hh", "kto")  # audit writes all that was said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +73,7 @@ class LabelImportConfig(ProjectConfig):
     """Labellers needed for a task."""
     overlap: Annotated[float, Within(0, 1)] = 0.15
     """Share of the prompts that more labellers see, so that agreement can be measured."""
-    overlap_need: Annotated[int, Above(0)] = 2
+    overlap_need: Annotated[int, Above(0), OnlyWith("overlap")] = 2
     """Labellers needed for a task of those prompts."""
     gold_share: Annotated[float, Within(0, 0.5)] = 0.05
     """Share of hand-outs that are gold tasks, while a labeller has any left."""
@@ -105,6 +115,7 @@ class LabelScoreConfig(ProjectConfig):
                 f"--strategy {self.strategy} with {models} reward model(s): uncertainty needs two "
                 "or more, gap one; name them after --reward-model"
             )
+        yield from unread_by_functions(self, "--reward-model", self.reward_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +126,17 @@ class LabelExportConfig(ProjectConfig):
     """JSONL (.jsonl or .jsonl.gz) to write."""
     form: Form = "rankings"
     """rankings (tiers), dpo (TRL's pairs), hh (transcripts), kto (TRL's labels), or audit (all)."""
-    consensus: Consensus = "labeller"
+    consensus: Annotated[Consensus, DECIDED] = "labeller"
     """One row a labeller; or one a task, by majority or weighted by estimated accuracy."""
-    exclude: tuple[str, ...] = ()
+    exclude: Annotated[tuple[str, ...], DECIDED] = ()
     """Labellers whose annotations are left out (logged)."""
-    eval_fraction: Annotated[float, Within(0, 1, with_high=False)] = 0.0
+    eval_fraction: Annotated[float, Within(0, 1, with_high=False), DECIDED] = 0.0
     """Share of the prompts written to a second file, NAME.eval.jsonl."""
     wait: bool = False
     """Wait until every task has the annotations it needs."""
-    wait_seconds: Annotated[float, Above(0)] = 5.0
+    wait_seconds: Annotated[float, Above(0), OnlyWith("wait")] = 5.0
     """Seconds between looks while waiting."""
-    seed: Seed = 0
+    seed: Annotated[Seed, OnlyWith("eval_fraction")] = 0
     """Seed of the split."""
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated
+
+from prefloop.config.resolve import flag
 
 
 class Settings:
@@ -23,83 +26,39 @@ class Settings:
 
 
 class Range:
-    """Which numbers a setting may be; all must be finite."""
+    """Which numbers a setting may be; `must` ends the sentence "it must"."""
 
-    def must_be(self) -> str:
-        """The range, as the end of a sentence."""
-        return "be a finite number"
-
-    def holds(self, value: float) -> bool:
-        """Whether the value lies inside."""
-        return math.isfinite(value)
+    def __init__(self, must: str, holds: Callable[[float], bool]) -> None:
+        self.must, self.holds = must, holds
 
 
-@dataclass(frozen=True)
-class Finite(Range):
-    """Any number but infinity and nan."""
-
-
-@dataclass(frozen=True)
 class Above(Range):
     """Greater than `low`."""
 
-    low: float
-
-    def must_be(self) -> str:
-        """See Range."""
-        return f"be above {self.low:g}"
-
-    def holds(self, value: float) -> bool:
-        """See Range."""
-        return value > self.low
+    def __init__(self, low: float) -> None:
+        super().__init__(f"be above {low:g}", lambda value: value > low)
 
 
-@dataclass(frozen=True)
 class AtLeast(Range):
     """`low` or greater."""
 
-    low: float
-
-    def must_be(self) -> str:
-        """See Range."""
-        return f"be {self.low:g} or more"
-
-    def holds(self, value: float) -> bool:
-        """See Range."""
-        return value >= self.low
+    def __init__(self, low: float) -> None:
+        super().__init__(f"be {low:g} or more", lambda value: value >= low)
 
 
-@dataclass(frozen=True)
 class Within(Range):
-    """From `low` to `high`, each itself allowed or not."""
+    """From `low` to `high`, each of which is allowed or not."""
 
-    low: float
-    high: float
-    with_low: bool = True
-    with_high: bool = True
-
-    def must_be(self) -> str:
-        """See Range."""
-        left, right = "[" if self.with_low else "(", "]" if self.with_high else ")"
-        return f"be in {left}{self.low:g}, {self.high:g}{right}"
-
-    def holds(self, value: float) -> bool:
-        """See Range."""
-        above = self.low <= value if self.with_low else self.low < value
-        return above and (value <= self.high if self.with_high else value < self.high)
-
-
-@dataclass(frozen=True)
-class SeedRange(Range):
-    """What torch and numpy take as a seed."""
-
-    def must_be(self) -> str:
-        """See Range."""
-        return "be 0 or more and below 2^63"
-
-    def holds(self, value: float) -> bool:
-        """See Range."""
-        return 0 <= value < 2**63
+    def __init__(
+        self, low: float, high: float, with_low: bool = True, with_high: bool = True
+    ) -> None:
+        left, right = "[" if with_low else "(", "]" if with_high else ")"
+        super().__init__(
+            f"be in {left}{low:g}, {high:g}{right}",
+            lambda value: (
+                low < value < high or (value == low and with_low) or (value == high and with_high)
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -109,19 +68,18 @@ class Form:
     pattern: str
     remedy: str
 
-    def holds(self, value: str) -> bool:
-        """Whether the text has this form."""
-        return re.fullmatch(self.pattern, value) is not None
-
 
 class OnlyWith:
-    """Only these values of the setting `other` read this one: it must not be set in vain."""
+    """Only these values of the setting `other` read this one (any but its default, where none are
+    named): it must not be set in vain.
+    """
 
     def __init__(self, other: str, *values: str) -> None:
         self.other, self.values = other, values
 
 
-Seed = Annotated[int, SeedRange()]
+ANY = Range("be finite", math.isfinite)
+Seed = Annotated[int, Range("be 0 or more and below 2^63", lambda value: 0 <= value < 2**63)]
 Device = Annotated[str, Form(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "give auto, cpu, cuda or cuda:N")]
 FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
@@ -132,3 +90,18 @@ def no_room(max_new_tokens: int, max_length: int) -> str:
         f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --max-length "
         f"{max_length}; lower it or raise --max-length"
     )
+
+
+def is_function(source: str) -> bool:
+    """Whether a judge is `module:function`, and no folder of that name."""
+    return re.fullmatch(FUNCTION, source) is not None and not Path(source).exists()
+
+
+def unread_by_functions(config: Settings, of: str, judges: Sequence[str]) -> Iterator[str]:
+    """The problems of settings for models where all judges are Python functions."""
+    if not all(map(is_function, judges)):
+        return
+    for field in fields(config):  # type: ignore[arg-type]
+        unread = field.name in ("device", "dtype", "max_length", "micro_batch_tokens")
+        if unread and getattr(config, field.name) != field.default:
+            yield f"{flag(field.name)} is read by models, and each {of} is a function; leave it out"

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from prefloop.config.ranges import (
+    ANY,
     FUNCTION,
     Above,
     AtLeast,
     Device,
-    Finite,
     Form,
     OnlyWith,
     Seed,
@@ -24,11 +24,19 @@ from prefloop.config.ranges import (
     Within,
     no_room,
 )
+from prefloop.config.resolve import flag
 
 Truncation = Literal["error", "drop", "left", "right"]
 RewardLoss = Literal["bradley-terry", "plackett-luce", "rao-kupper", "davidson"]
 DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+
+PAIRS = ("bradley-terry", "rao-kupper", "davidson")
+ALL_BUT_ORPO = OnlyWith("loss", *(loss for loss in get_args(DPOLoss) if loss != "orpo"))
+WITH_REFERENCE = OnlyWith("loss", *(loss for loss in ALL_BUT_ORPO.values if loss != "simpo"))
+WITH_NLL = OnlyWith("loss", *(loss for loss in ALL_BUT_ORPO.values if loss != "kto"))
+SMOOTHED = OnlyWith("loss", "sigmoid", "robust")
+CRITIC = OnlyWith("advantage", "gae")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +61,7 @@ class TrainingConfig(Settings):
     epochs: Annotated[float, Above(0)] = 1.0
     """Passes over the rows."""
     max_steps: Annotated[int, AtLeast(0)] = 0
-    """Stop after this many optimiser steps; 0 means `epochs` decides."""
+    """Stop after this many optimiser steps, whatever `epochs` says; 0 means `epochs` decides."""
     batch_size: Annotated[int, Above(0)] = 64
     """Rows (prompts or pairs) of one optimiser step, over all ranks."""
     micro_batch_tokens: Annotated[int, Above(0)] = 8192
@@ -80,7 +88,7 @@ class TrainingConfig(Settings):
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     lora_rank: Annotated[int, AtLeast(0)] = 0
     """Rank of the LoRA adapters on all linear layers; 0 trains all weights."""
-    lora_alpha: Annotated[float, AtLeast(0)] = 0.0
+    lora_alpha: Annotated[float, AtLeast(0), OnlyWith("lora_rank")] = 0.0
     """Scale of the LoRA update (times 1/rank); 0 means 2 x rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, same results."""
@@ -104,8 +112,8 @@ class TrainingConfig(Settings):
         """See Settings."""
         if self.eval_data and self.eval_fraction:
             yield "--eval-data and --eval-fraction both give held-out rows; give one of them"
-        if self.lora_alpha and not self.lora_rank:
-            yield "--lora-alpha is read only with --lora-rank; leave it out"
+        if self.eval_every and not (self.eval_data or self.eval_fraction):
+            yield "--eval-every is read only with --eval-data or --eval-fraction; leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +130,7 @@ class RewardConfig(TrainingConfig):
 
     loss: RewardLoss = "bradley-terry"
     """Loss over a prompt's ranking; the last two also use ties."""
-    normalize: Literal["prompt", "pair"] = "prompt"
+    normalize: Annotated[Literal["prompt", "pair"], OnlyWith("loss", *PAIRS)] = "prompt"
     """Mean over a prompt's pairs and then over prompts, or over all pairs."""
     center_coefficient: Annotated[float, AtLeast(0)] = 0.0
     """c of the term c * mean(score^2) that keeps scores around 0 (0.01 is usual)."""
@@ -142,19 +150,15 @@ class DPOConfig(TrainingConfig):
 
     loss: DPOLoss = "sigmoid"
     """Loss; `kto` takes unpaired rows (pairs are split into two), `plackett-luce` rankings."""
-    beta: Annotated[float, Above(0)] = 0.1
+    beta: Annotated[float, Above(0), ALL_BUT_ORPO] = 0.1
     """Strength of the implicit KL penalty."""
     label_smoothing: Annotated[
         float, Within(0, 0.5, with_high=False), OnlyWith("loss", "sigmoid", "robust")
     ] = 0.0
     """epsilon: share of labels believed flipped (sigmoid: conservative DPO; robust)."""
-    ref_model: str | None = None
+    ref_model: Annotated[str | None, WITH_REFERENCE] = None
     """Reference policy; by default the starting weights, as they are in memory."""
-    sft_coefficient: Annotated[
-        float,
-        AtLeast(0),
-        OnlyWith("loss", "sigmoid", "robust", "ipo", "hinge", "simpo", "plackett-luce"),
-    ] = 0.0
+    sft_coefficient: Annotated[float, AtLeast(0), WITH_NLL] = 0.0
     """alpha of the term alpha * NLL(chosen)."""
     ipo_average: Annotated[bool, OnlyWith("loss", "ipo")] = True
     """IPO: log-probs averaged per token, as TRL does, or summed, as in the paper."""
@@ -169,12 +173,6 @@ class DPOConfig(TrainingConfig):
     lr: Annotated[float, Above(0)] = 1e-6
     """Peak learning rate (1e-5 is usual with LoRA)."""
 
-    def problems(self) -> Iterator[str]:
-        """See Settings."""
-        yield from super().problems()
-        if self.ref_model and self.loss in ("simpo", "orpo"):
-            yield f"--loss {self.loss} has no reference; leave --ref-model out"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(TrainingConfig):
@@ -184,7 +182,7 @@ class PPOConfig(TrainingConfig):
     """Sequence-classification folder or hub id with one label."""
     reward_function: Annotated[str | None, Form(FUNCTION, "give module:function")] = None
     """`module:function(prompts, completions) -> list[float]`, instead of a reward model."""
-    value_model: Annotated[str | None, OnlyWith("advantage", "gae")] = None
+    value_model: Annotated[str | None, CRITIC] = None
     """Critic's start: a folder; by default the reward model (or the policy, with a function)."""
     ref_model: str | None = None
     """Reference policy of the KL penalty; by default the starting weights."""
@@ -194,19 +192,19 @@ class PPOConfig(TrainingConfig):
     """beta of the per-token reward -beta * (log pi_old - log pi_ref)."""
     kl_target: Annotated[float, AtLeast(0)] = 0.0
     """Adapt beta to hold this KL per answer (nats); 0 keeps beta fixed."""
-    kl_horizon: Annotated[float, Above(0)] = 10000.0
+    kl_horizon: Annotated[float, Above(0), OnlyWith("kl_target")] = 10000.0
     """Episodes over which an adaptive beta moves by e (1/K_beta of lm-human-preferences)."""
-    gamma: Annotated[float, Within(0, 1)] = 1.0
+    gamma: Annotated[float, Within(0, 1), CRITIC] = 1.0
     """Discount."""
-    gae_lambda: Annotated[float, Within(0, 1), OnlyWith("advantage", "gae")] = 0.95
+    gae_lambda: Annotated[float, Within(0, 1), CRITIC] = 0.95
     """lambda of generalised advantage estimation."""
     cliprange: Annotated[float, Above(0)] = 0.2
     """Clip range of the probability ratio."""
-    cliprange_value: Annotated[float, Above(0), OnlyWith("advantage", "gae")] = 0.2
+    cliprange_value: Annotated[float, Above(0), CRITIC] = 0.2
     """Clip range of the value."""
-    vf_coef: Annotated[float, AtLeast(0), OnlyWith("advantage", "gae")] = 0.1
+    vf_coef: Annotated[float, AtLeast(0), CRITIC] = 0.1
     """Weight of the value loss."""
-    value_lr: Annotated[float, AtLeast(0), OnlyWith("advantage", "gae")] = 0.0
+    value_lr: Annotated[float, AtLeast(0), CRITIC] = 0.0
     """Peak learning rate of the critic; 0 means `lr`."""
     ppo_epochs: Annotated[int, Above(0)] = 4
     """Passes over each iteration's samples."""
@@ -218,13 +216,13 @@ class PPOConfig(TrainingConfig):
     """Most tokens of a sampled answer."""
     temperature: Annotated[float, AtLeast(0)] = 1.0
     """Sampling temperature."""
-    missing_eos_penalty: Annotated[float | None, Finite()] = None
+    missing_eos_penalty: Annotated[float | None, ANY] = None
     """Score given to answers that did not stop by themselves, whatever else is done to scores."""
     normalize_scores: bool = False
     """Scale scores by the running mean and deviation of all scores so far."""
     reward_clip: Annotated[float, AtLeast(0)] = 0.0
     """Scores are clipped to this absolute value; 0 leaves them."""
-    whiten_rewards: bool = False
+    whiten_rewards: Annotated[bool, CRITIC] = False
     """Scale per-token rewards to unit variance (their mean is kept)."""
     target_kl: Annotated[float, AtLeast(0)] = 0.0
     """Leave an iteration's remaining passes when approx-KL exceeds this; 0 never does."""
@@ -257,6 +255,13 @@ class PPOConfig(TrainingConfig):
             )
         if self.temperature == 0:
             yield "--temperature is 0; PPO must sample, give it above 0"
+        if self.ppo_epochs * self.num_minibatches == 1:
+            for name, default in (("cliprange", 0.2), ("cliprange_value", 0.2), ("target_kl", 0.0)):
+                if getattr(self, name) != default:
+                    yield (
+                        f"{flag(name)} is read only with --ppo-epochs or --num-minibatches above "
+                        "1: a single step sees the policy that sampled; leave it out"
+                    )
         if bool(self.ptx_coef) != bool(self.sft_data):
             yield "--ptx-coef and --sft-data belong together; give both or neither"
         if self.kl_target > 0 and self.kl_coef == 0:
