@@ -275,6 +275,7 @@ def run(config: DPOConfig) -> Run:
         policy = load_policy(config.model, device, **loop.model_options(config))
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
         examples, held_out = rows.read_examples(config, kind, policy, run)
+        rows.refuse_margins([*examples, *held_out], config.loss)
         cache = run.directory / "reference_log_probs.safetensors"
         loop.train(Preference(config, policy, examples, held_out, cache), config, run)
     return run

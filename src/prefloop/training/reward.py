@@ -153,5 +153,7 @@ def run(config: RewardConfig) -> Run:
         examples, held_out = rows.read_examples(
             config, "preference", scorer, run, keep_ties=config.loss in LEARN_FROM_TIES
         )
+        if config.loss != "bradley-terry":
+            rows.refuse_margins([*examples, *held_out], config.loss)
         loop.train(Reward(config, scorer, examples, held_out), config, run)
     return run

@@ -96,6 +96,16 @@ def read_demonstrations(
     return examples
 
 
+def refuse_margins(examples: Iterable[Example], loss: str) -> None:
+    """Before the first step: no row asks for a margin that the loss would not read."""
+    for example in examples:
+        if example.margin:
+            raise UserError(
+                f"{example.where}: `margin` is {example.margin:g}, and --loss {loss} reads none; "
+                "remove the column, or use `reward --loss bradley-terry`"
+            )
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Prompts as records and as token ids."""
