@@ -33,7 +33,7 @@ def problems(config: Any) -> Iterator[str]:
                 continue
             now, other = getattr(config, mark.other), flag(mark.other)
             if not mark.values and not now:
-                yield f"{flag(name)} is read only with {other}; leave it out"
+                yield f"{flag(name)} is read only with {other}, which is {now}; leave it out"
             elif mark.values and now not in mark.values:
                 yield (
                     f"{flag(name)} is read only with {other} {' or '.join(mark.values)}, and "

@@ -18,7 +18,6 @@ from prefloop.config.ranges import (
     no_room,
     unread_by_functions,
 )
-from prefloop.config.resolve import flag
 from prefloop.config.training import Truncation
 
 
@@ -44,9 +43,9 @@ class PolicyConfig(InferenceConfig):
     """Most tokens of an answer."""
     temperature: Annotated[float, AtLeast(0)] = 1.0
     """Sampling temperature; 0 takes the likeliest token."""
-    top_p: Annotated[float, Within(0, 1, with_low=False)] = 1.0
+    top_p: Annotated[float, Within(0, 1, with_low=False), OnlyWith("temperature")] = 1.0
     """Sample from the smallest set of tokens with at least this probability."""
-    top_k: Annotated[int, AtLeast(0)] = 0
+    top_k: Annotated[int, AtLeast(0), OnlyWith("temperature")] = 0
     """Sample from the k likeliest tokens; 0 from all."""
     seed: Seed = 0
     """Seed of sampling."""
@@ -54,14 +53,7 @@ class PolicyConfig(InferenceConfig):
     def problems(self) -> Iterator[str]:
         """See Settings."""
         yield from super().problems()
-        if self.max_new_tokens >= self.max_length:
-            yield no_room(self.max_new_tokens, self.max_length)
-        for name, default in (("top_p", 1.0), ("top_k", 0)):
-            if self.temperature == 0 and getattr(self, name) != default:
-                yield (
-                    f"--temperature 0 takes the likeliest token, so {flag(name)} is not read; "
-                    "leave it out"
-                )
+        yield from no_room(self.max_new_tokens, self.max_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +148,7 @@ class CompareConfig(PromptsConfig, InferenceConfig):
     def problems(self) -> Iterator[str]:
         """See Settings."""
         yield from super().problems()
-        if self.max_new_tokens >= self.max_length:
-            yield no_room(self.max_new_tokens, self.max_length)
+        yield from no_room(self.max_new_tokens, self.max_length)
         if not self.models:
             yield "--models is empty; give name=path of each model to compare"
         for model in self.models:

@@ -84,12 +84,11 @@ Device = Annotated[str, Form(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "give auto, cpu,
 FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
-def no_room(max_new_tokens: int, max_length: int) -> str:
+def no_room(answer: int, length: int) -> Iterator[str]:
     """The problem of answers that fill the whole length."""
-    return (
-        f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --max-length "
-        f"{max_length}; lower it or raise --max-length"
-    )
+    if answer >= length:
+        room = f"--max-new-tokens {answer} leaves no room for a prompt in --max-length {length}"
+        yield f"{room}; lower it or raise --max-length"
 
 
 def is_function(source: str) -> bool:

@@ -180,8 +180,11 @@ class PPOConfig(TrainingConfig):
 
     reward_model: str | None = None
     """Sequence-classification folder or hub id with one label."""
-    reward_function: Annotated[str | None, Form(FUNCTION, "give module:function")] = None
-    """`module:function(prompts, completions) -> list[float]`, instead of a reward model."""
+    reward_function: Annotated[tuple[str, ...], Form(FUNCTION, "give module:function")] = ()
+    """One or more `module:function(prompts, completions) -> list[float]`, instead of a reward
+    model; other arguments are given the rows' columns of those names."""
+    reward_weights: Annotated[tuple[float, ...], OnlyWith("reward_function")] = ()
+    """Weight of each function's score in the sum; 1 each by default."""
     value_model: Annotated[str | None, CRITIC] = None
     """Critic's start: a folder; by default the reward model (or the policy, with a function)."""
     ref_model: str | None = None
@@ -241,13 +244,25 @@ class PPOConfig(TrainingConfig):
     adam_eps: Annotated[float, Above(0)] = 1e-5
     """AdamW's epsilon."""
 
+    def __post_init__(self) -> None:
+        """One function may be given as a word."""
+        if self.reward_function is None or isinstance(self.reward_function, str):
+            one = (self.reward_function,) if self.reward_function else ()
+            object.__setattr__(self, "reward_function", one)
+
     def problems(self) -> Iterator[str]:
         """See Settings."""
         yield from super().problems()
-        if self.max_new_tokens >= self.max_length:
-            yield no_room(self.max_new_tokens, self.max_length)
+        yield from no_room(self.max_new_tokens, self.max_length)
         if bool(self.reward_model) == bool(self.reward_function):
             yield "give either --reward-model or --reward-function"
+        if len(set(self.reward_function)) < len(self.reward_function):
+            yield "--reward-function names a function twice; name it once, with its weight"
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_function):
+            yield (
+                f"--reward-weights has {len(self.reward_weights)} numbers for "
+                f"{len(self.reward_function)} of --reward-function; give one each"
+            )
         if self.advantage != "gae" and self.samples_per_prompt < 2:
             yield (
                 f"--advantage {self.advantage} compares samples of one prompt; "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,24 @@ from prefloop.models import adapters
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
 from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
-from prefloop.records import Text, text_to_json
+from prefloop.records import Prompt, text_to_json
+from prefloop.rewards.functions import FunctionJudge, columns_of
 from prefloop.rewards.health import distinct_n
 from prefloop.rewards.judges import Judge
 from prefloop.training.rows import Prompts
 
 LOGGED_SAMPLES = 4  # of each iteration, in samples.jsonl
 TENSORS = ("mask", "log_probs", "ref_log_probs", "advantages", "values", "returns")
-Scorer = Callable[[Sequence[Text], Sequence[str], Sequence[Example]], list[float]]
+
+
+class Scored(NamedTuple):
+    """A score an answer, and where several functions make it, each one's own, by its name."""
+
+    scores: list[float]
+    parts: Mapping[str, list[float]]
+
+
+Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Example]], Scored]
 
 
 @dataclass(frozen=True)
@@ -93,25 +103,29 @@ def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
 
     @torch.no_grad()
     def score(
-        prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
-    ) -> list[float]:
+        prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
+    ) -> Scored:
         scores: list[float] = []
         for batch in to_batches(examples, config.micro_batch_tokens, scorer.device):
             with autocast(scorer.device, config.dtype):
                 scores += answer_scores(scorer, batch).tolist()
-        return scores
+        return Scored(scores, {})
 
     return score
 
 
 def text_scorer(judge: Judge, stop_token_ids: frozenset[int]) -> Scorer:
-    """Scores of the answers' text, by a Python function or a model with another tokenizer."""
+    """Scores of the answers' text, by Python functions or a model with another tokenizer."""
 
     def score(
-        prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
-    ) -> list[float]:
+        prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
+    ) -> Scored:
+        asked, columns = [p.prompt for p in prompts], columns_of([p.extra for p in prompts])
+        if isinstance(judge, FunctionJudge):
+            parts = judge.parts(asked, completions, columns)
+            return Scored(judge.weighted(parts), parts if len(parts) > 1 else {})
         ended = [answer[-1] in stop_token_ids for e in examples for answer in e.answers]
-        return judge(prompts, completions, ended)
+        return Scored(judge(asked, completions, ended, columns), {})
 
     return score
 
@@ -219,9 +233,10 @@ class Sampler:
         # 3. Scores.
         flat = [sample for group in groups for sample in group]
         texts = [decode_answer(self.policy.tokenizer, sample.tokens) for sample in flat]
-        asked = [p.prompt for p in prompts.records for _ in range(k)]
+        asked = [record for record in prompts.records for _ in range(k)]
         stopped = torch.tensor([sample.finish_reason == "stop" for sample in flat])
-        raw = torch.tensor(self.scorer(asked, texts, examples), dtype=torch.float32)
+        scored = self.scorer(asked, texts, examples)
+        raw = torch.tensor(scored.scores, dtype=torch.float32)
         scores = self._adjusted(raw, stopped, running)
         # 4. Advantages and returns.
         advantages, returns = advantages_and_returns(
@@ -233,9 +248,10 @@ class Sampler:
         sampled = padded(torch.tensor([p for s in flat for p in s.log_probs]), examples)
         gap = (sampled - log_probs).abs()
         metrics = rollout_metrics(rollouts, scores, stopped, gap, kl_coef, self.policy.device)
+        metrics |= score_means(scored.parts, len(flat), self.policy.device)
         samples = [
             {
-                "prompt": text_to_json(asked[i]),
+                "prompt": text_to_json(asked[i].prompt),
                 "completion": texts[i],
                 "score": float(raw[i]),
                 "weights_version": flat[i].weights_version,
@@ -275,6 +291,16 @@ class Sampler:
         if self.config.missing_eos_penalty is not None:
             scores = torch.where(stopped, scores, self.config.missing_eos_penalty)
         return scores
+
+
+def score_means(
+    parts: Mapping[str, list[float]], count: int, device: torch.device
+) -> dict[str, float]:
+    """Each reward function's mean score over all ranks' answers, unweighted."""
+    sums = {f"objective/scores/{name}": sum(scores) for name, scores in parts.items()}
+    total = distributed.sum_mapping(sums | {"count": float(count)}, device)
+    answers = total.pop("count")
+    return {name: value / answers for name, value in total.items()}
 
 
 def rollout_metrics(
