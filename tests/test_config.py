@@ -8,6 +8,7 @@ import yaml
 
 from prefloop import (
     ChatConfig,
+    CheckConfig,
     CompareConfig,
     DPOConfig,
     GenerateConfig,
@@ -19,12 +20,14 @@ from prefloop import (
     WinrateConfig,
 )
 from prefloop.config.checks import validate
-from prefloop.config.labelling import LabelScoreConfig
+from prefloop.config.labelling import LabelExportConfig, LabelScoreConfig
 from prefloop.config.resolve import as_dict, build, resolve
 from prefloop.errors import UserError
 
 SFT = ["--model", "m", "--data", "d.jsonl", "--output", "out"]
 BASE = {"model": "m", "data": "d.jsonl", "output": Path("out")}
+GROUPS = BASE | {"reward_model": "r", "advantage": "rloo", "samples_per_prompt": 2}
+COMPARE = {"sft": "s", "models": ("a=b",), "data": "d", "judge": "a:b", "output": Path("o")}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -158,6 +161,30 @@ def test_missing_settings_are_named(tmp_path):
         (PPOConfig(**BASE, reward_model="r", ptx_coef=0.1), "belong together"),
         (PPOConfig(**BASE, reward_model="r", kl_target=6.0, kl_coef=0.0), "--kl-coef above 0"),
         (PPOConfig(**BASE, reward_model="r", max_new_tokens=1024), "leaves no room for a prompt"),
+        (PPOConfig(**GROUPS, gamma=0.9), "--gamma is read only with --advantage gae, and"),
+        (PPOConfig(**GROUPS, whiten_rewards=True), "--whiten-rewards is read only with --adv"),
+        (PPOConfig(**GROUPS, gae_lambda=0.9), "--gae-lambda is read only with --advantage gae"),
+        (PPOConfig(**GROUPS, kl_horizon=9.0), "--kl-horizon is read only with --kl-target, which"),
+        (PPOConfig(**GROUPS, ppo_epochs=2, target_kl=0.1), "--target-kl is read only from step 3"),
+        (PPOConfig(**GROUPS, ppo_epochs=1, cliprange=0.1), "--cliprange is read only from step 2"),
+        (PPOConfig(**GROUPS, eval_every=3), "--eval-every is read only with --eval-data or"),
+        (PPOConfig(**BASE, reward_model="r", reward_weights=(1.0,)), "only with --reward-function"),
+        (PPOConfig(**BASE, reward_function=("a:b", "a:b")), "names a function twice"),
+        (PPOConfig(**BASE, reward_function=("a:b",), reward_weights=(1.0, 2.0)), "2 numbers for 1"),
+        (RewardConfig(**BASE, loss="plackett-luce", normalize="pair"), "and --loss is plackett-l"),
+        (DPOConfig(**BASE, loss="orpo", beta=0.5), "--beta is read only with --loss sigmoid or"),
+        (GenerateConfig(model="m", prompt=("a",), temperature=0.0, top_k=3), "with --temperature"),
+        (CheckConfig(model="m", max_length=9), "--max-length is read only with --data"),
+        (CompareConfig(**COMPARE, best_of=3), "--best-of is read only with --reward-model"),
+        (
+            WinrateConfig(answers=Path("a"), baseline=Path("b"), judge="a:b", dtype="bfloat16"),
+            "--dtype is read by models, and each --judge is a function; leave it out",
+        ),
+        (LabelExportConfig(store="s", output=Path("o"), seed=3), "only with --eval-fraction"),
+        (
+            LabelExportConfig(store="s", output=Path("o"), form="audit", consensus="majority"),
+            "--consensus is read only with --form rankings or",
+        ),
         (GenerateConfig(model="m"), "give either --prompt or --data"),
         (
             GenerateConfig(model="m", prompt=("a",), top_p=0.0),

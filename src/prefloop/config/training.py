@@ -270,13 +270,15 @@ class PPOConfig(TrainingConfig):
             )
         if self.temperature == 0:
             yield "--temperature is 0; PPO must sample, give it above 0"
-        if self.ppo_epochs * self.num_minibatches == 1:
-            for name, default in (("cliprange", 0.2), ("cliprange_value", 0.2), ("target_kl", 0.0)):
-                if getattr(self, name) != default:
-                    yield (
-                        f"{flag(name)} is read only with --ppo-epochs or --num-minibatches above "
-                        "1: a single step sees the policy that sampled; leave it out"
-                    )
+        # An iteration's first step sees the policy that sampled; the second is the first to move.
+        steps = self.ppo_epochs * self.num_minibatches
+        fewest = {"cliprange": (0.2, 2), "cliprange_value": (0.2, 2), "target_kl": (0.0, 3)}
+        for name, (default, least) in fewest.items():
+            if getattr(self, name) != default and steps < least:
+                yield (
+                    f"{flag(name)} is read only from step {least} of an iteration on, and "
+                    f"--ppo-epochs x --num-minibatches is {steps}; raise them or leave it out"
+                )
         if bool(self.ptx_coef) != bool(self.sft_data):
             yield "--ptx-coef and --sft-data belong together; give both or neither"
         if self.kl_target > 0 and self.kl_coef == 0:
