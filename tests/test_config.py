@@ -21,6 +21,7 @@ from prefloop import (
 )
 from prefloop.config.checks import validate
 from prefloop.config.labelling import LabelExportConfig, LabelScoreConfig
+from prefloop.config.ranges import Above, AtLeast, Within
 from prefloop.config.resolve import as_dict, build, resolve
 from prefloop.errors import UserError
 
@@ -213,6 +214,21 @@ def test_compared_models_have_names(models, message):
     with pytest.raises(UserError) as caught:
         validate(config)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("within", "inside", "outside"),
+    [
+        (Above(0), (1e-9, 5.0), (0.0, -1.0)),
+        (AtLeast(0), (0.0, 5.0), (-1e-9,)),
+        (Within(0, 1), (0.0, 0.5, 1.0), (-1e-9, 1.5)),
+        (Within(0, 1, with_low=False), (1e-9, 1.0), (0.0, 1.5)),
+        (Within(0, 1, with_high=False), (0.0, 0.9), (1.0, -1.0)),
+    ],
+)
+def test_the_ends_of_each_kind_of_range(within, inside, outside):
+    assert all(map(within.holds, inside))
+    assert not any(map(within.holds, (*outside, float("nan"))))
 
 
 CHECKED = {
