@@ -102,8 +102,10 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
         check_writable(config.output)
     model = load_reward_model(config.reward_model, pick_device(config.device))
     records = formats.load(config.data, "preference", counts := RowCounts())
-    examples = tokenize(records, model.tokenizer, config.max_length, config.truncation, counts)
+    examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
+    for example in examples:
+        model.check_example(example)
     pairs: list[tuple[float, float, int, int]] = []
     with torch.no_grad(), autocast(model.device, config.dtype):
         for batch in to_batches(examples, config.micro_batch_tokens, model.device):

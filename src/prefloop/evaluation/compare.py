@@ -125,8 +125,10 @@ def _prepare(config: CompareConfig) -> Task:
     records = formats.load(config.data, "prompt", counts := RowCounts())
     records = split.first_prompts(records, config.max_prompts, counts)
     room = config.max_length - config.max_new_tokens
-    examples = tokenize(records, sft.tokenizer, room, config.truncation, counts)
+    examples = tokenize(records, sft.encoder, room, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
+    for example in examples:
+        sft.check_example(example, config.max_new_tokens)
     prompts = [records[example.record] for example in examples]
     for function in (judge, proxy):
         if isinstance(function, FunctionJudge):

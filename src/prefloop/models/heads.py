@@ -207,6 +207,7 @@ def _scaled(scores: Tensor, factor: float) -> tuple[Tensor, int, torch.dtype]:
 def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Scores [A] of the answers: the scalar head on each answer's last token, in float32.
 
+    The model's encoder says what that is (see LoadedModel.score_position).
     A trained reward model's scores are around the mean score of its training answers.
     """
     return scalar_head(model, hidden_states(model, batch)[batch.last_index]) - score_mean(model)

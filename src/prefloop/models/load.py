@@ -28,7 +28,7 @@ from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest
 from prefloop.models.memory import keep_freed_memory
-from prefloop.models.model import LoadedModel
+from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.precision import speed_up_float32
 from prefloop.runs import model_path
 
@@ -98,7 +98,9 @@ def load_scorer(
         head: Any = module.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
-    _set_distinct_pad(module, tokenizer)
+        setattr(module.config, SCORE_POSITION, "rendered")
+    if not trained or module.config.get_text_config().pad_token_id is None:
+        _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
     return _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
 
 

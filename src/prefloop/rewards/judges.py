@@ -55,29 +55,22 @@ def model_judge(
     import torch
 
     from prefloop.data.batches import micro_batches, pack
-    from prefloop.data.encoder import Encoder
-    from prefloop.data.tokenize import Example, encode_sampled
+    from prefloop.data.tokenize import Example, encode_answers
     from prefloop.models.heads import answer_scores
     from prefloop.models.precision import autocast
 
-    encoder = Encoder(model.tokenizer)
-
     def encode(prompt: Text, completion: str, ended: bool, index: int) -> Example:
-        head = tuple(encoder.prompt(prompt))
         said = completion if isinstance(prompt, str) else (Message("assistant", completion),)
-        answer = encode_sampled(encoder, prompt, said, Sampled(ended))
+        head, (answer,) = encode_answers(model.encoder, prompt, [said], [Sampled(ended)])
         if max_length is not None and len(head) + len(answer) > max_length:
             raise UserError(
                 f"{model.source}: answer {index} with its prompt has {len(head) + len(answer)} "
                 f"tokens, more than --max-length {max_length}; raise it"
             )
-        return Example(
-            prompt=head,
-            answers=(answer,),
-            answer_masks=((True,) * len(answer),),
-            index=index,
-            where=f"answer {index}",
-        )
+        masks = ((True,) * len(answer),)
+        example = Example(head, (answer,), masks, index=index, where=f"answer {index}")
+        model.check_example(example)
+        return example
 
     def judge(
         prompts: Sequence[Text],

@@ -278,7 +278,7 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
         reward_model = load_reward_model(config.reward_model, device)
         fixed.append(reward_model.module.requires_grad_(False))
         if same_ids(policy.tokenizer, reward_model.tokenizer):
-            scorer = token_scorer(reward_model, config)
+            scorer = token_scorer(reward_model, config, stops)
             value_start = config.value_model or config.reward_model
         else:
             judge = model_judge(reward_model, config.dtype, config.micro_batch_tokens)

@@ -98,15 +98,24 @@ def padded(flat: Tensor, examples: Sequence[Example]) -> Tensor:
     return pad_sequence(list(flat.split(lengths)), batch_first=True)
 
 
-def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
-    """Scores of the sampled tokens themselves, by a reward model with the policy's tokenizer."""
+def token_scorer(scorer: LoadedModel, config: PPOConfig, stops: frozenset[int]) -> Scorer:
+    """Scores of the sampled tokens themselves, by a reward model with the policy's tokenizer.
+
+    In a chat what its template prints after an answer follows those that stopped, if it reads so.
+    """
 
     @torch.no_grad()
     def score(
         prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
     ) -> Scored:
         scores: list[float] = []
-        for batch in to_batches(examples, config.micro_batch_tokens, scorer.device):
+        read = []
+        for example, prompt in zip(examples, prompts[:: config.samples_per_prompt], strict=True):
+            chat = not isinstance(prompt, str)
+            tails = [chat and answer[-1] in stops for answer in example.answers]
+            whole = map(scorer.encoder.with_tail, example.answers, tails)
+            read.append(with_answers(example, list(whole)))
+        for batch in to_batches(read, config.micro_batch_tokens, scorer.device):
             with autocast(scorer.device, config.dtype):
                 scores += answer_scores(scorer, batch).tolist()
         return Scored(scores, {})
