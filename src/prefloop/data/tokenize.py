@@ -141,15 +141,15 @@ def stop_token_ids(
     return frozenset(stop for stop in stops if stop is not None)
 
 
-def check_ids(source: str, example: Example, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """UserError for a token of the example that the `rows` embeddings of `source` do not have."""
-    largest = max(map(max, filter(None, (example.prompt, *example.answers))), default=0)
-    if largest >= rows:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"{located(example.where)}token {token} ({largest}) is beyond the {rows} embeddings of "
-            f"{source}; resize them and save the model"
-        )
+def check_ids(example: Example, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError for the example's first token that a model's `rows` embeddings do not have."""
+    for ids in (example.prompt, *example.answers):
+        if max(ids, default=0) >= rows:
+            first = next(token for token in ids if token >= rows)
+            raise UserError(
+                f"{located(example.where)}token {tokenizer.convert_ids_to_tokens(first)} ({first}) "
+                f"is beyond the model's {rows} embeddings; resize them and save the model"
+            )
 
 
 def same_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

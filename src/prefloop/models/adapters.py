@@ -16,10 +16,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prefloop.errors import UserError, telling_line
-from prefloop.runs import require_there
+from prefloop.errors import UserError, first_line
 
-
+EMBEDDINGS = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|lm_head)\S*weight$")
 MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 """Kinds whose fused kernels read some layers' weights past their adapters: PEFT refuses those."""
 
@@ -46,7 +45,7 @@ def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     except Exception as error:  # PEFT refuses in many ways
         raise UserError(
             f"{module.name_or_path}: PEFT cannot add adapters to {type(module).__name__} "
-            f"({telling_line(error)}); train all weights with --lora-rank 0"
+            f"({first_line(error)}); train all weights with --lora-rank 0"
         ) from error
     assert isinstance(wrapped, PeftModel)
     return wrapped
@@ -77,6 +76,18 @@ def is_adapter_folder(path: str) -> bool:
 def is_scorer_adapter(path: str) -> bool:
     """Whether an adapter folder belongs to a sequence classifier."""
     return bool(PeftConfig.from_pretrained(path).task_type == TaskType.SEQ_CLS)
+
+
+def require_there(path: str, what: str = "") -> None:
+    """UserError for what can only be a local path and is not there, before any hub is asked."""
+    if Path(path).exists():
+        return
+    owner, *rest = path.split("/")
+    local = len(rest) > 1 or (rest and (owner in ("", ".", "..", "~", "runs") or not rest[0]))
+    if local or "\\" in path or (rest and Path(owner).is_dir()):
+        raise UserError(
+            f"{what}{path}: not a model folder or hub id: nothing is there; mend the path"
+        )
 
 
 def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -120,9 +131,8 @@ def _embedding_rows(path: str) -> int | None:
         return None
     with safe_open(file, "pt") as weights:
         for name in weights.keys():  # noqa: SIM118  (not a mapping)
-            if re.search(r"(embed_tokens|wte|embed_in|word_embeddings|lm_head)\S*weight$", name):
-                if "lora_" not in name:
-                    return int(weights.get_slice(name).get_shape()[0])
+            if "lora_" not in name and EMBEDDINGS.search(name):
+                return int(weights.get_slice(name).get_shape()[0])
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -31,6 +31,7 @@ class LoadedModel:
     source: str
     max_length: int | None = None  # longest sequence with exact positions, where there is a bound
     varlen: bool = False  # bfloat16 attention may be one call of FlashAttention
+    dropout: Sequence[tuple[Any, str, float]] = ()  # the configuration's own rates, all off here
     template_args: Mapping[str, Any] | None = None  # of the chat template
 
     @property
@@ -80,7 +81,7 @@ class LoadedModel:
         longest = max(map(len, example.answers), default=room)
         self.check_length(len(example.prompt) + longest, example.where)
         rows = len(self.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
-        check_ids(self.source, example, rows, self.tokenizer)
+        check_ids(example, rows, self.tokenizer)
 
     def check_length(self, tokens: int, where: str = "") -> None:
         """UserError for a sequence (from `where`) that the model's positions do not carry."""
