@@ -122,7 +122,7 @@ def tokens_scored(folder, prompts, answers):
     examples = [with_answers(e, [answer]) for e, answer in zip(asked, answers, strict=True)]
     config = PPOConfig(model="", data="", output=folder)
     score = token_scorer(scorer, config, stop_token_ids(scorer.tokenizer))
-    return score(prompts, [""] * len(answers), examples)
+    return list(score(records, [""] * len(answers), examples).scores)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "zephyr"])

@@ -111,7 +111,7 @@ def token_scorer(scorer: LoadedModel, config: PPOConfig, stops: frozenset[int]) 
         scores: list[float] = []
         read = []
         for example, prompt in zip(examples, prompts[:: config.samples_per_prompt], strict=True):
-            chat = not isinstance(prompt, str)
+            chat = not isinstance(prompt.prompt, str)
             tails = [chat and answer[-1] in stops for answer in example.answers]
             whole = map(scorer.encoder.with_tail, example.answers, tails)
             read.append(with_answers(example, list(whole)))
