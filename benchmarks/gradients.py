@@ -30,7 +30,7 @@ from prefloop.records import RowCounts
 from prefloop.training import loop, ppo
 from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward
-from prefloop.training.rollout import Sampler
+from prefloop.training.rollout import Sampler, Scored
 from prefloop.training.rows import Prompts
 from prefloop.training.sft import SFT
 
@@ -149,7 +149,7 @@ def _method(
         return trained, batches, dpo
     config = PPOConfig(**settings)
     old, critic = policy(f"{models}/reference"), as_scorer(f"{models}/scorer")
-    sampler = Sampler(config, model, critic, None, lambda *_: [], frozenset())
+    sampler = Sampler(config, model, critic, None, lambda *_: Scored([], {}), frozenset())
     nothing = Prompts((), ())
     items = rollouts(batches, old, scorer(f"{models}/scorer"))
     return ppo.PPO(config, sampler, nothing, [], nothing, []), items, config

@@ -1,17 +1,34 @@
 """Settings: defaults < YAML < flags; what is wrong is told in one line."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from prefloop import CompareConfig, DPOConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from prefloop import (
+    ChatConfig,
+    CheckConfig,
+    CompareConfig,
+    DPOConfig,
+    GenerateConfig,
+    PPOConfig,
+    RewardConfig,
+    RewardQualityConfig,
+    SampleConfig,
+    SFTConfig,
+    WinrateConfig,
+)
 from prefloop.config.checks import validate
+from prefloop.config.labelling import LabelExportConfig, LabelScoreConfig
+from prefloop.config.ranges import Above, AtLeast, Within
 from prefloop.config.resolve import as_dict, build, resolve
 from prefloop.errors import UserError
 
 SFT = ["--model", "m", "--data", "d.jsonl", "--output", "out"]
 BASE = {"model": "m", "data": "d.jsonl", "output": Path("out")}
+GROUPS = BASE | {"reward_model": "r", "advantage": "rloo", "samples_per_prompt": 2}
+COMPARE = {"sft": "s", "models": ("a=b",), "data": "d", "judge": "a:b", "output": Path("o")}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -128,10 +145,13 @@ def test_missing_settings_are_named(tmp_path):
         (DPOConfig(**BASE, label_smoothing=0.5), "it must be in [0, 0.5)"),
         (
             DPOConfig(**BASE, loss="ipo", label_smoothing=0.1),
-            "--label-smoothing is read only with --loss sigmoid or robust; leave it out",
+            "--label-smoothing is read only with --loss sigmoid or robust, and --loss is ipo",
         ),
         (DPOConfig(**BASE, simpo_gamma=1.0), "--simpo-gamma is read only with --loss simpo"),
-        (DPOConfig(**BASE, loss="orpo", ref_model="r"), "--loss orpo has no reference"),
+        (
+            DPOConfig(**BASE, loss="orpo", ref_model="r"),
+            "--ref-model is read only with",
+        ),
         (RewardConfig(**BASE, tie_parameter=2.0), "read only with --loss rao-kupper or davidson"),
         (RewardConfig(**BASE, loss="rao-kupper", tie_parameter=0.5), "needs one above 1"),
         (PPOConfig(**BASE), "give either --reward-model or --reward-function"),
@@ -142,6 +162,30 @@ def test_missing_settings_are_named(tmp_path):
         (PPOConfig(**BASE, reward_model="r", ptx_coef=0.1), "belong together"),
         (PPOConfig(**BASE, reward_model="r", kl_target=6.0, kl_coef=0.0), "--kl-coef above 0"),
         (PPOConfig(**BASE, reward_model="r", max_new_tokens=1024), "leaves no room for a prompt"),
+        (PPOConfig(**GROUPS, gamma=0.9), "--gamma is read only with --advantage gae, and"),
+        (PPOConfig(**GROUPS, whiten_rewards=True), "--whiten-rewards is read only with --adv"),
+        (PPOConfig(**GROUPS, gae_lambda=0.9), "--gae-lambda is read only with --advantage gae"),
+        (PPOConfig(**GROUPS, kl_horizon=9.0), "--kl-horizon is read only with --kl-target, which"),
+        (PPOConfig(**GROUPS, ppo_epochs=2, target_kl=0.1), "--target-kl is read only from step 3"),
+        (PPOConfig(**GROUPS, ppo_epochs=1, cliprange=0.1), "--cliprange is read only from step 2"),
+        (PPOConfig(**GROUPS, eval_every=3), "--eval-every is read only with --eval-data or"),
+        (PPOConfig(**BASE, reward_model="r", reward_weights=(1.0,)), "only with --reward-function"),
+        (PPOConfig(**BASE, reward_function=("a:b", "a:b")), "names a function twice"),
+        (PPOConfig(**BASE, reward_function=("a:b",), reward_weights=(1.0, 2.0)), "2 numbers for 1"),
+        (RewardConfig(**BASE, loss="plackett-luce", normalize="pair"), "and --loss is plackett-l"),
+        (DPOConfig(**BASE, loss="orpo", beta=0.5), "--beta is read only with --loss sigmoid or"),
+        (GenerateConfig(model="m", prompt=("a",), temperature=0.0, top_k=3), "with --temperature"),
+        (CheckConfig(model="m", max_length=9), "--max-length is read only with --data"),
+        (CompareConfig(**COMPARE, best_of=3), "--best-of is read only with --reward-model"),
+        (
+            WinrateConfig(answers=Path("a"), baseline=Path("b"), judge="a:b", dtype="bfloat16"),
+            "--dtype is read by models, and each --judge is a function; leave it out",
+        ),
+        (LabelExportConfig(store="s", output=Path("o"), seed=3), "only with --eval-fraction"),
+        (
+            LabelExportConfig(store="s", output=Path("o"), form="audit", consensus="majority"),
+            "--consensus is read only with --form rankings or",
+        ),
         (GenerateConfig(model="m"), "give either --prompt or --data"),
         (
             GenerateConfig(model="m", prompt=("a",), top_p=0.0),
@@ -172,6 +216,65 @@ def test_compared_models_have_names(models, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("within", "inside", "outside"),
+    [
+        (Above(0), (1e-9, 5.0), (0.0, -1.0)),
+        (AtLeast(0), (0.0, 5.0), (-1e-9,)),
+        (Within(0, 1), (0.0, 0.5, 1.0), (-1e-9, 1.5)),
+        (Within(0, 1, with_low=False), (1e-9, 1.0), (0.0, 1.5)),
+        (Within(0, 1, with_high=False), (0.0, 0.9), (1.0, -1.0)),
+    ],
+)
+def test_the_ends_of_each_kind_of_range(within, inside, outside):
+    assert all(map(within.holds, inside))
+    assert not any(map(within.holds, (*outside, float("nan"))))
+
+
+CHECKED = {
+    "training.sft:run": SFTConfig(**BASE, lr=-1.0),
+    "training.reward:run": RewardConfig(**BASE, lr=-1.0),
+    "training.preference:run": DPOConfig(**BASE, lr=-1.0),
+    "training.ppo:run": PPOConfig(**BASE, reward_model="r", lr=-1.0),
+    "generation.commands:sample": SampleConfig(model="m", data="d", output=Path("o"), top_p=-1.0),
+    "generation.commands:generate": GenerateConfig(model="m", prompt=("a",), top_p=-1.0),
+    "generation.commands:chat": ChatConfig(model="m", top_p=-1.0),
+    "evaluation.compare:compare": CompareConfig(
+        sft="s", models=("a=b",), data="d", judge="a:b", output=Path("o"), temperature=-1.0
+    ),
+    "evaluation.winrate:run": WinrateConfig(
+        answers=Path("a"), baseline=Path("b"), judge="a:b", max_length=-1
+    ),
+    "evaluation.calibration:run": RewardQualityConfig(reward_model="r", data="d", agreement=-1.0),
+    "evaluation.label_scores:run": LabelScoreConfig(
+        store="absent.db", reward_model=("a:b", "a:c"), max_length=-1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_python_callers_are_checked_too(name, tmp_path, monkeypatch):
+    """Whoever calls what is behind a command is told the same, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    module, function = name.split(":")
+    with pytest.raises(UserError, match=r"^--[a-z-]+ is -1(\.0)?; it must be "):
+        getattr(importlib.import_module(f"prefloop.{module}"), function)(CHECKED[name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_types_and_defaults_as_before(capsys):
+    """What stands beside a field is for `validate`: the help knows nothing of it."""
+    with pytest.raises(SystemExit):
+        resolve(DPOConfig, None, ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--lr FLOAT " in out
+    assert "--seed INT " in out
+    assert "--device STR " in out
+    assert "(default: 1e-06)" in out.replace("│ ", "")
+    assert "Above" not in out
+    assert "OnlyWith" not in out
+
+
 def test_good_settings_pass():
     validate(SFTConfig(**BASE, device="cuda:1", lora_rank=8, lora_alpha=16.0))
     validate(DPOConfig(**BASE, loss="robust", label_smoothing=0.1))
@@ -196,5 +299,5 @@ def test_numbers_beyond_all_measure(tmp_path):
     path = write(tmp_path, f"model: m\ndata: d\noutput: o\nlr: {'9' * 400}\n")
     with pytest.raises(UserError, match="lr"):
         validate(resolve(SFTConfig, path, []))
-    with pytest.raises(UserError, match=r"--seed is \d+; it must be below 2\^63"):
+    with pytest.raises(UserError, match=r"--seed is \d+; it must be 0 or more and below 2\^63"):
         validate(SFTConfig(model="m", data="d", output=Path("o"), seed=10**20))

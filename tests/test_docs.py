@@ -9,6 +9,7 @@ import shutil
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -134,7 +135,7 @@ def test_named_flags_exist(path):
     """A flag in `code`, on the command named with it or on any."""
     known = {
         name: {flag(f.name) for f in fields(command.config)}
-        | {flag(f"no_{f.name}") for f in fields(command.config) if f.type == "bool"}
+        | {flag(f"no_{n}") for n, kind in get_type_hints(command.config).items() if kind is bool}
         | {"--config", "--help"}
         for name, command in COMMANDS.items()
     }

@@ -5,15 +5,16 @@ import importlib
 import inspect
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 
 from prefloop import config as config_module
 from prefloop.commands import COMMANDS
 from prefloop.config import labelling as config_labelling
-from prefloop.config.checks import INTERVALS, NOT_NEGATIVE, ONLY_WITH, POSITIVE
-from prefloop.config.resolve import as_dict, build
+from prefloop.config.checks import problems
+from prefloop.config.ranges import OnlyWith, Range
+from prefloop.config.resolve import as_dict, build, flag
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prefloop"
@@ -38,9 +39,6 @@ BUDGETS = {
     "": 2200,
 }
 """Lines of each folder that are not blank; the last is for the rest."""
-
-ANY_NUMBER = {"missing_eos_penalty"}
-"""Settings that may be any finite number."""
 
 
 def line_count(path):
@@ -111,22 +109,61 @@ def test_every_setting_is_documented():
                     assert isinstance(text, str), f"{node.name}.{field.target.id}"
 
 
-def test_every_number_has_its_range():
-    checked = POSITIVE | NOT_NEGATIVE | INTERVALS.keys() | ANY_NUMBER
+def marks(config, name):
+    """What stands beside a setting."""
+    return getattr(get_type_hints(config, include_extras=True)[name], "__metadata__", ())
+
+
+def an_example(config, **settings):
+    """A configuration whose required settings are given somehow."""
+    examples = {str: "x", Path: Path("x"), tuple[str, ...]: ("a=x",)}
+    hints = get_type_hints(config)
+    required = {f.name: examples[hints[f.name]] for f in fields(config) if f.default is MISSING}
+    return config(**required | settings)
+
+
+NUMBERS = [
+    (config, name)
+    for config in CONFIGS
+    for name, kind in get_type_hints(config).items()
+    if kind in (int, float, float | None, int | None)
+]
+
+
+@pytest.mark.parametrize(("config", "name"), NUMBERS)
+def test_every_number_has_its_range(config, name):
+    """One range stands beside it, lets the default through and is kept at both of its ends."""
+    [within] = [mark for mark in marks(config, name) if isinstance(mark, Range)]
+    kind = int if get_type_hints(config)[name] is int else float
+    start = next(field.default for field in fields(config) if field.name == name)
+    assert start is None or within.holds(start)
+    outside = [
+        kind(value) for value in (-1, 0, 0.5, 1, 1.5, 2**63) if not within.holds(kind(value))
+    ]
+    if kind is float:
+        outside += [float("nan"), float("inf"), -float("inf")]
+    for value in outside:
+        told = f"{flag(name)} is {value}; "
+        assert any(p.startswith(told) for p in problems(an_example(config, **{name: value})))
+    assert outside
+
+
+def test_what_reads_a_setting_exists():
+    """`OnlyWith` names a setting of the same class, and values that it can take."""
     for config in CONFIGS:
-        for name, kind in get_type_hints(config).items():
-            if kind in (int, float, float | None, int | None):
-                assert name in checked, f"{config.__name__}.{name}"
-    assert (checked | ONLY_WITH.keys()) <= set(FIELDS)
+        kinds = get_type_hints(config)
+        for name in kinds:
+            for mark in marks(config, name):
+                if isinstance(mark, OnlyWith):
+                    taken = set(get_args(kinds[mark.other]))
+                    assert not mark.values or set(mark.values) < taken, name
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_every_configuration_loads(config):
-    """From a mapping of its required settings, and again from what it says of itself."""
-    examples = {str: "x", Path: "x", tuple[str, ...]: ["a=x"]}
-    hints = get_type_hints(config)
-    required = {f.name: examples[hints[f.name]] for f in fields(config) if f.default is MISSING}
-    loaded = build(config, required, "test")
+    """From what it says of itself, twice."""
+    loaded = build(config, as_dict(an_example(config)), "test")
+    assert loaded == an_example(config)
     assert build(config, as_dict(loaded), "test") == loaded
 
 

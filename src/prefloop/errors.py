@@ -19,8 +19,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """What an error says, for a message of one line: a heading with what stands under it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Traceback"):
+        return lines[-1]
+    heading = lines[0].endswith(":") and len(lines) > 1
+    return f"{lines[0]} {lines[1]}" if heading else lines[0]
 
 
 def located(where: str) -> str:

@@ -95,7 +95,7 @@ def test_best_of_n_takes_the_reward_models_favourite(config: CompareConfig) -> N
     compare(replace(config, samples_per_prompt=1, best_of=4))
     rows = read_answers(config)
     one = {row["prompt"]: row for row in rows if row["way"] == "best-of-4"}
-    compare(replace(config, samples_per_prompt=5, reward_model=None))
+    compare(replace(config, samples_per_prompt=5, reward_model=None, best_of=4))
     rows = read_answers(config)
     reward = load_judge(str(config.reward_model), device="cpu")
     for row in rows:
@@ -107,7 +107,7 @@ def test_best_of_n_takes_the_reward_models_favourite(config: CompareConfig) -> N
 
 
 def test_kl_is_that_of_plain_transformers(config: CompareConfig) -> None:
-    compare(replace(config, samples_per_prompt=1, reward_model=None))
+    compare(replace(config, samples_per_prompt=1, reward_model=None, best_of=4))
     for row in read_answers(config):
         (tokens,) = row["tokens"]
         path = config.models[1].split("=")[1] if row["way"] == "other" else config.sft
@@ -118,7 +118,7 @@ def test_kl_is_that_of_plain_transformers(config: CompareConfig) -> None:
 def test_faults_are_one_line(config: CompareConfig, tmp_path: Path) -> None:
     for change, message in (
         ({"models": ("other",)}, "name=path"),
-        ({"models": ("a=x", "a=y")}, "once"),
+        ({"models": ("a=x", "a=y")}, "twice"),
         ({"max_new_tokens": 1022}, "prompts.jsonl:1"),
     ):
         with pytest.raises(UserError, match=message):

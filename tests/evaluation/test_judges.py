@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from prefloop.errors import UserError
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
 from prefloop.records import Message
-from prefloop.rewards.judges import function_judge, load_judge
+from prefloop.rewards.functions import function_judge
+from prefloop.rewards.judges import load_judge
 from tests.tiny import tiny_model, tiny_tokenizer
 
 HERE = "tests.evaluation.test_judges"
@@ -113,3 +115,31 @@ def test_a_reward_models_faults(tmp_path: Path) -> None:
         load_judge(str(folder), device="cpu", max_length=4)(["a long prompt"], ["and answer"])
     with pytest.raises(UserError, match="nowhere"):
         load_judge(str(tmp_path / "nowhere"), device="cpu")
+
+
+async def slowly(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    await asyncio.sleep(0)
+    return [2.0] * len(completions)
+
+
+async def never(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    raise TimeoutError("no answer")
+
+
+def test_an_async_function_is_awaited_also_where_a_loop_runs() -> None:
+    judge = function_judge(f"{HERE}:slowly", f"{HERE}:lengths", weights=(0.5, 10.0))
+    assert judge(["a"], ["bc"]) == [0.5 * 2 + 10 * 3]
+
+    async def in_a_notebook() -> list[float]:
+        return judge(["a"], ["bc"])
+
+    assert asyncio.run(in_a_notebook()) == [31.0]
+    with pytest.raises(UserError, match="never failed: TimeoutError: no answer"):
+        function_judge(f"{HERE}:never")(["a"], ["b"])
+
+
+def test_functions_of_one_name_are_told_apart_by_their_modules() -> None:
+    judge = function_judge(f"{HERE}:lengths", "tests.evaluation.test_winrate:length_judge")
+    assert judge.names == ("lengths", "length_judge")
+    judge = function_judge("tests.training.rewards:raises", f"{HERE}:raises")
+    assert judge.names == ("tests.training.rewards:raises", f"{HERE}:raises")

@@ -81,6 +81,23 @@ def test_plackett_luce_leaves_ties_uncompared() -> None:
     assert loss.item() == pytest.approx(-(2 - math.log(e(2) + e(1) + e(0.5))), rel=1e-6)
 
 
+def test_plackett_luce_with_a_tie_above_compares_it_with_what_lies_below_alone() -> None:
+    # a = c > b, p = e^r = 3, 1, 2: each of a and c is chosen out of itself and b.
+    scores = torch.tensor([[math.log(3.0), 0.0, math.log(2.0)]])
+    loss, count = plackett_luce_loss(scores, torch.tensor([[0, 1, 0]]))
+    assert loss.item() == pytest.approx(-math.log(3 / (3 + 1)) - math.log(2 / (2 + 1)), rel=1e-6)
+    assert count.item() == 1
+
+
+def test_plackett_luce_with_a_tie_in_the_middle_by_hand() -> None:
+    # b > a = d > c, p = e^r = 2, 4, 1, 3: b out of all; a and d each out of itself and c.
+    scores = torch.tensor([[2.0, 4.0, 1.0, 3.0]]).log()
+    loss, count = plackett_luce_loss(scores, torch.tensor([[1, 0, 2, 1]]))
+    expected = math.log(4 / 10) + math.log(2 / (2 + 1)) + math.log(3 / (3 + 1))
+    assert loss.item() == pytest.approx(-expected, rel=1e-6)
+    assert count.item() == 1
+
+
 def test_rao_kupper_by_hand() -> None:
     # p = e^r = 3, 1, 1; theta = 2; a > b, a > c, b = c.
     scores = torch.tensor([[math.log(3.0), 0.0, 0.0]])

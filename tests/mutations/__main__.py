@@ -1,4 +1,4 @@
-"""Five classic bugs, put into a copy of the source one at a time: each must make the suite fail.
+"""Classic bugs, put into a copy of the source one at a time: each must make the suite fail.
 
     python -m tests.mutations
 
@@ -63,6 +63,63 @@ BUGS = (
         "is_last = mask & (tokens_left == 1)",
         "is_last = torch.nn.functional.pad(mask & (tokens_left == 1), (1, -1))",
         ("tests/losses/test_ppo.py",),
+    ),
+    Bug(
+        "Plackett-Luce lets tied answers compete with each other",
+        "losses/reward.py",
+        "rivals = wins | torch.eye(tiers.shape[1], dtype=torch.bool, device=tiers.device)",
+        "rivals = (tiers[:, :, None] <= tiers[:, None, :]) & (tiers >= 0)[:, :, None] | torch.eye("
+        "tiers.shape[1], dtype=torch.bool, device=tiers.device)",
+        ("tests/losses/test_reward.py",),
+    ),
+    Bug(
+        "a setting that group baselines do not read is accepted",
+        "config/training.py",
+        "gamma: Annotated[float, Within(0, 1), CRITIC]",
+        "gamma: Annotated[float, Within(0, 1)]",
+        ("tests/test_config.py",),
+    ),
+    Bug(
+        "a range lets its open end in",
+        "config/ranges.py",
+        "lambda value: value > low",
+        "lambda value: value >= low",
+        ("tests/test_config.py::test_the_ends_of_each_kind_of_range",),
+    ),
+    Bug(
+        "Python callers are not checked",
+        "training/loop.py",
+        "    validate(config)\n",
+        "",
+        ("tests/test_config.py::test_python_callers_are_checked_too",),
+    ),
+    Bug(
+        "a ranking's margin is dropped",
+        "data/formats.py",
+        "return [replace(_ranking(row, where), margin=_margin(row, where))]",
+        "return [_ranking(row, where)]",
+        ("tests/training/test_bad_input.py::test_a_rankings_margin_is_of_each_of_its_pairs",),
+    ),
+    Bug(
+        "a margin that the loss does not read is accepted",
+        "training/rows.py",
+        "        if example.margin:",
+        "        if example.margin < 0:",
+        ("tests/training/test_bad_input.py::test_a_margin_that_the_loss_does_not_read_is_told",),
+    ),
+    Bug(
+        "columns stand by other prompts",
+        "rewards/functions.py",
+        "return {name: [row.get(name) for row in rows] for name in names}",
+        "return {name: [row.get(name) for row in reversed(rows)] for name in names}",
+        ("tests/outside/test_reward_needs_columns.py",),
+    ),
+    Bug(
+        "weights of reward functions are not read",
+        "rewards/functions.py",
+        "sum(w * score for w",
+        "sum(score for w",
+        ("tests/evaluation/test_judges.py",),
     ),
     Bug(
         "answers of one prompt see each other",

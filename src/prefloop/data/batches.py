@@ -10,7 +10,7 @@ in the stream once however many answers it has:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -165,39 +165,6 @@ def pack(examples: Sequence[Example]) -> TokenBatch:
 def packed_length(example: Example) -> int:
     """Tokens an example takes in a stream."""
     return len(example.prompt) + sum(len(answer) for answer in example.answers)
-
-
-def computed_tokens(examples: Sequence[Example], padded: bool = False) -> int:
-    """Tokens of one forward pass over the examples: of their stream, or `padded` to a rectangle."""
-    if not padded:
-        return sum(map(packed_length, examples))
-    rows = [len(example.prompt) + len(answer) for example in examples for answer in example.answers]
-    return len(rows) * max(rows, default=0)
-
-
-def split_answers(
-    examples: Sequence[Example], max_tokens: int, padded: bool = False
-) -> list[Example]:
-    """The examples in order, those longer than `max_tokens` as pieces: some of their answers each.
-
-    The prompt is repeated; an answer that is too long with its prompt stands alone. A piece says
-    nothing of how answers compare: its tiers and labels stay with the whole example.
-    """
-    pieces = []
-    for example in examples:
-        first = 0
-        for end in range(1, len(example.answers)):
-            if computed_tokens([_some_answers(example, first, end + 1)], padded) > max_tokens:
-                pieces.append(_some_answers(example, first, end))
-                first = end
-        pieces.append(_some_answers(example, first, len(example.answers)) if first else example)
-    return pieces
-
-
-def _some_answers(example: Example, first: int, end: int) -> Example:
-    chosen = slice(first, end)
-    answers, masks = example.answers[chosen], example.answer_masks[chosen]
-    return replace(example, answers=answers, answer_masks=masks, tiers=(), labels=())
 
 
 def micro_batches(

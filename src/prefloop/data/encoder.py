@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from prefloop.errors import UserError, first_line
-from prefloop.records import Message, Text, text_to_json, tools_of
+from prefloop.records import Message, Sampled, Text, text_to_json, tools_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,15 @@ class Encoder:
     """A tokenizer with what is asked of it again and again."""
 
     tokenizer: PreTrainedTokenizerBase
+    template_args: Mapping[str, Any] | None = None
+    """Given to the chat template beside the messages."""
+    whole: bool = False
+    """A prompt with its answer is one text, as most programs read scorers: its last token counts,
+    whatever the template prints there. Otherwise an answer ends with its stop token."""
+    unscored: int | None = None
+    """Padding of a scorer that reads its text whole: Transformers never scores it at the end."""
+    trains: bool = True
+    """A template that is unfit for training on chats is refused."""
 
     def ids(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a text that begins a sequence."""
@@ -68,16 +78,28 @@ class Encoder:
     @cached_property
     def turn(self) -> Turn:
         """Found with a probe; what follows the probe is the same for every answer."""
-        head, found, tail = self._answer_text(ASKED, ANSWERED).rpartition(PROBE)
+        return Turn(self._answer_text(ASKED, ANSWERED).rpartition(PROBE)[0], *self.ending)
+
+    @cached_property
+    def ending(self) -> tuple[str, str, int | None]:
+        """What follows an answer: text to the stop token, text after it, and that token's id."""
+        _, found, tail = self.render([*ASKED, *ANSWERED], generation_prompt=False).rpartition(PROBE)
         if not found:
             raise UserError("the chat template does not print an assistant message's content")
         added = {str(token): id_ for id_, token in self.tokenizer.added_tokens_decoder.items()}
         inside = [(tail.index(token), -len(token), token) for token in added if token in tail]
         if not inside:
-            return Turn(head, tail, "", None)
+            return tail, "", None
         at, _, token = min(inside)
         at += len(token)
-        return Turn(head, tail[:at], tail[at:], added[token])
+        return tail[:at], tail[at:], added[token]
+
+    @cached_property
+    def tail(self) -> list[int]:
+        """Ids of what the template prints after the stop token, as they stand in a whole chat."""
+        stop = self.ending[2]
+        ids = self.ids(self.render([*ASKED, *ANSWERED], generation_prompt=False))
+        return [] if stop is None else ids[len(ids) - ids[::-1].index(stop) :]
 
     def render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         """The template's text of a chat."""
@@ -98,8 +120,9 @@ class Encoder:
                 tools=tools,  # type: ignore[arg-type]
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
+                **(self.template_args or {}),
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise UserError(
                 f"the chat template refuses these messages ({first_line(error)}); mend the row"
             ) from error
@@ -177,6 +200,47 @@ class Encoder:
             ids.pop()
         return ids
 
+    def scored(
+        self, prompt: Text, answers: Sequence[Text], sampled: Sequence[Sampled]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of a prompt and of answers as parts of whole texts; the last token is scored."""
+        if self.trains and not isinstance(prompt, str):
+            _ = self.turn
+        asked = self.prompt(prompt)
+        texts = [
+            asked + self.with_tail(how.ids, chat=not isinstance(prompt, str) and how.ended)
+            if how.ids and how.tokenizer == self.fingerprint
+            else self._whole(prompt, answer, how.ended)
+            for answer, how in zip(answers, sampled, strict=True)
+        ]
+        columns = zip(asked, *(text[:-1] for text in texts), strict=False)  # the shortest's length
+        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        return texts[0][:shared], [text[shared:] for text in texts]
+
+    def with_tail(self, ids: Sequence[int], chat: bool) -> list[int]:
+        """Sampled tokens up to what is scored; in a chat with what the template prints after."""
+        tail = self.tail if chat and self.whole and self.tokenizer.chat_template else []
+        return self._without_padding([*ids, *tail])
+
+    def _whole(self, prompt: Text, answer: Text, end: bool) -> list[int]:
+        """Ids of a prompt with its answer as one text, up to the token that is scored."""
+        if isinstance(prompt, str) and isinstance(answer, str):
+            eos, ids = self.tokenizer.eos_token_id, self.prompt(prompt + answer)
+            ids = [*ids, eos] if end and eos is not None and ids[-1:] != [eos] else ids
+        elif isinstance(prompt, str) or isinstance(answer, str):
+            raise UserError("prompt and answer must both be strings or both be messages")
+        else:
+            text = self.render([*prompt, *answer], generation_prompt=False)
+            ids = self.ids(text if end else _cut(text, answer[-1].content))
+        return self._without_padding(ids)
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """The ids up to the last that Transformers would score."""
+        kept = len(ids)
+        while kept > 1 and ids[kept - 1] == self.unscored:
+            kept -= 1
+        return ids[:kept]
+
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[bool]]:
         """The prompt up to the first assistant content, the rest, and the rest's loss mask.
 
@@ -208,3 +272,12 @@ class Encoder:
             mask += [False] * len(asked) + [messages[at].trained] * len(turn)
             done = ended
         return ids[:prompt], ids[prompt:], mask[prompt:]
+
+
+def _cut(text: str, content: str) -> str:
+    """A rendered chat up to its last content, which the template may have stripped."""
+    for said in (content, content.rstrip(), content.strip()):
+        before, found, _ = text.rpartition(said)
+        if said and found:
+            return before + found
+    return text

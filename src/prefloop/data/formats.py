@@ -136,7 +136,7 @@ def _parsed(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
         if kind == "demonstration" and _has(row, name):
             return [_conversation(row[name], name, where)]
     if kind == "preference" and _has(row, "prompt", "completions", "tiers"):
-        return [_ranking(row, where)]
+        return [replace(_ranking(row, where), margin=_margin(row, where))]
     if kind == "prompt" and _has(row, "prompt"):
         return [_prompt(row, where)]
     if kind == "demonstration" and _has(row, "prompt", "completion"):
@@ -157,6 +157,8 @@ def _parsed(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
             gone = ("prompt", "chosen", "rejected", *HEADS)
             extra = {key: row[key] for key in row if key not in gone}
             return [Prompt(pair.prompt, where, extra)]
+        if _margin(row, where):
+            raise UserError(f"{where}: `margin` is of a pair, and --loss kto reads none; remove it")
         answers = ((pair.chosen, True), (pair.rejected, False))
         return [
             Unpaired(pair.prompt, answer, label, where, pair.sampled[place : place + 1])
@@ -331,7 +333,7 @@ def _label(value: object, where: str) -> bool:
 
 
 def _margin(row: Row, where: str) -> float:
-    """By how much `chosen` should outscore `rejected`; 0 without the column."""
+    """By how much a better answer should outscore a worse one; 0 without the column."""
     value = row.get("margin")
     try:
         margin = 0.0 if value in (None, "") else float(value)

@@ -9,6 +9,7 @@ after that token (ChatML: a line break) belongs to the next turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from itertools import combinations, product
@@ -33,6 +34,7 @@ from prefloop.records import (
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+NO_PROMPT = "`prompt` is empty and the tokenizer has no BOS; give at least one token"
 Ids = tuple[int, ...]
 Mask = tuple[bool, ...]
 
@@ -81,10 +83,15 @@ class TemplateAudit:
     """Earlier turns stay as they were printed, so conversations can be trained in one piece."""
     pad_is_stop: bool
     """Padding looks like the stop token; harmless here, for lengths mark the ends."""
+    unfit: str | None = None
+    """Why the template is unfit for training on chats; models still generate with it."""
 
     def lines(self) -> list[str]:
         """What to tell the user, warnings marked."""
         name = "chat template" if self.chat else "plain text"
+        if self.unfit is not None:
+            unfit = f"warning: {name}: fit to generate, not to train on chats: {self.unfit}"
+            return [unfit, f"answers end with {self.stop_token}"]
         stop = "the stop token is NOT trained: models will not learn to stop; use a template that "
         stop += "ends a turn with a special token" if self.chat else "a tokenizer with an EOS token"
         told = [f"{name}: answers end with {self.stop_token}, trained"]
@@ -127,12 +134,25 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> frozenset[int]:
-    """Tokens that end an answer: EOS, the generation config's, and the chat template's."""
+    """Tokens that end an answer: EOS, the generation config's, and the chat template's, if any."""
     stops = {tokenizer.eos_token_id}
     configured = generation_config.eos_token_id if generation_config else None
     stops |= set(configured) if isinstance(configured, list | tuple) else {configured}
-    stops |= {Encoder(tokenizer).turn.stop} if tokenizer.chat_template else set()
+    if tokenizer.chat_template:
+        with suppress(UserError):  # a template that shows no ending leaves the others
+            stops.add(Encoder(tokenizer).ending[2])
     return frozenset(stop for stop in stops if stop is not None)
+
+
+def check_ids(example: Example, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError for the example's first token that a model's `rows` embeddings do not have."""
+    for ids in (example.prompt, *example.answers):
+        if max(ids, default=0) >= rows:
+            first = next(token for token in ids if token >= rows)
+            raise UserError(
+                f"{located(example.where)}token {tokenizer.convert_ids_to_tokens(first)} ({first}) "
+                f"is beyond the model's {rows} embeddings; resize them and save the model"
+            )
 
 
 def same_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -143,10 +163,15 @@ def same_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bo
     return same and more <= set(other.all_special_tokens)
 
 
-def audit_template(tokenizer: PreTrainedTokenizerBase) -> TemplateAudit:
+def audit_template(source: PreTrainedTokenizerBase | Encoder) -> TemplateAudit:
     """Try the tokenizer's chat template (or its plain text) for the known ways to go wrong."""
-    encoder, bos = Encoder(tokenizer), tokenizer.bos_token_id
+    encoder = source if isinstance(source, Encoder) else Encoder(source)
+    tokenizer, bos = encoder.tokenizer, encoder.tokenizer.bos_token_id
     chat = bool(tokenizer.chat_template)
+    try:
+        _ = encoder.turn if chat else None
+    except UserError as error:
+        return _unfit(encoder, str(error))
     prompt = encoder.prompt(ASKED if chat else PROBE)
     begins = bos is not None and prompt[:1] == [bos]
     stop = encoder.turn.stop if chat else tokenizer.eos_token_id
@@ -175,9 +200,27 @@ def audit_template(tokenizer: PreTrainedTokenizerBase) -> TemplateAudit:
 # --- records -------------------------------------------------------------------------------------
 
 
+def _unfit(encoder: Encoder, why: str) -> TemplateAudit:
+    """The audit of a template that training cannot use."""
+    tokenizer = encoder.tokenizer
+    stops = sorted(stop_token_ids(tokenizer))
+    return TemplateAudit(
+        chat=True,
+        stop_token=" ".join(map(str, tokenizer.convert_ids_to_tokens(stops))) or None,
+        stop_token_trained=False,
+        stop_is_eos=stops == [tokenizer.eos_token_id],
+        bos="none",
+        double_bos=False,
+        answer_head="",
+        keeps_turns=False,
+        pad_is_stop=tokenizer.pad_token_id in stops,
+        unfit=why,
+    )
+
+
 def tokenize(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Encoder,
     max_length: int,
     truncation: Truncation,
     counts: RowCounts,
@@ -191,13 +234,14 @@ def tokenize(
     "all" the first token is the prompt and all others are the answer, in the loss. Rankings whose
     answers are all tied are dropped but with `keep_ties`; of others, tied pairs are counted.
     """
-    encoder = Encoder(tokenizer)
+    encoder = tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)
+    bos = encoder.tokenizer.bos_token_id
     examples: list[Example] = []
     for place, record in enumerate(records):
         try:
-            example = _checked(_example(encoder, record), keep_ties)
+            example = _checked(_example(encoder, record), keep_ties, encoder.whole)
             if isinstance(example, Example):
-                example = _fitted(example, max_length, truncation, tokenizer.bos_token_id, counts)
+                example = _fitted(example, max_length, truncation, bos, counts)
         except UserError as error:
             raise UserError(f"{located(record.where)}{error}") from error
         if isinstance(example, str):
@@ -230,8 +274,8 @@ def _source(encoder: Encoder, record: Record) -> str:
 def _example(encoder: Encoder, record: Record) -> Example:
     """The record as ids, not yet cut."""
     if isinstance(record, Conversation):
-        prompt, answer, mask = encoder.conversation(record.messages)
-        return Example(tuple(prompt), (tuple(answer),), (tuple(mask),), where=record.where)
+        begun, answer, mask = encoder.conversation(record.messages)
+        return Example(tuple(begun), (tuple(answer),), (tuple(mask),), where=record.where)
     if isinstance(record, Comparison):
         record = record.as_ranking()
     texts: tuple[Text, ...] = ()
@@ -240,12 +284,11 @@ def _example(encoder: Encoder, record: Record) -> Example:
     elif not isinstance(record, Prompt):
         texts = (record.completion,)
     sampled = getattr(record, "sampled", ()) or (Sampled(),) * len(texts)
-    answers = tuple(
-        encode_sampled(encoder, record.prompt, text, how)
-        for text, how in zip(texts, sampled, strict=True)
-    )
+    if encoder.whole and not encoder.prompt(record.prompt):
+        raise UserError(NO_PROMPT)
+    prompt, answers = encode_answers(encoder, record.prompt, texts, sampled)
     return Example(
-        prompt=tuple(encoder.prompt(record.prompt)),
+        prompt=prompt,
         answers=answers,
         answer_masks=tuple((True,) * len(answer) for answer in answers),
         tiers=record.tiers if isinstance(record, Ranking) else (),
@@ -253,6 +296,18 @@ def _example(encoder: Encoder, record: Record) -> Example:
         labels=(record.label,) if isinstance(record, Unpaired) else (),
         where=record.where,
     )
+
+
+def encode_answers(
+    encoder: Encoder, prompt: Text, texts: Sequence[Text], sampled: Sequence[Sampled]
+) -> tuple[Ids, tuple[Ids, ...]]:
+    """Ids of a prompt and its answers, which a model may have written; as the encoder reads."""
+    if encoder.whole and texts:
+        asked, answers = encoder.scored(prompt, texts, sampled)
+        return tuple(asked), tuple(map(tuple, answers))
+    pairs = zip(texts, sampled, strict=True)
+    own = tuple(encode_sampled(encoder, prompt, text, how) for text, how in pairs)
+    return tuple(encoder.prompt(prompt)), own
 
 
 def encode_sampled(encoder: Encoder, prompt: Text, answer: Text, how: Sampled) -> Ids:
@@ -267,10 +322,10 @@ def encode_sampled(encoder: Encoder, prompt: Text, answer: Text, how: Sampled) -
     return ids[:-1] if not how.ended and len(ids) > 1 and ids[-1] == stop else ids
 
 
-def _checked(example: Example, keep_ties: bool) -> Example | str:
+def _checked(example: Example, keep_ties: bool, whole: bool) -> Example | str:
     """The example, or why there is nothing to learn from it."""
-    if not example.prompt:
-        raise UserError("`prompt` is empty and the tokenizer has no BOS; give at least one token")
+    if not example.prompt and not whole:
+        raise UserError(NO_PROMPT)
     if len(example.tiers) == 1 and not keep_ties:
         return "ranking without a strict pair"
     if twins := _equal_but_ranked(example):
@@ -308,7 +363,7 @@ def _fitted(
         return f"longer than {max_length} tokens"
     if truncation == "left":
         room = max_length - longest
-        first = prompt[:1] if prompt[0] == bos and room > 1 else ()
+        first = prompt[:1] if prompt[:1] == (bos,) and room > 1 else ()
         kept = first + prompt[len(prompt) - room + len(first) :] if room > 0 else ()
         example = replace(example, prompt=kept)
     else:

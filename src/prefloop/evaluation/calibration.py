@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.config import RewardQualityConfig
+from prefloop.config.checks import validate
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
 from prefloop.labelling.agreement import ceiling
@@ -87,6 +88,7 @@ def _bins(key: Array, right: Array, delta: Array, count: int) -> tuple[Bin, ...]
 
 def run(config: RewardQualityConfig) -> dict[str, Any]:
     """`prefloop evaluate reward-model`: score every answer once, then compare all strict pairs."""
+    validate(config)
     import torch
 
     from prefloop.data import formats
@@ -101,8 +103,10 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
         check_writable(config.output)
     model = load_reward_model(config.reward_model, pick_device(config.device))
     records = formats.load(config.data, "preference", counts := RowCounts())
-    examples = tokenize(records, model.tokenizer, config.max_length, config.truncation, counts)
+    examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
+    for example in examples:
+        model.check_example(example)
     pairs: list[tuple[float, float, int, int]] = []
     with torch.no_grad(), autocast(model.device, config.dtype):
         most = config.micro_batch_tokens

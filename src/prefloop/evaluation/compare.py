@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prefloop.config import CompareConfig
+from prefloop.config.checks import validate
 from prefloop.config.resolve import as_dict
 from prefloop.data import formats, split
 from prefloop.data.tokenize import Example, decode_answer, same_ids, stop_token_ids, tokenize
@@ -24,7 +25,8 @@ from prefloop.intervals import Interval, mean_score
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import is_scorer_folder, load_policy, pick_device
 from prefloop.models.model import LoadedModel
-from prefloop.records import RowCounts, Text, text_to_json
+from prefloop.records import Prompt, RowCounts, Text, text_to_json
+from prefloop.rewards.functions import FunctionJudge, columns_of
 from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
 from prefloop.rewards.judges import Judge, load_judge
 
@@ -53,7 +55,7 @@ class Task:
     """What every model is asked, and who judges."""
 
     config: CompareConfig
-    prompts: list[Text]
+    prompts: list[Prompt]
     prompt_ids: list[list[int]]
     sft: LoadedModel
     judge: Judge
@@ -63,6 +65,7 @@ class Task:
 def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
     """Sample, judge and measure; writes report.html (with `notes`), compare.json, answers.jsonl."""
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
+    validate(config)
     check_folder(config.output)
     named = _named_models(config.models)
     for path in (config.sft, *named.values()):
@@ -95,7 +98,7 @@ def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
     result = Comparison(
         ways=tuple(ways),
         prompts=len(task.prompts),
-        example_prompts=tuple(_shown(prompt) for prompt in task.prompts[:EXAMPLES]),
+        example_prompts=tuple(_shown(row.prompt) for row in task.prompts[:EXAMPLES]),
         frontier=frontier,
         reward_run=read_run(Path(config.reward_model)) if config.reward_model else None,
         settings={key: value for key, value in as_dict(config).items() if value is not None},
@@ -107,11 +110,7 @@ def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
 
 def _named_models(models: Sequence[str]) -> dict[str, str]:
     """`name=path` items by name."""
-    pairs = [item.partition("=") for item in models]
-    named = {name: path for name, _, path in pairs}
-    if len(named) < len(pairs) or not all(name and path for name, path in named.items()):
-        raise UserError(f"--models {' '.join(models)}: give each model once, as name=path")
-    return named
+    return {name: path for name, _, path in (item.partition("=") for item in models)}
 
 
 def _prepare(config: CompareConfig) -> Task:
@@ -126,9 +125,14 @@ def _prepare(config: CompareConfig) -> Task:
     records = formats.load(config.data, "prompt", counts := RowCounts())
     records = split.first_prompts(records, config.max_prompts, counts)
     room = config.max_length - config.max_new_tokens
-    examples = tokenize(records, sft.tokenizer, room, config.truncation, counts)
+    examples = tokenize(records, sft.encoder, room, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
-    prompts = [records[example.record].prompt for example in examples]
+    for example in examples:
+        sft.check_example(example, config.max_new_tokens)
+    prompts = [records[example.record] for example in examples]
+    for function in (judge, proxy):
+        if isinstance(function, FunctionJudge):
+            function.require((row.where, row.extra) for row in prompts)
     prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy)
 
@@ -159,10 +163,11 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
         for sample in row
     ]
     texts = [decode_answer(model.tokenizer, sample.tokens) for _, sample in flat]
-    prompts = [prompt for prompt, _ in flat]
+    prompts = [row.prompt for row, _ in flat]
+    columns = columns_of([row.extra for row, _ in flat])
     ended = [sample.finish_reason == "stop" for _, sample in flat]
-    gold = task.judge(prompts, texts, ended)
-    proxy = task.proxy(prompts, texts, ended) if task.proxy else [None] * len(texts)
+    gold = task.judge(prompts, texts, ended, columns)
+    proxy = task.proxy(prompts, texts, ended, columns) if task.proxy else [None] * len(texts)
     tokens = [[sample.tokens for sample in row] for row in samples]
     own = _log_probs(task, model, tokens)
     reference = own if model is task.sft else _log_probs(task, task.sft, tokens)
@@ -256,12 +261,12 @@ def _shown(prompt: Text) -> str:
 
 
 def _write(
-    output: Path, result: Comparison, prompts: list[Text], answers: dict[str, Answers]
+    output: Path, result: Comparison, prompts: list[Prompt], answers: dict[str, Answers]
 ) -> None:
     """answers.jsonl has one line a prompt and way; compare.json every number of the table."""
     rows = [
         {
-            "prompt": text_to_json(prompt),
+            "prompt": text_to_json(asked.prompt),
             "way": name,
             "completions": [answer.text for answer in row],
             "tokens": [answer.tokens for answer in row],
@@ -271,7 +276,7 @@ def _write(
             "truncated": [answer.truncated for answer in row],
         }
         for name, by_prompt in answers.items()
-        for prompt, row in zip(prompts, by_prompt, strict=True)
+        for asked, row in zip(prompts, by_prompt, strict=True)
     ]
     write_jsonl(output / "answers.jsonl", rows)
     numbers = asdict(result)

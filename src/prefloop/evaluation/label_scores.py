@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefloop.config.checks import validate
 from prefloop.config.labelling import LabelScoreConfig
+from prefloop.config.ranges import is_function
 from prefloop.errors import UserError
 from prefloop.labelling.export import project_id_of
 from prefloop.labelling.imports import uncertainty_and_gap
@@ -12,34 +14,36 @@ from prefloop.labelling.store import Store
 from prefloop.labelling.store.reading import prompts_of, responses_of
 from prefloop.labelling.store.scoring import put_scores, set_strategy, tasks_of
 from prefloop.records import Message, Text
+from prefloop.rewards.functions import columns_of, function_judge
 from prefloop.rewards.judges import Judge, load_judge
 
 
 def run(config: LabelScoreConfig) -> dict[str, Any]:
     """Scores all answers of a project by all models; its tasks are then handed out by them."""
+    validate(config)
     models = len(config.reward_model)
-    if models == 0 or (config.strategy == "uncertainty" and models < 2):
-        raise UserError(
-            f"--strategy {config.strategy} with {models} reward model(s): uncertainty needs two or "
-            "more, gap one; name them after --reward-model"
-        )
     store = Store(config.store, must_exist=True)
     try:
         # 1. The answers.
         with store.read() as t:
             project_id = project_id_of(t, config.project)
-            asked = {id: _text(prompt) for id, (prompt, _) in prompts_of(t, project_id).items()}
+            asked = prompts_of(t, project_id)
             answers = list(responses_of(t, project_id).values())
             tasks = tasks_of(t, project_id)
         if not answers:
             raise UserError(f"{config.store}#{config.project}: no answers to score; import some")
         # 2. Their scores, one model after the other.
-        prompts = [asked[answer["prompt_id"]] for answer in answers]
+        rows = [asked[answer["prompt_id"]] for answer in answers]
+        prompts, extras = [_text(prompt) for prompt, _ in rows], [extra for _, extra in rows]
+        for source in filter(is_function, config.reward_model):
+            place = f"{config.store}#{config.project}"
+            function_judge(source).require((place, extra) for extra in extras)
         texts = [_one_turn(answer["completion"]) for answer in answers]
         ended = [answer["finish_reason"] != "length" for answer in answers]
-        columns = [_judge(config, s)(prompts, texts, ended) for s in config.reward_model]
+        columns = columns_of(extras)
+        given = [_judge(config, s)(prompts, texts, ended, columns) for s in config.reward_model]
         ids = [answer["id"] for answer in answers]
-        scores = dict(zip(ids, zip(*columns, strict=True), strict=True))
+        scores = dict(zip(ids, zip(*given, strict=True), strict=True))
         # 3. What hand-out goes by.
         orders = {
             task: uncertainty_and_gap(

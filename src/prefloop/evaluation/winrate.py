@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefloop.config import WinrateConfig
+from prefloop.config.checks import validate
 from prefloop.data.formats import load
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
 from prefloop.intervals import Grouped, Interval, bootstrap, mean_score
-from prefloop.records import RowCounts, Text, text_to_json
+from prefloop.records import Prompt, RowCounts, text_to_json
+from prefloop.rewards.functions import FunctionJudge, columns_of
 
 
 def prompt_win_rate(scores: Sequence[float], baseline: Sequence[float]) -> float:
@@ -40,6 +42,7 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     from prefloop.rewards.judges import load_judge
 
     # 1. The answers of both sides, by prompt, in the order of the first file.
+    validate(config)
     if config.output is not None:
         check_writable(config.output)
     answers, baseline = _read_answers(config.answers), _read_answers(config.baseline)
@@ -55,12 +58,21 @@ def run(config: WinrateConfig) -> dict[str, Any]:
         max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens,
     )
+    if isinstance(judge, FunctionJudge):
+        judge.require(
+            (row.where, row.extra)
+            for side in (answers, baseline)
+            for said in side.values()
+            for _, row in said
+        )
     # 2. Scores.
     sides = []
     for side in (answers, {key: baseline[key] for key in answers}):
-        flat = [(prompt, text) for prompt, texts in side.values() for text in texts]
-        scores = iter(judge([prompt for prompt, _ in flat], [text for _, text in flat]))
-        sides.append([[next(scores) for _ in texts] for _, texts in side.values()])
+        flat = [said for texts in side.values() for said in texts]
+        columns = columns_of([row.extra for _, row in flat])
+        asked = [row.prompt for _, row in flat]
+        scores = iter(judge(asked, [text for text, _ in flat], columns=columns))
+        sides.append([[next(scores) for _ in texts] for texts in side.values()])
     # 3. Win rate and means.
     result = {
         "prompts": len(answers),
@@ -74,9 +86,9 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     return result
 
 
-def _read_answers(path: Path) -> dict[str, tuple[Text, list[str]]]:
-    """Prompt and answers of each prompt of rows {prompt, completion} or {prompt, completions}."""
-    found: dict[str, tuple[Text, list[str]]] = {}
+def _read_answers(path: Path) -> dict[str, list[tuple[str, Prompt]]]:
+    """Each prompt's answers with their rows, {prompt, completion} or {prompt, completions}."""
+    found: dict[str, list[tuple[str, Prompt]]] = {}
     for row in load(str(path), "prompt", RowCounts()):
         texts = row.extra.get("completions", [row.extra.get("completion")])
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -84,5 +96,7 @@ def _read_answers(path: Path) -> dict[str, tuple[Text, list[str]]]:
                 f"{row.where}: columns prompt, {', '.join(row.extra)}; needed are `prompt` and "
                 "`completion` (a text) or `completions` (a list of texts)"
             )
-        found.setdefault(json.dumps(text_to_json(row.prompt)), (row.prompt, []))[1].extend(texts)
+        others = {k: v for k, v in row.extra.items() if k not in ("completion", "completions")}
+        said = found.setdefault(json.dumps(text_to_json(row.prompt)), [])
+        said += [(text, replace(row, extra=others)) for text in texts]
     return found

@@ -13,10 +13,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
+from prefloop.config.checks import validate
 from prefloop.data import formats, split
 from prefloop.data.columns import carried
-from prefloop.data.encoder import Encoder
-from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids, tokenize
+from prefloop.data.tokenize import decode_answer, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
 from prefloop.generation.engine import Engine, Sample
@@ -34,6 +34,7 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
 
     `prompts` stand for those of --data, where that is a labelling store.
     """
+    validate(config)
     _check_output(config.output)
     counts = RowCounts(read=len(prompts or ()))
     if prompts is None:
@@ -43,7 +44,7 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
     answered = _answers(config, model, prompts, config.samples_per_prompt, counts)
     settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}
     weights = weights_sha256(Path(model_path(config.model)))
-    encoder = Encoder(model.tokenizer)
+    encoder = model.encoder
     rows = [
         _carried(prompt)
         | {
@@ -66,6 +67,7 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
 
 def generate(config: GenerateConfig) -> Path | None:
     """Prints an answer to each prompt, or writes them into --output."""
+    validate(config)
     if config.output is not None:
         _check_output(config.output)
     counts = RowCounts(read=len(config.prompt))
@@ -95,6 +97,7 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
 
     A conversation that outgrows --max-length loses its oldest turns, and says so.
     """
+    validate(config)
     source, out = source or sys.stdin, out or sys.stdout
     model = load_policy(config.model, pick_device(config.device))
     if not model.tokenizer.chat_template:
@@ -107,11 +110,11 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
     history: list[Message] = []
     for turn, line in enumerate(_lines(source, out)):
         history.append(Message("user", line))
-        ids = encode_prompt(model.tokenizer, (*system, *history))
+        ids = model.encoder.prompt((*system, *history))
         while history and len(ids) > _room(config):
             print(f"({len(ids)} tokens, {_room(config)} fit: the oldest turn is cut)", file=out)
             del history[:2]
-            ids = encode_prompt(model.tokenizer, (*system, *history)) if history else []
+            ids = model.encoder.prompt((*system, *history)) if history else []
         if history:
             text = _told(engine, ids, sampling, config.seed + turn, out)
             history.append(Message("assistant", text))
@@ -160,7 +163,9 @@ def _answers(
 ) -> list[tuple[Prompt, list[Sample]]]:
     """Each prompt that fits with its n samples, under a progress bar on a terminal."""
     prompts = split.first_prompts(prompts, config.max_prompts, counts)
-    examples = tokenize(prompts, model.tokenizer, _room(config), config.truncation, counts)
+    examples = tokenize(prompts, model.encoder, _room(config), config.truncation, counts)
+    for example in examples:
+        model.check_example(example, config.max_new_tokens)
     engine = Engine(model, config.max_concurrent, config.dtype)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,26 +11,42 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.config import PeftConfig
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from prefloop.errors import UserError, first_line
+
+EMBEDDINGS = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|lm_head)\S*weight$")
+MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Kinds whose fused kernels read some layers' weights past their adapters: PEFT refuses those."""
+
 
 def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
-    """Fresh adapters on all linear layers; a scorer's head is trained whole."""
+    """Fresh adapters on all linear layers that can have them; a scorer's head is trained whole."""
     scorer = hasattr(module, "score")
+    left_out = ["score"] if scorer else []
+    if module.config.model_type in MAMBA:
+        left_out += ["out_proj", "conv1d"]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
-        exclude_modules=["score"] if scorer else None,
+        exclude_modules=left_out or None,
         task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if scorer else None,
     )
-    with quiet():
-        wrapped = get_peft_model(module, config)
+    try:
+        with quiet():
+            wrapped = get_peft_model(module, config)
+    except Exception as error:  # PEFT refuses in many ways
+        raise UserError(
+            f"{module.name_or_path}: PEFT cannot add adapters to {type(module).__name__} "
+            f"({first_line(error)}); train all weights with --lora-rank 0"
+        ) from error
     assert isinstance(wrapped, PeftModel)
     return wrapped
 
@@ -61,22 +78,62 @@ def is_scorer_adapter(path: str) -> bool:
     return bool(PeftConfig.from_pretrained(path).task_type == TaskType.SEQ_CLS)
 
 
+def require_there(path: str, what: str = "") -> None:
+    """UserError for what can only be a local path and is not there, before any hub is asked."""
+    if Path(path).exists():
+        return
+    owner, *rest = path.split("/")
+    local = len(rest) > 1 or (rest and (owner in ("", ".", "..", "~", "runs") or not rest[0]))
+    if local or "\\" in path or (rest and Path(owner).is_dir()):
+        raise UserError(
+            f"{what}{path}: not a model folder or hub id: nothing is there; mend the path"
+        )
+
+
 def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The base model named by an adapter folder, with the adapter merged in, and how it loaded."""
     config = PeftConfig.from_pretrained(path)
-    base, info = kind.from_pretrained(config.base_model_name_or_path, **options)
+    base, info = kind.from_pretrained(_base_path(path, config), **options)
     if (Path(path) / "config.json").exists():  # a scorer's: its pad token, its mean score
         own = AutoConfig.from_pretrained(path)
-        if own.vocab_size != base.config.vocab_size:
-            base.resize_token_embeddings(own.vocab_size, mean_resizing=False)
         own._attn_implementation = base.config._attn_implementation
-        base.config = own
+        rows = own.get_text_config().vocab_size
+    else:
+        own, rows = base.config, _embedding_rows(path)
+    if rows and rows != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)  # tokens were added to train it
+    base.config = own
     config.task_type = None  # a policy's adapter may become a critic's start
     with quiet():
         merged = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     merged.requires_grad_(True)  # PEFT froze it
     return merged, info
+
+
+def _base_path(path: str, config: PeftConfig) -> str:
+    """The base's folder or hub id; a relative one is sought beside the adapter, too."""
+    name = config.base_model_name_or_path
+    if not name:
+        raise UserError(
+            f"{path}: adapter_config.json names no base model; give base_model_name_or_path there"
+        )
+    beside = Path(path) / name
+    found = name if Path(name).exists() or not beside.exists() else str(beside)
+    require_there(found, f"{path}: its base model ")
+    return found
+
+
+def _embedding_rows(path: str) -> int | None:
+    """Rows of the embeddings that the adapter's weights bring along, whole ones or as modules."""
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118  (not a mapping)
+            if "lora_" not in name and EMBEDDINGS.search(name):
+                return int(weights.get_slice(name).get_shape()[0])
+    return None
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prefloop.data.batches import TokenBatch, split_answers, to_batches
+from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.attention.plan import PackedPlan
+from prefloop.models.pieces import split_answers
 from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def _scaled(scores: Tensor, factor: float) -> tuple[Tensor, int, torch.dtype]:
 def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Scores [A] of the answers: the scalar head on each answer's last token, in float32.
 
+    The model's encoder says what that is (see LoadedModel.score_position).
     A trained reward model's scores are around the mean score of its training answers.
     """
     return scalar_head(model, hidden_states(model, batch)[batch.last_index]) - score_mean(model)

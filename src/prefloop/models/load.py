@@ -6,6 +6,7 @@ not give the same numbers packed as one by one takes padded batches.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,19 +19,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest
 from prefloop.models.memory import keep_freed_memory
-from prefloop.models.model import LoadedModel
+from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.precision import speed_up_float32
 from prefloop.runs import model_path
+
+log = logging.getLogger("prefloop")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,6 +52,7 @@ def pick_device(name: str) -> torch.device:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id."""
+    adapters.require_there(path)
     try:
         return AutoTokenizer.from_pretrained(model_path(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -54,6 +60,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"{path}: no tokenizer found ({first_line(error)}); save the tokenizer into the "
             "model's folder with tokenizer.save_pretrained"
         ) from error
+
+
+def embedding_rows(path: str) -> int | None:
+    """Embeddings of a model by its config.json alone; None where that does not say."""
+    path = model_path(path)
+    if adapters.is_adapter_folder(path) or (
+        Path(path).is_dir() and not (Path(path) / "config.json").exists()
+    ):
+        return None
+    try:
+        return getattr(AutoConfig.from_pretrained(path).get_text_config(), "vocab_size", None)
+    except (OSError, ValueError, KeyError):  # a tokenizer alone can be checked, too
+        return None
 
 
 def load_policy(
@@ -98,7 +117,9 @@ def load_scorer(
         head: Any = module.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
-    _set_distinct_pad(module, tokenizer)
+        setattr(module.config, SCORE_POSITION, "rendered")
+    if not trained or module.config.get_text_config().pad_token_id is None:
+        _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
     return _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
 
 
@@ -123,6 +144,7 @@ def require_same_ids(flag: str, model: LoadedModel, policy: LoadedModel) -> None
 def is_scorer_folder(path: str) -> bool:
     """Whether the folder or hub id holds a sequence classifier; UserError if it holds no model."""
     path = model_path(path)
+    adapters.require_there(path)
     try:
         if adapters.is_adapter_folder(path):
             return adapters.is_scorer_adapter(path)
@@ -134,18 +156,25 @@ def is_scorer_folder(path: str) -> bool:
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 
+def _named(kind: Any) -> str:
+    return str(kind.__name__.removeprefix("AutoModelFor"))
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the bars and tables that Transformers prints of a loading that is as it should be."""
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        transformers_logging.set_verbosity(before)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _from_pretrained(
@@ -160,10 +189,16 @@ def _from_pretrained(
                 module, info = adapters.load_merged(kind, path, **options)
             else:
                 module, info = kind.from_pretrained(path, **options)
+    except UserError:
+        raise
     except Exception as error:  # whatever a broken folder makes its readers say
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"{path}: Transformers has no {_named(kind)} of this architecture; give a model of "
+                "one that it has, such as Llama, Qwen or Gemma"
+            ) from error
         raise UserError(
-            f"{path}: Transformers cannot load it as {kind.__name__.removeprefix('AutoModelFor')} "
-            f"({first_line(error)})"
+            f"{path}: Transformers cannot load it as {_named(kind)} ({first_line(error)})"
         ) from error
     missing = [k for k in info["missing_keys"] if not (new_head and k.startswith("score."))]
     if missing or info["mismatched_keys"]:
@@ -186,11 +221,13 @@ def _ready(
     if device.type == "cpu":
         speed_up_float32()
         keep_freed_memory()
-    disable_dropout(module)
+    rates = disable_dropout(module)
+    _mend_generation_config(module)
     module.to(device).eval()  # type: ignore[arg-type]
     model = LoadedModel(
         module, tokenizer, device, False, source, max_length=selftest.longest_exact(module)
     )
+    model.dropout = rates
     selftest.choose_path(model)
     if gradient_checkpointing:
         _enable_checkpointing(module)
@@ -208,14 +245,44 @@ def _enable_checkpointing(module: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def disable_dropout(module: nn.Module) -> None:
-    """Turns every dropout off, so that training and sampling see the same model."""
+def _mend_generation_config(module: PreTrainedModel) -> None:
+    """What Transformers would refuse to save after the training is mended before it.
+
+    Sampling settings without `do_sample`, as Llama 2's, are kept and sampling switched on.
+    """
+    config = getattr(module, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        log.warning(
+            "generation_config.json is broken, its token ids are kept: %s", first_line(error)
+        )
+        kept = {name: getattr(config, name) for name in TOKEN_IDS}
+        module.generation_config = GenerationConfig(**kept)
+
+
+def disable_dropout(module: nn.Module) -> list[tuple[Any, str, float]]:
+    """Turns every dropout off, so that training and sampling see the same model.
+
+    Rates stand in modules, in attributes, and in the configuration, which Falcon's layers read
+    while they run. Returns the configuration's (holder, name, rate), which an export puts back.
+    """
+    rates: list[tuple[Any, str, float]] = []
     for part in module.modules():
-        if isinstance(part, nn.Dropout):
+        if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = 0.0
-        for name, value in list(vars(part).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
+        for holder in (part, getattr(part, "config", None)):
+            for name, value in list(vars(holder).items() if holder is not None else ()):
+                if "drop" in name and type(value) in (float, int) and value:
+                    setattr(holder, name, 0.0)
+                    rates += [(holder, name, value)] if holder is not part else []
+    return rates
 
 
 def _set_distinct_pad(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

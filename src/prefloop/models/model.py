@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import cached_property
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefloop.data.encoder import Encoder
+from prefloop.data.tokenize import Example, check_ids
 from prefloop.errors import UserError, located
 from prefloop.models import adapters
+
+SCORE_POSITION = "prefloop_score_position"
+"""Key of a scorer's config: `rendered` or `stop`."""
 
 
 @dataclass(eq=False)
@@ -24,6 +31,8 @@ class LoadedModel:
     source: str
     max_length: int | None = None  # longest sequence with exact positions, where there is a bound
     varlen: bool = False  # bfloat16 attention may be one call of FlashAttention
+    dropout: Sequence[tuple[Any, str, float]] = ()  # the configuration's own rates, all off here
+    template_args: Mapping[str, Any] | None = None  # of the chat template
 
     @property
     def hf(self) -> PreTrainedModel:
@@ -40,6 +49,39 @@ class LoadedModel:
     def is_scorer(self) -> bool:
         """True for a reward or value model (one label), False for a policy."""
         return hasattr(self.hf, "score")
+
+    @property
+    def score_position(self) -> str:
+        """Where a scorer reads: the last token of the whole rendered text, or the stop token.
+
+        Rendered is what Transformers and most programs do. Scorers of prefloop's that are known by
+        their mean and name no position were trained at the stop token.
+        """
+        config = self.hf.config
+        old = getattr(config, "reward_mean", None) is not None
+        position = getattr(config, SCORE_POSITION, "stop" if old else "rendered")
+        if position not in ("rendered", "stop"):
+            raise UserError(
+                f"{self.source}: {SCORE_POSITION} {position!r} in config.json is unknown here; it "
+                "is rendered or stop"
+            )
+        return str(position)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Texts and chats as the model's token ids; a scorer's as it is read."""
+        if not self.is_scorer:
+            return Encoder(self.tokenizer, self.template_args)
+        pad = self.hf.config.get_text_config().pad_token_id
+        whole = self.score_position == "rendered"
+        return Encoder(self.tokenizer, self.template_args, whole, pad if whole else None, False)
+
+    def check_example(self, example: Example, room: int = 0) -> None:
+        """UserError for an example (with `room` for an answer) that the model cannot read."""
+        longest = max(map(len, example.answers), default=room)
+        self.check_length(len(example.prompt) + longest, example.where)
+        rows = len(self.hf.get_input_embeddings().weight)  # type: ignore[arg-type]
+        check_ids(example, rows, self.tokenizer)
 
     def check_length(self, tokens: int, where: str = "") -> None:
         """UserError for a sequence (from `where`) that the model's positions do not carry."""

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefloop.config import CheckConfig
 from prefloop.data import formats
-from prefloop.data.tokenize import Example, audit_template, tokenize
-from prefloop.models.load import load_tokenizer
+from prefloop.data.tokenize import Example, audit_template, check_ids, tokenize
+from prefloop.models.load import embedding_rows, load_tokenizer
 from prefloop.records import RowCounts
 
 
@@ -24,6 +24,9 @@ def check(config: CheckConfig) -> None:
     counts = RowCounts()
     records = formats.load(config.data, config.kind, counts)
     examples = tokenize(records, tokenizer, config.max_length, config.truncation, counts)
+    if rows := embedding_rows(config.model):
+        for example in examples:
+            check_ids(example, rows, tokenizer)
     print(counts.summary())
     for what, count in counts.noted.items():
         print(f"note: {what} ({count} rows)")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig
+from prefloop.config.checks import validate
 from prefloop.models.load import pick_device
 from prefloop.models.model import ModelOptions
 from prefloop.models.precision import autocast
@@ -108,7 +109,8 @@ def _report(method: Method[Any], config: TrainingConfig, run: Run, number: int, 
 
 
 def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
-    """Joins the ranks, seeds, opens the run directory, and says where to compute."""
+    """Checks settings, joins the ranks, seeds, opens the run directory, says where to compute."""
+    validate(config)
     device = pick_device(distributed.local_device(config.device))
     distributed.start(device)
     torch.manual_seed(config.seed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data import stream
-from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all, split_answers
+from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids
 from prefloop.errors import UserError
 from prefloop.losses import ppo as losses
@@ -29,7 +29,9 @@ from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.load import load_policy, load_reward_model, load_scorer, require_same_ids
 from prefloop.models.model import LoadedModel
-from prefloop.rewards.judges import function_judge, model_judge
+from prefloop.models.pieces import split_answers
+from prefloop.rewards.functions import function_judge
+from prefloop.rewards.judges import model_judge
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
 from prefloop.training.method import LossSums, Step
@@ -276,21 +278,19 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
         reference = replace(policy, module=frozen)
     fixed = [policy.module, *([reference.module] if reference else [])]
     # 2. What scores.
-    if (config.reward_model is None) == (config.reward_function is None):
-        raise UserError("ppo needs one of --reward-model and --reward-function")
+    functions = function_judge(*config.reward_function, weights=config.reward_weights)
     value_start = config.value_model or config.model
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, device)
         fixed.append(reward_model.module.requires_grad_(False))
         if same_ids(policy.tokenizer, reward_model.tokenizer):
-            scorer = token_scorer(reward_model, config)
+            scorer = token_scorer(reward_model, config, stops)
             value_start = config.value_model or config.reward_model
         else:
             judge = model_judge(reward_model, config.dtype, config.micro_batch_tokens)
             scorer = text_scorer(judge, stops)
     else:
-        assert config.reward_function is not None
-        scorer = text_scorer(function_judge(config.reward_function), stops)
+        scorer = text_scorer(functions, stops)
     # 3. The critic.
     critic = None
     if config.advantage == "gae":
@@ -298,6 +298,7 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
         require_same_ids("--value-model", critic, policy)
     # 4. Prompts.
     prompts, eval_prompts = read_prompts(config, policy, run)
+    functions.require((p.where, p.extra) for p in (*prompts.records, *eval_prompts.records))
     _require_enough(config, prompts, eval_prompts)
     ptx: list[Example] = []
     if config.sft_data is not None:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import RewardConfig
-from prefloop.data.batches import TokenBatch, pack_all, split_answers, to_batches
+from prefloop.data.batches import TokenBatch, pack_all, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses import reward as losses
 from prefloop.losses.masked import Total
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_scores, score_mean
 from prefloop.models.load import load_scorer
-from prefloop.models.model import LoadedModel
-from prefloop.models.pieces import in_pieces
+from prefloop.models.model import SCORE_POSITION, LoadedModel
+from prefloop.models.pieces import in_pieces, split_answers
 from prefloop.models.precision import autocast
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
@@ -156,8 +156,13 @@ def run(config: RewardConfig) -> Run:
         if run.finished:
             return run
         scorer = load_scorer(config.model, device, seed=config.seed, **loop.model_options(config))
+        # What is trained now is scored as Transformers does, whatever it began from.
+        setattr(scorer.hf.config, SCORE_POSITION, "rendered")
+        scorer.encoder.trains = True
         examples, held_out = rows.read_examples(
             config, "preference", scorer, run, keep_ties=config.loss in LEARN_FROM_TIES
         )
+        if config.loss != "bradley-terry":
+            rows.refuse_margins([*examples, *held_out], config.loss)
         loop.train(Reward(config, scorer, examples, held_out), config, run)
     return run

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefloop import distributed
 from prefloop.config import PPOConfig
-from prefloop.data.batches import split_answers, to_batches
+from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example, decode_answer
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
@@ -24,15 +24,26 @@ from prefloop.losses.kl import k1
 from prefloop.models import adapters
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
 from prefloop.models.model import LoadedModel
+from prefloop.models.pieces import split_answers
 from prefloop.models.precision import autocast
-from prefloop.records import Text, text_to_json
+from prefloop.records import Prompt, text_to_json
+from prefloop.rewards.functions import FunctionJudge, columns_of
 from prefloop.rewards.health import distinct_n
 from prefloop.rewards.judges import Judge
 from prefloop.training.rows import Prompts
 
 LOGGED_SAMPLES = 4  # of each iteration, in samples.jsonl
 TENSORS = ("mask", "log_probs", "ref_log_probs", "advantages", "values", "returns")
-Scorer = Callable[[Sequence[Text], Sequence[str], Sequence[Example]], list[float]]
+
+
+class Scored(NamedTuple):
+    """A score an answer, and where several functions make it, each one's own, by its name."""
+
+    scores: list[float]
+    parts: Mapping[str, list[float]]
+
+
+Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Example]], Scored]
 
 
 @dataclass(frozen=True)
@@ -94,31 +105,44 @@ def padded(flat: Tensor, examples: Sequence[Example]) -> Tensor:
     return pad_sequence(list(flat.split(lengths)), batch_first=True)
 
 
-def token_scorer(scorer: LoadedModel, config: PPOConfig) -> Scorer:
-    """Scores of the sampled tokens themselves, by a reward model with the policy's tokenizer."""
+def token_scorer(scorer: LoadedModel, config: PPOConfig, stops: frozenset[int]) -> Scorer:
+    """Scores of the sampled tokens themselves, by a reward model with the policy's tokenizer.
+
+    In a chat what its template prints after an answer follows those that stopped, if it reads so.
+    """
 
     @torch.no_grad()
     def score(
-        prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
-    ) -> list[float]:
+        prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
+    ) -> Scored:
         scores: list[float] = []
-        most, padded = config.micro_batch_tokens, not scorer.packed
-        for batch in to_batches(split_answers(examples, most, padded), most, scorer.device, padded):
+        read = []
+        for example, prompt in zip(examples, prompts[:: config.samples_per_prompt], strict=True):
+            chat = not isinstance(prompt.prompt, str)
+            tails = [chat and answer[-1] in stops for answer in example.answers]
+            whole = map(scorer.encoder.with_tail, example.answers, tails)
+            read.append(with_answers(example, list(whole)))
+        most, wide = config.micro_batch_tokens, not scorer.packed
+        for batch in to_batches(split_answers(read, most, wide), most, scorer.device, wide):
             with autocast(scorer.device, config.dtype):
                 scores += answer_scores(scorer, batch).tolist()
-        return scores
+        return Scored(scores, {})
 
     return score
 
 
 def text_scorer(judge: Judge, stop_token_ids: frozenset[int]) -> Scorer:
-    """Scores of the answers' text, by a Python function or a model with another tokenizer."""
+    """Scores of the answers' text, by Python functions or a model with another tokenizer."""
 
     def score(
-        prompts: Sequence[Text], completions: Sequence[str], examples: Sequence[Example]
-    ) -> list[float]:
+        prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
+    ) -> Scored:
+        asked, columns = [p.prompt for p in prompts], columns_of([p.extra for p in prompts])
+        if isinstance(judge, FunctionJudge):
+            parts = judge.parts(asked, completions, columns)
+            return Scored(judge.weighted(parts), parts if len(parts) > 1 else {})
         ended = [answer[-1] in stop_token_ids for e in examples for answer in e.answers]
-        return judge(prompts, completions, ended)
+        return Scored(judge(asked, completions, ended, columns), {})
 
     return score
 
@@ -226,9 +250,10 @@ class Sampler:
         # 3. Scores.
         flat = [sample for group in groups for sample in group]
         texts = [decode_answer(self.policy.tokenizer, sample.tokens) for sample in flat]
-        asked = [p.prompt for p in prompts.records for _ in range(k)]
+        asked = [record for record in prompts.records for _ in range(k)]
         stopped = torch.tensor([sample.finish_reason == "stop" for sample in flat])
-        raw = torch.tensor(self.scorer(asked, texts, examples), dtype=torch.float32)
+        scored = self.scorer(asked, texts, examples)
+        raw = torch.tensor(scored.scores, dtype=torch.float32)
         scores = self._adjusted(raw, stopped, running)
         # 4. Advantages and returns.
         ref = log_probs if ref_log_probs is None else ref_log_probs  # then kl_coef is 0
@@ -241,9 +266,10 @@ class Sampler:
         sampled = padded(torch.tensor([p for s in flat for p in s.log_probs]), examples)
         gap = (sampled - log_probs).abs()
         metrics = rollout_metrics(rollouts, scores, stopped, gap, kl_coef, self.policy.device)
+        metrics |= score_means(scored.parts, len(flat), self.policy.device)
         samples = [
             {
-                "prompt": text_to_json(asked[i]),
+                "prompt": text_to_json(asked[i].prompt),
                 "completion": texts[i],
                 "score": float(raw[i]),
                 "weights_version": flat[i].weights_version,
@@ -285,6 +311,16 @@ class Sampler:
         if self.config.missing_eos_penalty is not None:
             scores = torch.where(stopped, scores, self.config.missing_eos_penalty)
         return scores
+
+
+def score_means(
+    parts: Mapping[str, list[float]], count: int, device: torch.device
+) -> dict[str, float]:
+    """Each reward function's mean score over all ranks' answers, unweighted."""
+    sums = {f"objective/scores/{name}": sum(scores) for name, scores in parts.items()}
+    total = distributed.sum_mapping(sums | {"count": float(count)}, device)
+    answers = total.pop("count")
+    return {name: value / answers for name, value in total.items()}
 
 
 def rollout_metrics(

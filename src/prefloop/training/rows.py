@@ -34,19 +34,18 @@ def read_examples(
     train, held_out = _records(config, kind)
     limits = (config.max_length, config.truncation)
     parts = [
-        tokenize(records, model.tokenizer, *limits, counts, train_on, keep_ties) if records else []
+        tokenize(records, model.encoder, *limits, counts, train_on, keep_ties) if records else []
         for records, counts in (train, held_out)
     ]
-    _check_positions([*parts[0], *parts[1]], model)
+    _check_readable([*parts[0], *parts[1]], model)
     _note_rows(config, run, train[1], held_out[1])
     return parts[0], parts[1]
 
 
-def _check_positions(examples: Sequence[Example], model: LoadedModel, room: int = 0) -> None:
-    """Before the first step: every sequence, with `room` for an answer, has exact positions."""
+def _check_readable(examples: Sequence[Example], model: LoadedModel, room: int = 0) -> None:
+    """Before the first step: every sequence, with `room` for an answer, is one the model reads."""
     for example in examples:
-        longest = max(map(len, example.answers), default=room)
-        model.check_length(len(example.prompt) + longest, example.where)
+        model.check_example(example, room)
 
 
 def _records(
@@ -88,10 +87,20 @@ def read_demonstrations(
     """The rows of an SFT term beside another loss."""
     counts = RowCounts()
     records = formats.load(source, "demonstration", counts)
-    examples = tokenize(records, model.tokenizer, config.max_length, config.truncation, counts)
-    _check_positions(examples, model)
+    examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
+    _check_readable(examples, model)
     _note(run, counts, source, "sft_data")
     return examples
+
+
+def refuse_margins(examples: Iterable[Example], loss: str) -> None:
+    """Before the first step: no row asks for a margin that the loss would not read."""
+    for example in examples:
+        if example.margin:
+            raise UserError(
+                f"{example.where}: `margin` is {example.margin:g}, and --loss {loss} reads none; "
+                "remove the column, or use `reward --loss bradley-terry`"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,8 @@ def read_prompts(config: PPOConfig, model: LoadedModel, run: Run) -> tuple[Promp
     for records, counts in (train, held_out):
         examples: list[Example] = []
         if records:
-            examples = tokenize(records, model.tokenizer, room, config.truncation, counts)
-            _check_positions(examples, model, config.max_new_tokens)
+            examples = tokenize(records, model.encoder, room, config.truncation, counts)
+            _check_readable(examples, model, config.max_new_tokens)
         parts.append(Prompts(tuple(records[e.record] for e in examples), tuple(examples)))
     _note_rows(config, run, train[1], held_out[1])
     return parts[0], parts[1]

@@ -1,0 +1,106 @@
+"""What stands beside a setting: its range, its form, the values of another that read it. No torch.
+
+    lr: Annotated[float, Above(0)] = 1e-5
+
+`config.checks.validate` asks each of them; rules across settings are `problems` of the class.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+from prefloop.config.resolve import flag
+
+
+class Settings:
+    """What every class of settings has: the rules that hold between its settings."""
+
+    def problems(self) -> Iterator[str]:
+        """One line for each rule that is broken: what is wrong and how to mend it."""
+        yield from ()
+
+
+class Range:
+    """Which numbers a setting may be; `must` ends the sentence "it must"."""
+
+    def __init__(self, must: str, holds: Callable[[float], bool]) -> None:
+        self.must, self.holds = must, holds
+
+
+class Above(Range):
+    """Greater than `low`."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__(f"be above {low:g}", lambda value: value > low)
+
+
+class AtLeast(Range):
+    """`low` or greater."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__(f"be {low:g} or more", lambda value: value >= low)
+
+
+class Within(Range):
+    """From `low` to `high`, each of which is allowed or not."""
+
+    def __init__(
+        self, low: float, high: float, with_low: bool = True, with_high: bool = True
+    ) -> None:
+        left, right = "[" if with_low else "(", "]" if with_high else ")"
+        super().__init__(
+            f"be in {left}{low:g}, {high:g}{right}",
+            lambda value: (
+                low < value < high or (value == low and with_low) or (value == high and with_high)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Form:
+    """The whole text must match `pattern`; `remedy` says what to give."""
+
+    pattern: str
+    remedy: str
+
+
+class OnlyWith:
+    """Only these values of the setting `other` read this one (any but its default, where none are
+    named): it must not be set in vain.
+    """
+
+    def __init__(self, other: str, *values: str) -> None:
+        self.other, self.values = other, values
+
+
+ANY = Range("be finite", math.isfinite)
+Seed = Annotated[int, Range("be 0 or more and below 2^63", lambda value: 0 <= value < 2**63)]
+Device = Annotated[str, Form(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "give auto, cpu, cuda or cuda:N")]
+FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
+
+def no_room(answer: int, length: int) -> Iterator[str]:
+    """The problem of answers that fill the whole length."""
+    if answer >= length:
+        room = f"--max-new-tokens {answer} leaves no room for a prompt in --max-length {length}"
+        yield f"{room}; lower it or raise --max-length"
+
+
+def is_function(source: str) -> bool:
+    """Whether a judge is `module:function`, and no folder of that name."""
+    return re.fullmatch(FUNCTION, source) is not None and not Path(source).exists()
+
+
+def unread_by_functions(config: Settings, of: str, judges: Sequence[str]) -> Iterator[str]:
+    """The problems of settings for models where all judges are Python functions."""
+    if not all(map(is_function, judges)):
+        return
+    for field in fields(config):  # type: ignore[arg-type]
+        unread = field.name in ("device", "dtype", "max_length", "micro_batch_tokens")
+        if unread and getattr(config, field.name) != field.default:
+            yield f"{flag(field.name)} is read by models, and each {of} is a function; leave it out"
