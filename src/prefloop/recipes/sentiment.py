@@ -28,7 +28,7 @@ from prefloop.evaluation.report import Comparison
 from prefloop.files import check_folder, write_atomic
 from prefloop.generation.commands import sample
 from prefloop.recipes import sentiment_data
-from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings
+from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings, require_packages
 from prefloop.training import ppo, preference, reward, sft
 
 log = logging.getLogger("prefloop")
@@ -186,6 +186,7 @@ class Plan:
 
 def demo(config: DemoConfig) -> Comparison:
     """Run all stages under `config.output` and return the comparison."""
+    require_packages("gguf", "sklearn")
     check_folder(config.output)
     plan = Plan(config.output, config.seed, QUICK if config.quick else FULL)
     _same_demo(plan)

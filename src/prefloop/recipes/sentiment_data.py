@@ -25,7 +25,13 @@ from numpy.typing import NDArray
 from prefloop.data.sampled import samples_of_list
 from prefloop.errors import UserError
 from prefloop.files import read_rows, write_atomic, write_jsonl
-from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, cache_dir, fetch_movie_ratings
+from prefloop.recipes.fetch import (
+    MOVIE_RATINGS,
+    RatedSentence,
+    cache_dir,
+    fetch_movie_ratings,
+    require_packages,
+)
 from prefloop.records import Ranking, ranking_to_json
 
 Floats = NDArray[np.float64]
@@ -169,6 +175,7 @@ def gold() -> Gold:
     """The gold reward from the cache, fitted first where it is missing (seconds)."""
     path = cache_dir() / "sentiment" / f"gold-{GOLD_VERSION}-{MOVIE_RATINGS.sha256[:8]}.json"
     if not path.exists():
+        require_packages("sklearn")
         parts = split(fetch_movie_ratings())
         held_out = [s for name, part in parts.items() if name != "gold" for s in part]
         write_jsonl(path, [asdict(fit_gold(parts["gold"], held_out))])
