@@ -45,7 +45,7 @@ def main(model: str, data: str, output: str, *, steps: int = 100, lr: float = 1e
         (total / pairs).backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(total / pairs))
+        losses.append(total.item() / pairs)
         print(f"step {step + 1}: loss {losses[-1]:.4f}")
     export_model(policy, Path(output))
     return losses

@@ -2,9 +2,9 @@
 
     python examples/reward_kwise.py MODEL RANKINGS.jsonl.gz OUTPUT
 
-RANKINGS has `prompt`, `completions` and `tiers`: the answers' numbers, best first, equal ones in one
-list. Without a file at hand, give `film-ratings` instead: sentences of film reviews, each rated by
-15 to 29 people (fetched from PyPI), as rankings of eight sentences by their mean rating.
+RANKINGS (a file or hub id) has `prompt`, `completions` and `tiers`: the answers' numbers, best
+first, equal ones in one list. With none at hand, give `film-ratings`: sentences of film reviews,
+each rated by 15 to 29 people (fetched from PyPI), as rankings of eight by their mean rating.
 """
 
 import random
