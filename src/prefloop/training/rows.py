@@ -152,6 +152,6 @@ def supervised_steps(
     for rows in stream.step_rows(
         len(examples), config.batch_size, config.epochs, config.max_steps, config.seed, start_step
     ):
-        mine = stream.shard(rows, distributed.rank(), distributed.world())
+        mine = distributed.mine(rows)
         batches = to_batches([examples[row] for row in mine], config.micro_batch_tokens, device)
         yield Step(batches, sum(batch.tokens for batch in batches))
