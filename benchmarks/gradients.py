@@ -23,6 +23,7 @@ from benchmarks.work import WORKS
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import tokenize
+from prefloop.generation.engine import Engine
 from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.model import LoadedModel
@@ -149,7 +150,9 @@ def _method(
         return trained, batches, dpo
     config = PPOConfig(**settings)
     old, critic = policy(f"{models}/reference"), as_scorer(f"{models}/scorer")
-    sampler = Sampler(config, model, critic, None, lambda *_: Scored([], {}), frozenset())
+    sampler = Sampler(
+        config, model, critic, None, lambda *_: Scored([], {}), frozenset(), Engine(model)
+    )
     nothing = Prompts((), ())
     items = rollouts(batches, old, scorer(f"{models}/scorer"))
     return ppo.PPO(config, sampler, nothing, [], nothing, []), items, config

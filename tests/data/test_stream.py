@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 
-from prefloop.data.stream import epoch_order, shard, step_rows, total_steps
+from prefloop.data.stream import epoch_order, step_rows, total_steps
 
 
 def test_every_row_once_an_epoch_and_carried_over_the_boundary() -> None:
@@ -47,11 +47,6 @@ def test_the_order_depends_on_the_seed_and_never_changes() -> None:
 def test_positions_are_uniform() -> None:
     first = Counter(epoch_order(4, seed, 0)[0] for seed in range(2000))
     assert all(abs(first[row] - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for row in range(4))
-
-
-def test_shards_are_a_partition() -> None:
-    shards = [shard(list(range(10)), rank, 3) for rank in range(3)]
-    assert shards == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
 
 
 def test_no_rows_is_an_error() -> None:

@@ -18,6 +18,7 @@ from prefloop.config import DPOConfig, DPOLoss, PPOConfig, RewardConfig, SFTConf
 from prefloop.data.batches import pack_all, to_batches
 from prefloop.data.formats import load
 from prefloop.data.tokenize import Example, tokenize
+from prefloop.generation.engine import Engine
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.records import Prompt, RowCounts
@@ -273,7 +274,9 @@ def ppo(folders: dict[str, str], variant: str, prompt_ids: list[list[int]], tmp_
                 [answer_scores(model, b) for b in to_batches(examples, 60, CPU)]
             ).tolist()
 
-    sampler = Sampler(config, policy, critic, reference, scorer, frozenset({models.EOS}))
+    sampler = Sampler(
+        config, policy, critic, reference, scorer, frozenset({models.EOS}), Engine(policy)
+    )
     records = tuple(Prompt(text) for text in rows.PROMPTS)
     prompts = Prompts(records, tuple(Example(tuple(ids)) for ids in prompt_ids))
     return PPO(config, sampler, prompts, [], Prompts((), ()), fixed=())

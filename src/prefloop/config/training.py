@@ -198,7 +198,7 @@ class PPOConfig(TrainingConfig):
     kl_coef: Annotated[float, AtLeast(0)] = 0.05
     """beta of the per-token reward -beta * (log pi_old - log pi_ref)."""
     kl_target: Annotated[float, AtLeast(0)] = 0.0
-    """Adapt beta to hold this KL per answer (nats); 0 keeps beta fixed."""
+    """Adapt beta to hold this KL to the reference (nats an answer); 0 keeps beta fixed."""
     kl_horizon: Annotated[float, Above(0), OnlyWith("kl_target")] = 10000.0
     """With --kl-target: episodes (answers) over which beta moves by at most 20 %; no single
     iteration moves it further."""
@@ -233,7 +233,7 @@ class PPOConfig(TrainingConfig):
     whiten_rewards: Annotated[bool, CRITIC] = False
     """Scale per-token rewards to unit variance (their mean is kept)."""
     target_kl: Annotated[float, AtLeast(0)] = 0.0
-    """Leave an iteration's remaining passes when approx-KL exceeds this; 0 never does."""
+    """Leave an iteration's other passes beyond this KL to its sampler (nats a token); 0: never."""
     sft_data: str | None = None
     """Rows of the PPO-ptx term."""
     ptx_coef: Annotated[float, AtLeast(0)] = 0.0

@@ -6,12 +6,9 @@ the places t * batch_size .. (t + 1) * batch_size of it, over epoch boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import ceil
 from random import Random
-from typing import TypeVar
-
-Item = TypeVar("Item")
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -56,8 +53,3 @@ def _places(count: int, epochs: float) -> int:
     if count < 1:
         raise ValueError("no rows to step through")
     return max(1, round(count * epochs))
-
-
-def shard(items: Sequence[Item], rank: int, world: int) -> list[Item]:
-    """The share of one of `world` ranks: every item on exactly one rank, sizes within one."""
-    return list(items[rank::world])

@@ -19,7 +19,8 @@ from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
 from prefloop.evaluation.report import Comparison, Way, read_run, render
 from prefloop.evaluation.winrate import win_rate
 from prefloop.files import check_folder, write_atomic, write_jsonl
-from prefloop.generation.engine import Engine
+from prefloop.generation.engine import in_process
+from prefloop.generation.protocol import MakeEngine
 from prefloop.generation.sampler import Sampling
 from prefloop.intervals import Interval, mean_score
 from prefloop.models.heads import sequence_log_probs
@@ -35,7 +36,7 @@ SCORING_TOKENS = 8192  # in one forward pass
 
 
 @dataclass(frozen=True)
-class Answer:
+class Judged:
     """A model's answer to a prompt, judged."""
 
     text: str
@@ -46,7 +47,7 @@ class Answer:
     proxy: float | None
 
 
-Answers = list[list[Answer]]
+ByPrompt = list[list[Judged]]
 """By prompt, then by sample."""
 
 
@@ -60,9 +61,12 @@ class Task:
     sft: LoadedModel
     judge: Judge
     proxy: Judge | None
+    make_engine: MakeEngine
 
 
-def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
+def compare(
+    config: CompareConfig, notes: tuple[str, ...] = (), make_engine: MakeEngine = in_process
+) -> Comparison:
     """Sample, judge and measure; writes report.html (with `notes`), compare.json, answers.jsonl."""
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
     validate(config)
@@ -70,7 +74,7 @@ def compare(config: CompareConfig, notes: tuple[str, ...] = ()) -> Comparison:
     named = _named_models(config.models)
     for path in (config.sft, *named.values()):
         is_scorer_folder(path)  # a folder that is none is told before the work
-    task = _prepare(config)
+    task = _prepare(config, make_engine)
     # 2. SFT's answers, and more of them for best-of-n to choose from.
     pool_size = config.best_of if task.proxy and config.best_of > 1 else 0
     everything, sft_seconds = _sample(task, task.sft, config.samples_per_prompt + pool_size)
@@ -113,7 +117,7 @@ def _named_models(models: Sequence[str]) -> dict[str, str]:
     return {name: path for name, _, path in (item.partition("=") for item in models)}
 
 
-def _prepare(config: CompareConfig) -> Task:
+def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     judge, proxy = (
         load_judge(source, device=config.device, dtype=config.dtype, max_length=config.max_length)
         if source
@@ -134,7 +138,7 @@ def _prepare(config: CompareConfig) -> Task:
         if isinstance(function, FunctionJudge):
             function.require((row.where, row.extra) for row in prompts)
     prompt_ids = [list(example.prompt) for example in examples]
-    return Task(config, prompts, prompt_ids, sft, judge, proxy)
+    return Task(config, prompts, prompt_ids, sft, judge, proxy, make_engine)
 
 
 def _require_same_tokens(sft: LoadedModel, model: LoadedModel) -> None:
@@ -145,7 +149,7 @@ def _require_same_tokens(sft: LoadedModel, model: LoadedModel) -> None:
         )
 
 
-def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
+def _sample(task: Task, model: LoadedModel, n: int) -> tuple[ByPrompt, float]:
     """n judged answers to each prompt, and the CPU seconds that sampling one took."""
     config = task.config
     sampling = Sampling(
@@ -154,7 +158,7 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
         stop_token_ids=stop_token_ids(model.tokenizer, model.hf.generation_config),
     )
     began = time.process_time()
-    engine = Engine(model, config.max_concurrent, config.dtype)
+    engine = task.make_engine(config, model)
     samples = engine.generate(task.prompt_ids, n, sampling, config.seed)
     seconds = (time.process_time() - began) / (n * len(samples))
     flat = [
@@ -172,7 +176,7 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[Answers, float]:
     own = _log_probs(task, model, tokens)
     reference = own if model is task.sft else _log_probs(task, task.sft, tokens)
     judged = iter(
-        Answer(text, s.tokens, s.finish_reason == "length", p - q, g, r)
+        Judged(text, s.tokens, s.finish_reason == "length", p - q, g, r)
         for text, (_, s), p, q, g, r in zip(texts, flat, own, reference, gold, proxy, strict=True)
     )
     return [[next(judged) for _ in row] for row in samples], seconds
@@ -201,8 +205,8 @@ def _log_probs(
 def _way(
     name: str,
     path: Path | None,
-    answers: Answers,
-    baseline: Answers,
+    answers: ByPrompt,
+    baseline: ByPrompt,
     sft: Vitals | None,
     seconds: float,
     seed: int,
@@ -242,7 +246,7 @@ def _with_bound(way: Way, n: int) -> Way:
     return replace(way, vitals=vitals, kl_is_bound=True)
 
 
-def _frontier(pool: Answers, seed: int) -> tuple[tuple[int, float, float], ...]:
+def _frontier(pool: ByPrompt, seed: int) -> tuple[tuple[int, float, float], ...]:
     gold = [[answer.gold for answer in row] for row in pool]
     proxy = [[answer.proxy or 0.0 for answer in row] for row in pool]
     sizes = range(1, len(pool[0]) + 1)
@@ -261,7 +265,7 @@ def _shown(prompt: Text) -> str:
 
 
 def _write(
-    output: Path, result: Comparison, prompts: list[Prompt], answers: dict[str, Answers]
+    output: Path, result: Comparison, prompts: list[Prompt], answers: dict[str, ByPrompt]
 ) -> None:
     """answers.jsonl has one line a prompt and way; compare.json every number of the table."""
     rows = [

@@ -19,7 +19,8 @@ from prefloop.data.columns import carried
 from prefloop.data.tokenize import decode_answer, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
-from prefloop.generation.engine import Engine, Sample
+from prefloop.generation.engine import Engine, in_process
+from prefloop.generation.protocol import MakeEngine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy, pick_device
 from prefloop.models.model import LoadedModel
@@ -29,7 +30,11 @@ from prefloop.runs import model_path
 from prefloop.terminal import shown
 
 
-def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Path:
+def sample(
+    config: SampleConfig,
+    prompts: Sequence[Prompt] | None = None,
+    make_engine: MakeEngine = in_process,
+) -> Path:
     """Writes n answers to each prompt into --output, one row a prompt, ready to be ranked.
 
     `prompts` stand for those of --data, where that is a labelling store.
@@ -41,7 +46,7 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
         prompts = formats.load(config.data, "prompt", counts)
     _check_carried(prompts)
     model = load_policy(config.model, pick_device(config.device))
-    answered = _answers(config, model, prompts, config.samples_per_prompt, counts)
+    answered = _answers(config, model, prompts, config.samples_per_prompt, counts, make_engine)
     settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}
     weights = weights_sha256(Path(model_path(config.model)))
     encoder = model.encoder
@@ -65,7 +70,7 @@ def sample(config: SampleConfig, prompts: Sequence[Prompt] | None = None) -> Pat
     return config.output
 
 
-def generate(config: GenerateConfig) -> Path | None:
+def generate(config: GenerateConfig, make_engine: MakeEngine = in_process) -> Path | None:
     """Prints an answer to each prompt, or writes them into --output."""
     validate(config)
     if config.output is not None:
@@ -81,7 +86,7 @@ def generate(config: GenerateConfig) -> Path | None:
         prompts = formats.load(config.data, "prompt", counts)
     _check_carried(prompts)
     model = load_policy(config.model, pick_device(config.device))
-    answered = _answers(config, model, prompts, 1, counts)
+    answered = _answers(config, model, prompts, 1, counts, make_engine)
     texts = [decode_answer(model.tokenizer, samples[0].tokens) for _, samples in answered]
     if config.output is not None:
         pairs = zip(answered, texts, strict=True)
@@ -116,11 +121,13 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
             del history[:2]
             ids = model.encoder.prompt((*system, *history)) if history else []
         if history:
-            text = _told(engine, ids, sampling, config.seed + turn, out)
+            text = _print_answer(engine, ids, sampling, config.seed + turn, out)
             history.append(Message("assistant", text))
 
 
-def _told(engine: Engine, ids: list[int], sampling: Sampling, seed: int, out: TextIO) -> str:
+def _print_answer(
+    engine: Engine, ids: list[int], sampling: Sampling, seed: int, out: TextIO
+) -> str:
     """An answer, printed as it grows but for bytes that are not yet a whole character."""
     drawn: list[int] = []
     before = ""
@@ -160,13 +167,14 @@ def _answers(
     prompts: Sequence[Prompt],
     n: int,
     counts: RowCounts,
+    make_engine: MakeEngine,
 ) -> list[tuple[Prompt, list[Sample]]]:
     """Each prompt that fits with its n samples, under a progress bar on a terminal."""
     prompts = split.first_prompts(prompts, config.max_prompts, counts)
     examples = tokenize(prompts, model.encoder, _room(config), config.truncation, counts)
     for example in examples:
         model.check_example(example, config.max_new_tokens)
-    engine = Engine(model, config.max_concurrent, config.dtype)
+    engine = make_engine(config, model)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("answers", total=n * len(examples))

@@ -35,6 +35,11 @@ class Scheduler:
         return self.slots - len(self.active)
 
     @property
+    def unfinished(self) -> bool:
+        """Some sample is not written yet."""
+        return bool(self.waiting or self.ready or self.active)
+
+    @property
     def longest(self) -> int:
         """Most tokens held by an active slot."""
         return max(self.origins) + self.steps

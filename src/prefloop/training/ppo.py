@@ -23,6 +23,8 @@ from prefloop.data import stream
 from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids
 from prefloop.errors import UserError
+from prefloop.generation.engine import in_process
+from prefloop.generation.protocol import MakeEngine
 from prefloop.losses import ppo as losses
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
@@ -263,7 +265,9 @@ class PPO:
             export_model(self.critic, folder / "value_model")
 
 
-def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
+def build(
+    config: PPOConfig, device: torch.device, run: Run, make_engine: MakeEngine = in_process
+) -> PPO:
     """Loads the models and prompts that the settings name."""
     # 1. Policy and its frozen reference; where KL costs nothing, only one that is asked for.
     policy = load_policy(config.model, device, **loop.model_options(config))
@@ -303,7 +307,7 @@ def build(config: PPOConfig, device: torch.device, run: Run) -> PPO:
     ptx: list[Example] = []
     if config.sft_data is not None:
         ptx = read_demonstrations(config.sft_data, config, policy, run)
-    sampler = Sampler(config, policy, critic, reference, scorer, stops)
+    sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
     return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
 
 
@@ -323,11 +327,11 @@ def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) 
         )
 
 
-def run(config: PPOConfig) -> Run:
+def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
     """`prefloop ppo`: trains and returns the finished run."""
     run, device = loop.start(config, "ppo")
     with run:
         if run.finished:
             return run
-        loop.train(build(config, device, run), config, run)
+        loop.train(build(config, device, run, make_engine), config, run)
     return run

@@ -17,7 +17,7 @@ from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data.batches import to_batches
 from prefloop.data.tokenize import Example, decode_answer
-from prefloop.generation.engine import Engine
+from prefloop.generation.protocol import RolloutEngine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.losses.kl import k1
@@ -217,6 +217,7 @@ class Sampler:
     reference: LoadedModel | None  # None: the policy without adapters, if it has any and KL costs
     scorer: Scorer
     stop_token_ids: frozenset[int]
+    engine: RolloutEngine
 
     @torch.no_grad()
     def roll_out(
@@ -228,8 +229,7 @@ class Sampler:
         """
         config = self.config
         # 1. Sample from the newest weights.
-        engine = Engine(self.policy, config.max_concurrent, config.dtype)
-        engine.weights_version = version
+        self.engine.sync(self.policy, version)
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -238,7 +238,7 @@ class Sampler:
         ids = [example.prompt for example in prompts.examples]
         places = [distributed.rank() + i * distributed.world() for i in range(len(ids))]
         k = config.samples_per_prompt
-        groups = engine.generate(ids, k, sampling, seed, numbers=places)
+        groups = self.engine.generate(ids, k, sampling, seed, numbers=places)
         examples = [
             with_answers(example, [sample.tokens for sample in group])
             for example, group in zip(prompts.examples, groups, strict=True)

@@ -150,7 +150,6 @@ def supervised_steps(
     for rows in stream.step_rows(
         len(examples), config.batch_size, config.epochs, config.max_steps, config.seed, start_step
     ):
-        mine = stream.shard(rows, distributed.rank(), distributed.world())
-        chosen = [examples[row] for row in mine]
+        chosen = [examples[row] for row in distributed.mine(rows)]
         batches = pack_all(chosen, config.micro_batch_tokens, not model.packed)
         yield Step(batches, sum(batch.tokens for batch in batches))
