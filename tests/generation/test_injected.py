@@ -123,7 +123,6 @@ def test_compare(world: Path, tmp_path: Path) -> None:
         judge="tests.training.rewards:by_length",
         output=tmp_path / "out",
         max_new_tokens=6,
-        best_of=1,
         device="cpu",
     )
     compare(settings, make_engine=made)

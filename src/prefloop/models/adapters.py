@@ -63,6 +63,11 @@ def without_adapters(module: nn.Module) -> AbstractContextManager[Any]:
     return module.disable_adapter() if isinstance(module, PeftModel) else nullcontext()
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether the model is trained through adapters."""
+    return isinstance(module, PeftModel)
+
+
 def is_adapter_folder(path: str) -> bool:
     """Whether the folder holds a PEFT adapter and not whole weights."""
     return (Path(path) / "adapter_config.json").exists()
