@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from prefloop.data.batches import pack
+from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.formats import load
 from prefloop.data.tokenize import tokenize
 from prefloop.losses import segment_sum, sigmoid_loss
@@ -24,12 +25,12 @@ def main(model: str, data: str, output: str, *, steps: int = 100, lr: float = 1e
     """Trains, writes the model, and returns the loss of each step."""
     policy = load_policy(model, pick_device("auto"))
     counts = RowCounts()
-    rankings = load(data, "ranking", counts)
+    rankings = load(data, "preference", counts)
     examples = tokenize(rankings, policy.tokenizer, 1024, "drop", counts)
     groups = [examples[at : at + 8] for at in range(0, len(examples), 8)]
     batches = [pack(group).to(policy.device) for group in groups]
 
-    def log_probs(batch):  # log pi(answer | prompt) of every answer; each prompt is computed once
+    def log_probs(batch: TokenBatch) -> Tensor:  # log pi(answer | prompt) of all answers
         tokens = answer_log_probs(policy, batch)
         return segment_sum(tokens, batch.target_answer, batch.answers)
 
@@ -45,7 +46,7 @@ def main(model: str, data: str, output: str, *, steps: int = 100, lr: float = 1e
         (total / pairs).backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(total.item() / pairs)
+        losses.append(total.item() / pairs.item())
         print(f"step {step + 1}: loss {losses[-1]:.4f}")
     export_model(policy, Path(output))
     return losses

@@ -8,11 +8,12 @@ baseline (RLOO), so there is no critic.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import prefloop
 
 
-def score(prompts, completions):
+def score(prompts: list[str], completions: list[str]) -> list[float]:
     """Higher is better: answers of about ten words that say no word twice."""
     scores = []
     for completion in completions:
@@ -21,7 +22,7 @@ def score(prompts, completions):
     return scores
 
 
-def main(model: str, data: str, output: str, **settings):
+def main(model: str, data: str, output: str, **settings: Any) -> prefloop.Run:
     """Runs PPO; `settings` are those of `prefloop ppo --help`, with underscores."""
     config = prefloop.PPOConfig(
         model=model,

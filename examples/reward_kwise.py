@@ -9,16 +9,20 @@ each rated by 15 to 29 people (fetched from PyPI), as rankings of eight by their
 
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import prefloop
 from prefloop.files import write_jsonl
-from prefloop.recipes.fetch import fetch_movie_ratings
+from prefloop.recipes.fetch import RatedSentence, fetch_movie_ratings
 
 PROMPT = "A sentence from a film review:"
 
 
-def film_rankings(sentences, size: int = 8, seed: int = 0) -> list[dict]:
+def film_rankings(
+    sentences: Sequence[RatedSentence], size: int = 8, seed: int = 0
+) -> list[dict[str, Any]]:
     """Sentences in groups; the better the raters found one, the higher its tier."""
     shuffled = list({s.text: s for s in sentences}.values())
     random.Random(seed).shuffle(shuffled)
@@ -32,7 +36,7 @@ def film_rankings(sentences, size: int = 8, seed: int = 0) -> list[dict]:
     return rows
 
 
-def main(model: str, data: str, output: str, **settings):
+def main(model: str, data: str, output: str, **settings: Any) -> prefloop.Run:
     """Trains on nine tenths of the prompts and measures on the rest."""
     if data == "film-ratings":
         data = f"{output}-rankings.jsonl"

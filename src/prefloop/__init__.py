@@ -49,6 +49,7 @@ from prefloop.config.labelling import (
     LabelServeConfig,
 )
 from prefloop.errors import UserError
+from prefloop.runs import Run
 
 __all__ = [
     "ChatConfig",
@@ -66,6 +67,7 @@ __all__ = [
     "PPOConfig",
     "RewardConfig",
     "RewardQualityConfig",
+    "Run",
     "RunConfig",
     "SFTConfig",
     "SampleConfig",
