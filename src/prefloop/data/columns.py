@@ -35,7 +35,7 @@ HEADS = ("system", "system_prompt", "system_message", "system_instruction")
 TOOLS = "tools"
 OF_ANSWERS = frozenset((*TEXTS[1:5], *VERDICTS, *ANSWERS, "labeller"))
 """Columns that speak of a row's answers: new answers to its prompt take none of them along."""
-SIDES = re.compile(r"(^|_)(chosen|rejected)(_|$)")
+SIDES = re.compile(r"(^|[\W_])(chosen|rejected)([\W_]|$)")
 """In a name: said of a pair's answers, as `score_chosen`."""
 
 OTHER_NAMES = frozenset(
