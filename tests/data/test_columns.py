@@ -75,7 +75,7 @@ def test_an_answer_that_is_json_or_code_stays_text(answer: str) -> None:
                     {"role": "user", "content": [{"type": "text", "text": "u", "image": "x"}]}
                 ]
             },
-            r"`prompt\[0\]\.content\[0\]\.image` cannot be used",
+            r"`prompt\[0\]\.content\[0\]` is a part of type image;",
         ),
         ({"prompt": [{**U, "attachments": ["a.pdf"]}]}, r"`prompt\[0\]\.attachments` cannot be"),
         ({"prompt": [{**U, "image_url": "a.png"}]}, r"`prompt\[0\]\.image_url` cannot be"),

@@ -26,17 +26,15 @@ FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
 VERDICTS = ("tiers", "label", "margin", "judged", "priority", "scores")
 """What is said of a row's answers."""
 ANSWERS = (
-    *("finish_reasons", "completion_ids", "log_probs", "tokenizer", "model", "weights", "seed"),
-    *("sampling", "chosen_ids", "rejected_ids", "chosen_finish_reason", "rejected_finish_reason"),
-    "completion_finish_reason",
+    *"finish_reasons completion_ids log_probs tokenizer model weights seed sampling".split(),
+    *(f"{name}_{of}" for name in TEXTS[1:4] for of in ("ids", "finish_reason")),
 )
 """What `sample` says of how it came by them."""
 HEADS = ("system", "system_prompt", "system_message", "system_instruction")
 TOOLS = "tools"
 OF_ANSWERS = frozenset((*TEXTS[1:5], *VERDICTS, *ANSWERS, "labeller"))
 """Columns that speak of a row's answers: new answers to its prompt take none of them along."""
-SIDES = re.compile(r"(^|[\W_])(chosen|rejected)([\W_]|$)")
-"""In a name: said of a pair's answers, as `score_chosen`."""
+SIDES = re.compile(r"(^|[\W_])(chosen|rejected)([\W_]|$)")  # of a pair's answers, as score_chosen
 
 OTHER_NAMES = frozenset(
     "answer answers response responses generation generations output outputs candidate candidates "
@@ -44,65 +42,33 @@ OTHER_NAMES = frozenset(
 )
 """What others call answers: a row with one of these is no prompt that waits for answers."""
 
-MEDIA = re.compile(
-    r"(image|img|picture|photo|audio|video|pixel_value)s?"
-    r"(_?(url|path|file|byte|data|base64|b64|\d+))?s?",
-    re.IGNORECASE,
-)
+KINDS = r"(image|img|picture|photo|audio|video|pixel_value)s?"
+MEDIA = re.compile(KINDS + r"(_?(url|path|file|byte|data|base64|b64|\d+))?s?", re.IGNORECASE)
+TOOLS_AS = "give the tools as `tools`, as chat templates take them"
+LOSS_AS = "mark single turns with `train`, or leave the column out"
 REFUSED = {
-    **dict.fromkeys(
-        ("functions", "available_tools", "tool_definitions"),
-        "give the tools as `tools`, as chat templates take them",
-    ),
-    **dict.fromkeys(
-        ("loss_mask", "completion_mask", "assistant_masks"),
-        "mark single turns with `train`, or leave the column out",
-    ),
+    **dict.fromkeys(("functions", "available_tools", "tool_definitions"), TOOLS_AS),
+    **dict.fromkeys(("loss_mask", "completion_mask", "assistant_masks"), LOSS_AS),
     "documents": "put them into the prompt's text",
     "history": "give the whole conversation as messages",
     "chat_template_kwargs": "give the same to all rows with --template-args",
 }
 """Columns and what to do about them."""
-WEIGHTS = ("weight", "sample_weight", "loss_weight")
-"""Of a row in the loss: all weigh 1."""
+WEIGHTS = ("weight", "sample_weight", "loss_weight")  # of a row in the loss: all weigh 1
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-FOREIGN_ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "chatbot": "assistant",
-    "chatgpt": "assistant",
-    "claude": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "llm": "assistant",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
-}
-"""Roles as other programs call them."""
-CALLS = ("function_call", "function_calls", "tool_call", "tool_calls")
-"""Roles and keys of calls, which `content` alone does not hold."""
+FOREIGN_ROLES = (
+    dict.fromkeys("human prompter".split(), "user")
+    | dict.fromkeys("gpt bot ai model chatbot chatgpt claude bard bing llm".split(), "assistant")
+    | dict.fromkeys("function observation tool_response tool_result".split(), "tool")
+    | {"function_response": "tool"}
+)
+CALLS = ("function_call", "function_calls", "tool_call", "tool_calls")  # roles and keys
 MESSAGE_KEYS = frozenset({"role", "content", "from", "value"})
-FLAGS = {  # of an assistant's turn: is the key's truth that the turn is trained?
-    "weight": True,
-    "train": True,
-    "training": True,
-    "trainable": True,
-    "trained": True,
-    "loss": True,
-    "loss_mask": True,
-    "loss_weight": True,
-    "masked": False,
-    "ignore_loss": False,
-    "no_loss": False,
-}
+FLAGS = dict.fromkeys(
+    "weight train training trainable trained loss loss_mask loss_weight".split(), True
+) | dict.fromkeys("masked ignore_loss no_loss".split(), False)
+"""Of an assistant's turn: is the key's truth that the turn is trained?"""
 UNREAD = frozenset(
     "reasoning_content reasoning reasoning_details thinking thinking_blocks thought tools "
     "functions documents files attachments parts prefix partial mask train_detail training_detail "
@@ -125,8 +91,7 @@ def is_empty(value: object) -> bool:
 
 def form_of(row: Row, kind: str) -> tuple[str, ...]:
     """The columns that make a record of the kind; none where the row fits no form."""
-    forms = FORMS[kind]
-    return next((f for f in forms if all(row.get(name) is not None for name in f)), ())
+    return next((f for f in FORMS[kind] if all(row.get(name) is not None for name in f)), ())
 
 
 def check_columns(row: Row, kind: str, where: str) -> None:
@@ -170,5 +135,6 @@ def _not_json(value: object) -> str | None:
         return next((what for what in map(_not_json, parts) if what is not None), None)
     if isinstance(value, str):
         return "half a character" if re.search("[\ud800-\udfff]", value) else None
-    known = value is None or isinstance(value, bool | int | float)
-    return None if known else "bytes" if isinstance(value, bytes) else f"a {type(value).__name__}"
+    if value is None or isinstance(value, bool | int | float):
+        return None
+    return "bytes" if isinstance(value, bytes) else f"a {type(value).__name__}"

@@ -23,7 +23,6 @@ from prefloop.data.columns import CHATS, HEADS, check_columns, form_of
 from prefloop.data.messages import decoded, head, notes, text, with_head
 from prefloop.data.messages import messages as messages_of
 from prefloop.data.sampled import samples, samples_of_list
-from prefloop.data.tables import rows_of
 from prefloop.errors import UserError
 from prefloop.records import (
     Comparison,
@@ -37,6 +36,7 @@ from prefloop.records import (
     Text,
     Unpaired,
 )
+from prefloop.tables import rows_of
 
 Kind = Literal["demonstration", "preference", "unpaired", "prompt"]
 Row = Mapping[str, Any]
@@ -272,19 +272,13 @@ def _says_the_prompt(row: Row, chosen: Text, rejected: Text, where: str) -> bool
     """Whether the answers are whole conversations in which the prompt stands once more."""
     prompt = text(row["prompt"], "prompt", where)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        if not isinstance(prompt, str) or chosen == prompt or rejected == prompt:
-            return False
-        both = str(chosen).startswith(prompt) and str(rejected).startswith(prompt)
-        return HH_HUMAN in prompt and prompt.endswith(HH_ASSISTANT) and both
+        both = all(str(side).startswith(str(prompt)) for side in (chosen, rejected))
+        return isinstance(prompt, str) and prompt.endswith(HH_ASSISTANT) and both
     if min(len(chosen), len(rejected)) < 2:
         return False
     asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    before = [{_bare(message) for message in side[:-1]} for side in (chosen, rejected)]
-    return all(_bare(message) in side for message in asked for side in before)
-
-
-def _bare(message: Message) -> Message:
-    return Message(message.role, message.content.strip())
+    before = [{(m.role, m.content.strip()) for m in side[:-1]} for side in (chosen, rejected)]
+    return all((m.role, m.content.strip()) in side for m in asked for side in before)
 
 
 def _prompt_and_answers(row: Row, where: str, *names: str) -> list[Text]:

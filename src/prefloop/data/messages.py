@@ -64,16 +64,13 @@ def decoded(value: object, name: str, where: str) -> object:
 
 def _literal(value: str) -> Any:
     """What JSON, or Python's or NumPy's repr, says; the string itself where it is none."""
-    for read in (json.loads, ast.literal_eval, _numpy):
+    commas = APART.sub(lambda at: at[1] or "}, {", value)
+    for read, said in ((json.loads, value), (ast.literal_eval, value), (ast.literal_eval, commas)):
         try:
-            return read(value)
+            return read(said)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return value
-
-
-def _numpy(value: str) -> Any:
-    return ast.literal_eval(APART.sub(lambda at: at[1] or "}, {", value))
 
 
 def _listed(value: str, name: str, where: str) -> Any:
@@ -155,32 +152,27 @@ def _content(value: object, field: str, where: str) -> str:
     parts = []
     for number, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else json_type(part)
-        if not isinstance(part, dict) or kind not in TEXT_PARTS:
+        shown = (
+            [k for k in part if is_media(k) and not is_empty(part[k])] if kind in TEXT_PARTS else []
+        )
+        if kind not in TEXT_PARTS or shown:
             raise UserError(
-                f"{where}: `{field}[{number}]` is a part of type {kind}; prefloop reads text alone"
+                f"{where}: `{field}[{number}]` is a part of type {(shown or [kind])[0]}; prefloop "
+                "reads text alone"
             )
-        for key in part:
-            if is_media(key) and not is_empty(part[key]):
-                raise UserError(
-                    f"{where}: `{field}[{number}].{key}` cannot be used; prefloop reads text alone"
-                )
         parts.append(string(part.get("text"), f"{field}[{number}].text", where))
     return "".join(parts)
 
 
 def _is_trained(item: Mapping[str, Any], field: str, where: str) -> bool:
     """Whether no flag keeps the turn out of the loss."""
-    trained = True
-    for key, means_trained in FLAGS.items():
-        value = item.get(key)
-        if value is None:
-            continue
+    said = {key: item[key] for key in FLAGS if item.get(key) is not None}
+    for key, value in said.items():
         if value not in (0, 1):  # true and false are too
             raise UserError(
                 f"{where}: `{field}.{key}` is {value!r}; a turn is trained or not: give 0 or 1"
             )
-        trained &= bool(value) == means_trained
-    return trained
+    return all(bool(value) == FLAGS[key] for key, value in said.items())
 
 
 def head(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -201,8 +193,6 @@ def head(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 
 def with_head(prompt: Text, before: tuple[Message, ...], where: str) -> Text:
     """The prompt after its tools and system text; UserError where it is a string."""
-    if not before:
-        return prompt
     if isinstance(prompt, str):
         name = "tools" if before[0].role == TOOLS else "system"
         raise UserError(
@@ -238,12 +228,9 @@ def notes(row: Mapping[str, Any], kind: str) -> set[str]:
     for name, value in row.items():
         if name in read or is_empty(value):
             continue
-        if kind != "prompt" or columns.is_of_answers(name):
-            found.add(f"column `{name}` not used")
-        elif name in columns.OTHER_NAMES:
-            found.add(f"column `{name}` carried along, not taken for an answer")
-        else:
-            found.add(f"column `{name}` carried along")
+        gone = kind != "prompt" or columns.is_of_answers(name)
+        answer = ", not taken for an answer" if name in columns.OTHER_NAMES else ""
+        found.add(f"column `{name}` " + ("not used" if gone else f"carried along{answer}"))
     used = (row.get(name) for name in columns.TEXTS if name in read)
     for message in (item for value in used for item in _objects(value)):
         found.update(_notes_of_message(message))
