@@ -220,16 +220,16 @@ def _read_parquet(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"{name}: Parquet needs pyarrow; pip install pyarrow") from error
+    number = 0
     try:
-        number = 0
         with parquet.ParquetFile(name) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{name}:{number}", {k: plain(v) for k, v in row.items()}
-    except arrow.ArrowException as error:
-        told = first_line(error)
-        raise UserError(f"{name}: malformed Parquet ({told}); write it again") from error
+    except (arrow.ArrowException, ValueError, OverflowError) as error:  # or too fine a time
+        told = f"{name}: malformed Parquet after row {number} ({first_line(error)})"
+        raise UserError(f"{told}; write it again, times in microseconds") from error
 
 
 def plain(value: Any) -> Any:

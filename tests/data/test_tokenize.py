@@ -391,3 +391,41 @@ def test_audit_without_eos() -> None:
     tokenizer.pad_token = None
     audit = audit_template(tokenizer)
     assert (audit.stop_token, audit.stop_token_trained, audit.pad_is_stop) == (None, False, False)
+
+
+# --- what a row says beside its messages ---------------------------------------------------------
+
+TOOL = Message("tools", '[{"type": "function", "function": {"name": "tide"}}]')
+PRINTS_TOOLS = (
+    "{% for t in tools or [] %}<|im_start|>{{ t.function.name }}<|im_end|>\n{% endfor %}" + CHATML
+)
+
+
+def test_tools_stand_before_every_kind_of_chat() -> None:
+    tokenizer = chat(PRINTS_TOOLS)
+    for record in (
+        Conversation((TOOL, U, A, V, B)),
+        Demonstration((TOOL, U), (A,)),
+        Ranking((TOOL, U), ((A,), (B,)), ((0,), (1,))),
+        Unpaired((TOOL, U), (A,), True),
+        Prompt((TOOL, U)),
+    ):
+        example = one(record, tokenizer)
+        text = tokenizer.decode(example.prompt)
+        assert text.startswith("<|im_start|>tide<|im_end|>\n<|im_start|>user\nhi")
+        assert all("tide" not in tokenizer.decode(answer) for answer in example.answers)
+        with pytest.raises(UserError, match=r"the chat template ignores `tools`"):
+            one(record, chat(CHATML))
+
+
+def test_a_template_that_trips_over_tools_is_told_in_one_line() -> None:
+    trips = "{% if tools %}{{ 'x' + tools[0].function }}{% endif %}" + PRINTS_TOOLS
+    with pytest.raises(UserError, match="the chat template refuses these messages"):
+        one(Prompt((TOOL, U)), chat(trips))
+
+
+def test_train_on_all_and_flags_that_keep_turns_out() -> None:
+    kept_out = Message("assistant", "a b", trained=False)
+    record = Conversation((U, kept_out, V, B), where="f:1")
+    with pytest.raises(UserError, match=r"^f:1: flags keep turns out .*--train-on answer"):
+        one(record, chat(CHATML), train_on="all")

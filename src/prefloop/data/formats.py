@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
-from prefloop.data.columns import HEADS, check_columns, notes
-from prefloop.data.messages import decoded, head, text, with_head
+from prefloop.data.columns import CHATS, HEADS, check_columns, form_of
+from prefloop.data.messages import decoded, head, notes, text, with_head
 from prefloop.data.messages import messages as messages_of
 from prefloop.data.sampled import samples, samples_of_list
-from prefloop.data.tables import rows_of
 from prefloop.errors import UserError
 from prefloop.records import (
     Comparison,
@@ -37,6 +36,7 @@ from prefloop.records import (
     Text,
     Unpaired,
 )
+from prefloop.tables import rows_of
 
 Kind = Literal["demonstration", "preference", "unpaired", "prompt"]
 Row = Mapping[str, Any]
@@ -79,9 +79,12 @@ def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list
     for where, row in rows_of(source):
         found = parse_row(row, where, kind, chat)
         counts.read += max(1, len(found))
-        for note in notes(row):
+        for note in notes(row, kind):
             counts.note(note)
         records += [item for item in found if not isinstance(item, str)]
+        for item in found:
+            if isinstance(item, Conversation) and item.messages[-1].role != "assistant":
+                counts.note("turns after the last answer not used")
         for reason in found:
             if isinstance(reason, str):
                 counts.drop(reason)
@@ -93,24 +96,20 @@ def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list
 
 def parse_row(row: Row, where: str, kind: Kind, chat: bool = False) -> Sequence[Record | str]:
     """The records of one row; a string is the reason why the row gives none."""
-    check_columns(row, where)
+    check_columns(row, kind, where)
     before = head(row, where)
     found = _parsed(row, where, kind)
     if chat:
         found = [item if isinstance(item, str) else as_chat(item) for item in found]
-    if not before:
-        return found
-    placed: list[Record | str] = []
-    for item in found:
-        if isinstance(item, Conversation):
-            messages = with_head(item.messages, before, where)
-            assert not isinstance(messages, str)
-            placed.append(replace(item, messages=messages))
-        elif isinstance(item, str):
-            placed.append(item)
-        else:
-            placed.append(replace(item, prompt=with_head(item.prompt, before, where)))
-    return placed
+    return [_placed(item, before, where) for item in found] if before else found
+
+
+def _placed(item: Record | str, before: tuple[Message, ...], where: str) -> Record | str:
+    if isinstance(item, str):
+        return item
+    name = "messages" if isinstance(item, Conversation) else "prompt"
+    changed: dict[str, Any] = {name: with_head(getattr(item, name), before, where)}
+    return replace(item, **changed)
 
 
 def as_chat(record: AnyRecord) -> AnyRecord:
@@ -132,21 +131,20 @@ def as_chat(record: AnyRecord) -> AnyRecord:
 
 
 def _parsed(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
-    for name in ("messages", "conversations"):
-        if kind == "demonstration" and _has(row, name):
-            return [_conversation(row[name], name, where)]
-    if kind == "preference" and _has(row, "prompt", "completions", "tiers"):
+    form = form_of(row, kind)
+    if form and form[0] in CHATS:
+        return [_conversation(row[form[0]], form[0], where)]
+    if "tiers" in form:
         return [replace(_ranking(row, where), margin=_margin(row, where))]
-    if kind == "prompt" and _has(row, "prompt"):
+    if form == ("prompt",):
         return [_prompt(row, where)]
-    if kind == "demonstration" and _has(row, "prompt", "completion"):
+    if "completion" in form:
         prompt, answer = _prompt_and_answers(row, where, "completion")
-        return [Demonstration(prompt, answer, where)]
-    if kind == "unpaired" and _has(row, "prompt", "completion", "label"):
-        prompt, answer = _prompt_and_answers(row, where, "completion")
+        if kind == "demonstration":
+            return [Demonstration(prompt, answer, where)]
         label = _label(row["label"], where)
         return [Unpaired(prompt, answer, label, where, samples(row, where, "completion"))]
-    if kind != "demonstration" and _has(row, "chosen", "rejected"):
+    if "chosen" in form:
         pair = _pair(row, where)
         if isinstance(pair, str):
             return [pair]
@@ -169,17 +167,12 @@ def _parsed(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
     raise UserError(f"{where}: columns {columns}; {kind} rows need {ACCEPTED[kind]}")
 
 
-def _has(row: Row, *names: str) -> bool:
-    return all(row.get(name) is not None for name in names)
-
-
 # --- one row of each form ------------------------------------------------------------------------
 
 
 def _prompt(row: Row, where: str) -> Prompt:
     prompt = text(row["prompt"], "prompt", where)
-    if not isinstance(prompt, str) and prompt[-1].role == "assistant":
-        raise UserError(f"{where}: `prompt` ends with an assistant message; end it with the user's")
+    _check_asked(prompt, where)
     return Prompt(prompt, where, {k: row[k] for k in row if k != "prompt" and k not in HEADS})
 
 
@@ -227,7 +220,7 @@ def _ranking(row: Row, where: str) -> Ranking:
 def _pair(row: Row, where: str) -> Comparison | str:
     """A comparison, or why an HH transcript gives none."""
     chosen, rejected = (text(row[name], name, where) for name in ("chosen", "rejected"))
-    if _has(row, "prompt") and not _says_the_prompt(row, chosen, rejected, where):
+    if row.get("prompt") is not None and not _says_the_prompt(row, chosen, rejected, where):
         prompt, chosen, rejected = _prompt_and_answers(row, where, "chosen", "rejected")
         return Comparison(prompt, chosen, rejected, where)
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -255,13 +248,15 @@ def _pair(row: Row, where: str) -> Comparison | str:
             f"{where}: no `prompt`, and `chosen` and `rejected` do not begin with the same "
             "messages; add a `prompt` column"
         )
-    if len(chosen) > length + 1 and chosen[-1].role == rejected[-1].role == "assistant":
+    if max(len(chosen), len(rejected)) > length + 1 and (
+        chosen[-1].role == rejected[-1].role == "assistant"
+    ):
         return "conversations that differ before the last answer"
+    _check_asked(chosen[:length], where)
     better = _one_answer(chosen[length:], "chosen", where)
     worse = _one_answer(rejected[length:], "rejected", where)
-    for name, (answer,) in (("chosen", better), ("rejected", worse)):
-        if not answer.content.strip():
-            raise UserError(f"{where}: `{name}` is an empty answer; remove the row or fill it")
+    if not better[0].content.strip() or not worse[0].content.strip():
+        return "conversation with an empty answer"
     return Comparison(chosen[:length], better, worse, where)
 
 
@@ -275,12 +270,15 @@ def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
 
 def _says_the_prompt(row: Row, chosen: Text, rejected: Text, where: str) -> bool:
     """Whether the answers are whole conversations in which the prompt stands once more."""
-    if isinstance(chosen, str) or isinstance(rejected, str) or len(chosen) < 2 > len(rejected):
-        return False
     prompt = text(row["prompt"], "prompt", where)
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        both = all(str(side).startswith(str(prompt)) for side in (chosen, rejected))
+        return isinstance(prompt, str) and prompt.endswith(HH_ASSISTANT) and both
+    if min(len(chosen), len(rejected)) < 2:
+        return False
     asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    shared = chosen[: _shared(chosen, rejected)]
-    return all(message in shared for message in asked)
+    before = [{(m.role, m.content.strip()) for m in side[:-1]} for side in (chosen, rejected)]
+    return all((m.role, m.content.strip()) in side for m in asked for side in before)
 
 
 def _prompt_and_answers(row: Row, where: str, *names: str) -> list[Text]:
@@ -299,8 +297,7 @@ def _same_form(texts: Sequence[Text], names: Sequence[str], where: str) -> list[
     if all(isinstance(text, str) for text in texts):
         return list(texts)
     chat = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if chat[-1].role == "assistant":
-        raise UserError(f"{where}: `prompt` ends with an assistant message; end it with the user's")
+    _check_asked(chat, where)
     formed: list[Text] = [chat]
     for name, answer in zip(names[1:], answers, strict=True):
         if isinstance(answer, str):
@@ -318,7 +315,14 @@ def _one_answer(messages: tuple[Message, ...], name: str, where: str) -> tuple[M
             f"{where}: `{name}` must be one assistant message after the prompt, and it is {roles}; "
             "move earlier turns into `prompt`"
         )
+    if not messages[0].trained:
+        raise UserError(f"{where}: a flag keeps `{name}` out of the loss; remove the row or it")
     return messages
+
+
+def _check_asked(prompt: Text, where: str) -> None:
+    if not isinstance(prompt, str) and prompt[-1].role == "assistant":
+        raise UserError(f"{where}: `prompt` ends with an assistant message; end it with the user's")
 
 
 # --- values --------------------------------------------------------------------------------------

@@ -5,24 +5,33 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from prefloop.data.columns import FLAGS, FOREIGN_ROLES, HEADS, ROLES, TOOLS, UNREAD, is_empty
+from prefloop.data import columns
+from prefloop.data.columns import FLAGS, FOREIGN_ROLES, HEADS, ROLES, TOOLS, is_empty, is_media
 from prefloop.errors import UserError
 from prefloop.files import json_type
 from prefloop.records import Message, Text
 
-LISTED = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
-"""How a list of messages begins, as JSON, Python or NumPy write it."""
-BETWEEN = re.compile(r"\}\s*\n\s*\{")  # NumPy puts no comma there
+PAIRS = (("role", "content"), ("from", "value"))
+BEGINS = re.compile(r"""\s*(array\()?\s*["']?\s*[\[(]?\s*\{\s*\\?['"]""")
+"""How messages begin, as JSON, Python or NumPy write them; a string may be quoted once more."""
+KEYS = [[re.compile(rf"""['"]{key}\\?['"]\s*:""") for key in pair] for pair in PAIRS]
+ARRAY = re.compile(r"\s*array\((.*?)(,\s*dtype=object)?\)\s*", re.DOTALL)
+APART = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\}\s+\{""")
+"""Strings, or the place between two objects where NumPy puts no comma."""
+PARTS = re.compile(r"""\s*\[\s*\{\s*['"](type|text)['"]\s*:""")
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def text(value: object, name: str, where: str) -> Text:
     """A string, or messages: a list of them, or its text in a cell."""
-    if isinstance(value, str) and LISTED.match(value):
+    if isinstance(value, str):
         value = _listed(value, name, where)
+    if isinstance(value, dict) and any(value.keys() >= set(pair) for pair in PAIRS):
+        value = [value]
     if isinstance(value, list):
         return messages(value, name, where)
     return string(value, name, where, "a string or a list of messages")
@@ -46,26 +55,42 @@ def decoded(value: object, name: str, where: str) -> object:
     """A list that a cell may hold as text."""
     if not isinstance(value, str):
         return value
-    if LISTED.match(value):
-        return _listed(value, name, where)
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise UserError(f"{where}: `{name}` must be a list (in CSV: as JSON)") from error
+    listed = _listed(value, name, where)
+    found = _literal(value) if listed is value else listed
+    if isinstance(found, str):
+        raise UserError(f"{where}: `{name}` must be a list (in CSV: as JSON)")
+    return found
 
 
-def _listed(value: str, name: str, where: str) -> object:
-    """A list of messages in a string: as JSON, or as Python's or NumPy's repr."""
-    for read in (json.loads, ast.literal_eval, lambda v: ast.literal_eval(BETWEEN.sub("}, {", v))):
+def _literal(value: str) -> Any:
+    """What JSON, or Python's or NumPy's repr, says; the string itself where it is none."""
+    commas = APART.sub(lambda at: at[1] or "}, {", value)
+    for read, said in ((json.loads, value), (ast.literal_eval, value), (ast.literal_eval, commas)):
         try:
-            found = read(value)
+            return read(said)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        keys = ({"role", "content"}, {"from", "value"})
-        if isinstance(found, list) and all(isinstance(item, dict) for item in found):
-            if any(pair <= item.keys() for item in found for pair in keys):
-                return found
-            return value  # somebody's list of other things
+    return value
+
+
+def _listed(value: str, name: str, where: str) -> Any:
+    """Messages in a string, as JSON or as Python's or NumPy's repr; else the string as it is."""
+    if not BEGINS.match(value) or not any(all(k.search(value) for k in pair) for pair in KEYS):
+        return value
+    array = ARRAY.fullmatch(value)
+    bare = (array[1] if array else value).strip()
+    found = _literal(bare)
+    if isinstance(found, str) and found != bare:  # quoted once more
+        return _listed(found, name, where)
+    items = [found] if isinstance(found, dict) else found
+    objects = isinstance(items, list | tuple) and all(isinstance(item, dict) for item in items)
+    if objects:
+        role = str(items[0].get("role", items[0].get("from"))).lower()
+        message = isinstance(found, list | tuple) or role in ROLES or role in FOREIGN_ROLES
+        if message and any(item.keys() >= set(pair) for item in items for pair in PAIRS):
+            return list(items)
+    if objects or bare[0] == "{":
+        return value  # somebody's list of other things, or code
     raise UserError(
         f"{where}: `{name}` looks like a list of messages and is not JSON; write it with json.dumps"
     )
@@ -92,8 +117,8 @@ def _message(item: object, field: str, where: str) -> Message:
             f"{where}: `{field}` is {', '.join(map(str, item))}; a message needs `role` and "
             "`content`"
         )
-    for key in UNREAD:
-        if not is_empty(item.get(key)):
+    for key, value in item.items():
+        if (key in columns.UNREAD or is_media(key)) and value is not False and not is_empty(value):
             raise UserError(
                 f"{where}: `{field}.{key}` cannot be learned from; put it into `content` or "
                 "remove it"
@@ -105,7 +130,7 @@ def _message(item: object, field: str, where: str) -> Message:
 
 def _role(role: str, field: str, where: str) -> str:
     known = FOREIGN_ROLES.get(role.lower(), role)
-    if role == "function_call" or not role:
+    if role.lower() in columns.CALLS or not role.strip():
         raise UserError(f"{where}: `{field}` is {role!r}, which cannot be learned from; remove it")
     near = get_close_matches(role, ROLES, cutoff=0.8) or [r for r in ROLES if r == role.lower()]
     if known not in ROLES and near:
@@ -115,16 +140,25 @@ def _role(role: str, field: str, where: str) -> str:
 
 def _content(value: object, field: str, where: str) -> str:
     """A string, or text parts joined."""
-    if value is None:
-        raise UserError(f"{where}: `{field}` is null; write its text, or remove the message")
+    if value is None or value == []:
+        what = "null" if value is None else "an empty list"
+        raise UserError(f"{where}: `{field}` is {what}; write its text, or remove the message")
+    if isinstance(value, str) and PARTS.match(value):
+        found = _literal(value)
+        whole = isinstance(found, list) and all(isinstance(p, dict) and "type" in p for p in found)
+        value = found if whole else value
     if not isinstance(value, list):
         return string(value, field, where, "a string, or a list of text parts")
     parts = []
     for number, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else json_type(part)
-        if not isinstance(part, dict) or kind != "text":
+        shown = (
+            [k for k in part if is_media(k) and not is_empty(part[k])] if kind in TEXT_PARTS else []
+        )
+        if kind not in TEXT_PARTS or shown:
             raise UserError(
-                f"{where}: `{field}[{number}]` is a part of type {kind}; prefloop reads text alone"
+                f"{where}: `{field}[{number}]` is a part of type {(shown or [kind])[0]}; prefloop "
+                "reads text alone"
             )
         parts.append(string(part.get("text"), f"{field}[{number}].text", where))
     return "".join(parts)
@@ -132,25 +166,21 @@ def _content(value: object, field: str, where: str) -> str:
 
 def _is_trained(item: Mapping[str, Any], field: str, where: str) -> bool:
     """Whether no flag keeps the turn out of the loss."""
-    trained = True
-    for key, means_trained in FLAGS.items():
-        value = item.get(key)
-        if value is None:
-            continue
+    said = {key: item[key] for key in FLAGS if item.get(key) is not None}
+    for key, value in said.items():
         if value not in (0, 1):  # true and false are too
             raise UserError(
                 f"{where}: `{field}.{key}` is {value!r}; a turn is trained or not: give 0 or 1"
             )
-        trained &= bool(value) == means_trained
-    return trained
+    return all(bool(value) == FLAGS[key] for key, value in said.items())
 
 
 def head(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """What a row's `tools` and `system` columns put before its messages."""
     found = []
-    tools = row.get(TOOLS)
+    tools = _without_nulls(row.get(TOOLS))
     if isinstance(tools, str) and tools.strip():
-        tools = decoded(tools, TOOLS, where)
+        tools = _without_nulls(decoded(tools, TOOLS, where))
     if not is_empty(tools):
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise UserError(f"{where}: `tools` must be a list of objects, as chat templates take")
@@ -163,8 +193,6 @@ def head(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 
 def with_head(prompt: Text, before: tuple[Message, ...], where: str) -> Text:
     """The prompt after its tools and system text; UserError where it is a string."""
-    if not before:
-        return prompt
     if isinstance(prompt, str):
         name = "tools" if before[0].role == TOOLS else "system"
         raise UserError(
@@ -176,3 +204,58 @@ def with_head(prompt: Text, before: tuple[Message, ...], where: str) -> Text:
     if len(system) > 1 or (system and own and own != system):
         raise UserError(f"{where}: two system texts; keep one of them")
     return (*(m for m in before if m not in own), *prompt)
+
+
+def _without_nulls(value: object) -> object:
+    """Without the keys that a table's columns give to every object, null where it has none."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+
+
+# --- what was read otherwise, or not at all ------------------------------------------------------
+
+
+def notes(row: Mapping[str, Any], kind: str) -> set[str]:
+    """What of a row was read under another name, or not at all, in words to be counted."""
+    form = columns.form_of(row, kind)
+    read = {*form, *HEADS, TOOLS, *columns.ANSWERS, "labeller"}
+    read |= {"prompt"} if "chosen" in form else set()
+    read |= {"margin"} if kind == "preference" else set()
+    found = set()
+    for name, value in row.items():
+        if name in read or is_empty(value):
+            continue
+        gone = kind != "prompt" or columns.is_of_answers(name)
+        answer = ", not taken for an answer" if name in columns.OTHER_NAMES else ""
+        found.add(f"column `{name}` " + ("not used" if gone else f"carried along{answer}"))
+    used = (row.get(name) for name in columns.TEXTS if name in read)
+    for message in (item for value in used for item in _objects(value)):
+        found.update(_notes_of_message(message))
+    return found
+
+
+def _objects(value: object) -> Iterator[dict[str, Any]]:
+    """The messages of a cell, in whichever way it holds them."""
+    if isinstance(value, str):
+        value = _listed(value, "", "")
+    if isinstance(value, dict):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _objects(item)
+
+
+def _notes_of_message(message: Mapping[str, Any]) -> Iterator[str]:
+    role = str(message.get("role", message.get("from")))
+    known = FOREIGN_ROLES.get(role.lower(), role)
+    if known != role:
+        yield f"role `{role}` read as {known}"
+    for key, value in message.items():
+        if key in FLAGS:
+            if known != "assistant" and value and FLAGS[key]:
+                yield f"`{key}` of a turn that is no answer not used: answers alone are trained"
+        elif key not in columns.MESSAGE_KEYS and not is_empty(value):
+            yield f"messages' key `{key}` not used"

@@ -249,6 +249,11 @@ def tokenize(
             continue
         if train_on == "all":
             (answer,) = example.answers
+            if isinstance(record, Conversation) and not all(m.trained for m in record.messages):
+                raise UserError(
+                    f"{located(record.where)}flags keep turns out of the loss, and --train-on all "
+                    "trains all; remove the flags, or use --train-on answer"
+                )
             ids = example.prompt + answer
             masks = ((True,) * (len(ids) - 1),)
             example = replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
