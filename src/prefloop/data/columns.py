@@ -6,10 +6,13 @@ else is a note of its owner: carried along by `sample`, and listed once by `chec
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prefloop.errors import UserError
+from prefloop.errors import UserError, first_line
+from prefloop.files import plain
 
 Row = Mapping[str, Any]
 
@@ -24,15 +27,17 @@ ANSWERS = (
 """What `sample` says of how it came by them."""
 HEADS = ("system", "system_prompt", "system_message")
 TOOLS = "tools"
-OF_ANSWERS = frozenset((*TEXTS[1:5], *VERDICTS, *ANSWERS, "labeller"))
+OF_ANSWERS = frozenset((*TEXTS[1:], *VERDICTS, *ANSWERS, "labeller"))
 """Columns that speak of a row's answers: new answers to its prompt take none of them along."""
+ORIGINS = frozenset(("model", "weights", "seed", "sampling", "tokenizer", "label", "labeller"))
+"""Those of them that may as well speak of a prompt that has no answers."""
 READ = frozenset((*TEXTS, *VERDICTS, *ANSWERS, *HEADS, TOOLS, "labeller"))
 
 OTHER_NAMES = frozenset(
     "answer answers response responses generation generations output outputs candidate candidates "
-    "continuation continuations reply replies".split()
+    "continuation continuations reply replies completion completions".split()
 )
-"""What others call answers: a row with one of these is no prompt that waits for answers."""
+"""What others call answers, alone or in a longer name: `response_a`, `model-output`."""
 
 PICTURES = ("image", "images", "audio", "audios", "video", "videos")
 REFUSED = dict.fromkeys(PICTURES, "prefloop reads text alone; remove the row, or the column") | {
@@ -84,25 +89,44 @@ def check_columns(row: Row, where: str) -> None:
             raise UserError(f"{where}: column `{name}` cannot be used: {remedy}")
 
 
+def words(name: str) -> frozenset[str]:
+    """The words of a column's name: `score_chosen2` has two."""
+    return frozenset(re.findall(r"[^\W\d_]+", name.lower()))
+
+
+def of_answers(name: str) -> bool:
+    """Whether a column speaks of the row's answers in a way that prefloop reads or knows."""
+    return name in OF_ANSWERS or bool(words(name) & {"chosen", "rejected"})
+
+
+def like_answers(name: str) -> bool:
+    """Whether a column that prefloop does not read may hold answers, by its name."""
+    return not of_answers(name) and bool(words(name) & OTHER_NAMES)
+
+
+def answered(row: Row) -> bool:
+    """Whether a row holds answers, or was meant to: it is no prompt that waits for them."""
+    names = (name for name in row.keys() - ORIGINS if not is_empty(row[name]))
+    return any(of_answers(name) or like_answers(name) for name in names)
+
+
 def carried(row: Row, where: str) -> dict[str, object]:
     """The columns that stay true of a prompt with new answers; UserError for one JSON lacks."""
-    kept = {name: value for name, value in row.items() if name not in OF_ANSWERS}
+    kept = {name: plain(value) for name, value in row.items() if not of_answers(name)}
     for name, value in kept.items():
-        if _holds_bytes(value):
-            raise UserError(
-                f"{where}: column `{name}` holds bytes, which a row of JSON cannot; leave it out"
-            )
+        try:
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            told = f"{where}: column `{name}` holds what JSON cannot ({first_line(error)})"
+            raise UserError(told + "; leave it out") from error
     return kept
-
-
-def _holds_bytes(value: object) -> bool:
-    if isinstance(value, dict | list | tuple):
-        return any(map(_holds_bytes, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, bytes | bytearray)
 
 
 def notes(row: Row) -> Iterator[str]:
     """What of a row was read under another name, or not at all, in words to be counted."""
+    for name in ("completion_ids", "chosen_ids", "rejected_ids"):
+        if not is_empty(row.get(name)) and is_empty(row.get("tokenizer")):
+            yield f"column `{name}` not used: no `tokenizer` says whose tokens they are"
     for name in row:
         if name not in READ and name not in REFUSED:
             yield f"column `{name}` not used"
