@@ -28,7 +28,7 @@ FIELDS = sorted({field.name for config in CONFIGS for field in fields(config)})
 MAX_FILE, MAX_FUNCTION = 400, 60
 BUDGETS = {
     "losses": 700,
-    "data": 1500,
+    "data": 1700,
     "models": 2400,
     "generation": 1600,
     "rewards": 800,
@@ -39,7 +39,7 @@ BUDGETS = {
     "": 2600,
 }
 """Lines of each folder that are not blank; the last is for the rest: 2,200 until each setting had
-its range beside it and rows came in by one door."""
+its range beside it and rows came in by one door; data: 1,500 until other tools' forms were read."""
 
 
 def line_count(path):

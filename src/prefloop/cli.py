@@ -18,6 +18,7 @@ from types import FrameType, MappingProxyType
 from prefloop.commands import COMMANDS, Command
 from prefloop.config.resolve import flag, nearest, resolve
 from prefloop.errors import Terminated, UserError, first_line, out_of_memory
+from prefloop.terminal import shown
 
 # How long idle threads spin for their next piece of work. Not at all makes decoding take 1.7 times
 # as long on two free cores; as long as libgomp would, 2.5 times as long beside a busy program; this
@@ -42,7 +43,7 @@ def main(
     try:
         return _dispatch(words, commands)
     except UserError as error:
-        print("prefloop: " + " ".join(str(error).split()), file=sys.stderr)
+        print("prefloop: " + shown(" ".join(str(error).split())), file=sys.stderr)
         return YOURS
     except Terminated:
         print("prefloop: terminated", file=sys.stderr)

@@ -51,6 +51,7 @@ class Demonstration:
     prompt: Text
     completion: Text
     where: str = field(default="", compare=False)
+    sampled: tuple[Sampled, ...] = field(default=(), compare=False)  # of the completion
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,8 @@ def sampled_to_json(sampled: Sequence[Sampled], names: tuple[str, str]) -> dict[
     row: dict[str, object] = {}
     if sampled:
         row[names[0]] = ["stop" if one.ended else "length" for one in sampled]
-    if sampled and all(one.ids for one in sampled):
-        row |= {names[1]: [list(one.ids) for one in sampled], "tokenizer": sampled[0].tokenizer}
+    if whose := next((one.tokenizer for one in sampled if one.ids), ""):
+        row |= {names[1]: [list(one.ids) or None for one in sampled], "tokenizer": whose}
     return row
 
 
@@ -252,5 +253,5 @@ def _columns(record: Record) -> dict[str, object]:
         row["completion"] = text_to_json(record.completion)
         if isinstance(record, Unpaired):
             row["label"] = record.label
-            row |= pair_to_json(record.sampled, ("completion",))
+        row |= pair_to_json(record.sampled, ("completion",))
     return row

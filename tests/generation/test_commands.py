@@ -133,10 +133,13 @@ def test_generate_prints_or_writes(
     output = tmp_path / "answers.jsonl"
     data = written(tmp_path / "p.jsonl", [{"prompt": "the ab", "n": 1}, {"prompt": "a", "n": 2}])
     generate(replace(config, prompt=(), data=data, output=output))
-    assert read(output) == [
-        {"prompt": "the ab", "n": 1, "completion": expected[0]},
-        {"prompt": "a", "n": 2, "completion": expected[1]},
+    rows = read(output)
+    assert [(row["prompt"], row["n"], row["completion"]) for row in rows] == [
+        ("the ab", 1, expected[0]),
+        ("a", 2, expected[1]),
     ]
+    assert [decode_answer(tokenizer, row["completion_ids"]) for row in rows] == expected
+    assert [row["completion_finish_reason"] for row in rows] == ["length", "length"]
     generate(replace(config, prompt=(), data=data, output=output, max_prompts=1))
     assert len(read(output)) == 1
 

@@ -261,3 +261,10 @@ def test_rows_are_plain_json(tmp_path):
     put(tmp_path, ranked([[0], [1], [2]]))
     run(tmp_path)
     assert json.loads((tmp_path / "out.jsonl").read_text())["labeller"] == "l0"
+
+
+def test_equal_answers_ranked_apart_give_no_pair(tmp_path):
+    put(tmp_path, ranked([[0], [1], [2]], answers=("a", "a", "b")))
+    result, found = run(tmp_path, form="dpo")
+    assert result["left_out"] == {"pair of equal answers": 1}
+    assert [(row["chosen"], row["rejected"]) for row in found] == [("a", "b"), ("a", "b")]

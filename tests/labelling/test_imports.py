@@ -228,12 +228,33 @@ BUCKETS = {
         ({"prompt": "p"}, {"gold": True}, "a gold row needs"),
         ({"prompt": "p", "completions": ["a"]}, {}, "1 answers; labellers rank 2 to 9"),
         ({"prompt": "p", "completions": [str(n) for n in range(10)]}, {}, "10 answers"),
+        ({"prompt": "p", "completions": ["a", "b"], "log_probs": 5}, {}, "`log_probs` must"),
         (
             {"prompt": "p", "completions": ["a", "b"], "log_probs": [1.0]},
             {},
             "`log_probs` must hold one",
         ),
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1.0]}, {}, "must hold 2 numbers"),
+        ({"prompt": "p", "completions": ["a", "b"], "judged": [{"x": 1}]}, {}, "`judged` must be"),
+        ({"prompt": "p", "completions": ["a", "b"], "judged": "[1]"}, {}, "`judged` must be"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "priority": "high"},
+            {},
+            "`priority` is 'high'",
+        ),
+        ({"prompt": "p", "completions": ["a", "b"], "seed": 1.5}, {}, "`seed` is 1.5"),
+        ({"prompt": "p", "completions": ["a", "b"], "seed": 10**12}, {}, "`seed` is 10"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "model": {"a": 1}},
+            {},
+            "`model` must be a text",
+        ),
+        ({"prompt": "p", "completions": ["a", "b"], "weights": "a" * 65}, {}, "`weights` must be"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "log_probs": ["x", 1]},
+            {},
+            "`log_probs` holds",
+        ),
         ({"prompt": "p", "completions": ["a", "b"]}, {"strategy": "gap"}, "needs `scores`"),
         (
             {"prompt": "p", "completions": ["a", "b"], "scores": [1.0, 2.0]},

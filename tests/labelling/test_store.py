@@ -23,6 +23,18 @@ def test_the_migrations_make_the_schema(tmp_path):
         assert compare_metadata(context, metadata) == []
 
 
+def test_a_store_of_the_first_version_gains_the_columns(tmp_path):
+    put(tmp_path, rows(1))
+    with sqlite3.connect(tmp_path / "labels.db") as old:
+        for column in ("token_ids", "tokenizer"):
+            old.execute(f"ALTER TABLE responses DROP COLUMN {column}")
+        old.execute("UPDATE alembic_version SET version_num = '0001'")
+    old.close()
+    with open_store(tmp_path).read() as t:
+        found = t.all(text("SELECT completion, token_ids, tokenizer FROM responses"))
+    assert [(row["token_ids"], row["tokenizer"]) for row in found] == [(None, None)] * 3
+
+
 def test_a_store_opens_again_as_it_was(tmp_path):
     put(tmp_path, rows(2))
     for _ in range(2):

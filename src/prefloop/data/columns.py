@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefloop.errors import UserError
+from prefloop.files import plain
 
 Row = Mapping[str, Any]
 
@@ -32,15 +33,16 @@ ANSWERS = (
 """What `sample` says of how it came by them."""
 HEADS = ("system", "system_prompt", "system_message", "system_instruction")
 TOOLS = "tools"
-OF_ANSWERS = frozenset((*TEXTS[1:5], *VERDICTS, *ANSWERS, "labeller"))
+OF_ANSWERS = frozenset((*TEXTS[1:], *VERDICTS, *ANSWERS, "labeller"))
 """Columns that speak of a row's answers: new answers to its prompt take none of them along."""
-SIDES = re.compile(r"(^|[\W_])(chosen|rejected)([\W_]|$)")  # of a pair's answers, as score_chosen
+ORIGINS = frozenset(("model", "weights", "seed", "sampling", "tokenizer", "label", "labeller"))
+"""Those of them that may as well speak of a prompt that has no answers."""
 
 OTHER_NAMES = frozenset(
     "answer answers response responses generation generations output outputs candidate candidates "
-    "continuation continuations reply replies".split()
+    "continuation continuations reply replies completion completions".split()
 )
-"""What others call answers: a row with one of these is no prompt that waits for answers."""
+"""What others call answers, alone or in a longer name: `response_a`, `model-output`."""
 
 KINDS = r"(image|img|picture|photo|audio|video|pixel_value)s?"
 MEDIA = re.compile(KINDS + r"(_?(url|path|file|byte|data|base64|b64|\d+))?s?", re.IGNORECASE)
@@ -112,14 +114,30 @@ def check_columns(row: Row, kind: str, where: str) -> None:
             raise UserError(f"{where}: column `{name}` cannot be used: {remedy}")
 
 
-def is_of_answers(name: str) -> bool:
-    """Whether a column speaks of a row's answers: new ones take none of it along."""
-    return name in OF_ANSWERS or bool(SIDES.search(name))
+def words(name: str) -> frozenset[str]:
+    """The words of a column's name: `score_chosen2` has two."""
+    return frozenset(re.findall(r"[^\W\d_]+", name.lower()))
+
+
+def of_answers(name: str) -> bool:
+    """Whether a column speaks of the row's answers in a way that prefloop reads or knows."""
+    return name in OF_ANSWERS or bool(words(name) & {"chosen", "rejected"})
+
+
+def like_answers(name: str) -> bool:
+    """Whether a column that prefloop does not read may hold answers, by its name."""
+    return not of_answers(name) and bool(words(name) & OTHER_NAMES)
+
+
+def answered(row: Row) -> bool:
+    """Whether a row holds answers, or was meant to: it is no prompt that waits for them."""
+    names = (name for name in row.keys() - ORIGINS if not is_empty(row[name]))
+    return any(of_answers(name) or like_answers(name) for name in names)
 
 
 def carried(row: Row, where: str) -> dict[str, object]:
     """The columns that stay true of a prompt with new answers; UserError for one JSON lacks."""
-    kept = {name: value for name, value in row.items() if not is_of_answers(name)}
+    kept = {name: plain(value) for name, value in row.items() if not of_answers(name)}
     for name, value in kept.items():
         if (what := _not_json(value)) is not None:
             raise UserError(
@@ -132,6 +150,8 @@ def _not_json(value: object) -> str | None:
     """What of a value no file of JSON can hold."""
     if isinstance(value, dict | list | tuple):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
+        if isinstance(value, dict) and any(not isinstance(key, str) for key in value):
+            return "a key that is no text"
         return next((what for what in map(_not_json, parts) if what is not None), None)
     if isinstance(value, str):
         return "half a character" if re.search("[\ud800-\udfff]", value) else None

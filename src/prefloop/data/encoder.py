@@ -148,10 +148,33 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer without special tokens, as `continued` would read it."""
-        if not self._puts_space:
-            return self._text(ids)
-        before = self.ids("\n")  # alone, its first token's space would be taken for a prefix
+        before = self.ids("a")  # alone, many decoders take the first space for a prefix
         return self._text([*before, *ids]).removeprefix(self._text(before))
+
+    def said(self, prompt: Text, ids: Sequence[int]) -> str:
+        """What an answer to the prompt says: of a chat's, without what the template prints."""
+        text = self.decode(ids)
+        if isinstance(prompt, str):
+            return text
+        try:
+            turn = self.turn
+        except UserError:  # a template that generates, and cannot train
+            return text
+        text = text.removeprefix(turn.head)
+        if turn.stop is None or list(ids[-1:]) != [turn.stop]:
+            return text
+        stop = str(self.tokenizer.convert_ids_to_tokens(turn.stop))
+        return text.removesuffix(turn.end.removesuffix(stop))
+
+    def own_ids(self, prompt: Text, answer: Text, how: Sampled) -> tuple[int, ...]:
+        """The tokens that a model wrote, where they are this tokenizer's; UserError for others'."""
+        if not how.ids or how.tokenizer != self.fingerprint:
+            return ()
+        text = answer if isinstance(answer, str) else answer[0].content
+        if max(how.ids) >= len(self.tokenizer) or self.said(prompt, how.ids) != text:
+            told = f"the answer {text[:40]!r} is not the text of its token ids; "
+            raise UserError(told + "leave its ids out where the text was changed")
+        return how.ids
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(
@@ -178,9 +201,11 @@ class Encoder:
         ids, leading = self.ids(prompt), self.leading
         return ids if leading and ids[: len(leading)] == leading else leading + ids
 
-    def answer(self, prompt: Text, answer: Text) -> list[int]:
-        """Ids of an answer that follows the prompt, its stop token included once."""
+    def answer(self, prompt: Text, answer: Text, ended: bool = True) -> list[int]:
+        """Ids of an answer to the prompt, its stop token once; a cut one ends with its text."""
         if isinstance(prompt, str) and isinstance(answer, str):
+            if not ended:
+                return self.continued(answer)
             eos = self.tokenizer.eos_token_id
             if eos is None:
                 raise UserError("the tokenizer has no EOS token to end an answer; set eos_token")
@@ -191,6 +216,8 @@ class Encoder:
         text = self._answer_text(prompt, answer)
         if not text.endswith(self.turn.end + self.turn.rest):
             raise UserError("the chat template does not end this answer as it ends others")
+        if not ended:
+            return self.continued(text.removesuffix(self.turn.end + self.turn.rest))
         return self._turn_ids(text.removesuffix(self.turn.rest))
 
     def _turn_ids(self, text: str) -> list[int]:
@@ -208,8 +235,8 @@ class Encoder:
             _ = self.turn
         asked = self.prompt(prompt)
         texts = [
-            asked + self.with_tail(how.ids, chat=not isinstance(prompt, str) and how.ended)
-            if how.ids and how.tokenizer == self.fingerprint
+            asked + self.with_tail(own, chat=not isinstance(prompt, str) and how.ended)
+            if (own := self.own_ids(prompt, answer, how))
             else self._whole(prompt, answer, how.ended)
             for answer, how in zip(answers, sampled, strict=True)
         ]

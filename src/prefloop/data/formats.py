@@ -141,7 +141,7 @@ def _parsed(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
     if "completion" in form:
         prompt, answer = _prompt_and_answers(row, where, "completion")
         if kind == "demonstration":
-            return [Demonstration(prompt, answer, where)]
+            return [Demonstration(prompt, answer, where, samples(row, where, "completion"))]
         label = _label(row["label"], where)
         return [Unpaired(prompt, answer, label, where, samples(row, where, "completion"))]
     if "chosen" in form:
@@ -282,11 +282,12 @@ def _says_the_prompt(row: Row, chosen: Text, rejected: Text, where: str) -> bool
 
 
 def _prompt_and_answers(row: Row, where: str, *names: str) -> list[Text]:
-    """Prompt and non-empty answers, all strings or all messages."""
+    """Prompt and answers, all strings or all messages; an empty one must have been sampled."""
     texts = [text(row[name], name, where) for name in ("prompt", *names)]
     texts = _same_form(texts, ["prompt", *names], where)
     for name, said in zip(names, texts[1:], strict=True):
-        if not (said if isinstance(said, str) else said[0].content).strip():
+        sampled = row.get(f"{name}_finish_reason") is not None
+        if not sampled and not (said if isinstance(said, str) else said[0].content).strip():
             raise UserError(f"{where}: `{name}` is an empty answer; remove the row or fill it")
     return texts
 

@@ -225,11 +225,14 @@ def notes(row: Mapping[str, Any], kind: str) -> set[str]:
     read |= {"prompt"} if "chosen" in form else set()
     read |= {"margin"} if kind == "preference" else set()
     found = set()
+    for name in ("completion_ids", "chosen_ids", "rejected_ids"):
+        if not is_empty(row.get(name)) and is_empty(row.get("tokenizer")):
+            found.add(f"column `{name}` not used: no `tokenizer` says whose tokens they are")
     for name, value in row.items():
         if name in read or is_empty(value):
             continue
-        gone = kind != "prompt" or columns.is_of_answers(name)
-        answer = ", not taken for an answer" if name in columns.OTHER_NAMES else ""
+        gone = kind != "prompt" or columns.of_answers(name)
+        answer = ", not taken for an answer" if columns.like_answers(name) else ""
         found.add(f"column `{name}` " + ("not used" if gone else f"carried along{answer}"))
     used = (row.get(name) for name in columns.TEXTS if name in read)
     for message in (item for value in used for item in _objects(value)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from prefloop.errors import UserError
 from prefloop.records import Sampled
 
 Row = Mapping[str, Any]
+FINGERPRINT = re.compile(r"[0-9a-f]{16}")  # as `sample` names a tokenizer
 REASONS = {"stop": True, "eos": True, "length": False}
 
 
@@ -36,7 +38,7 @@ def samples_of_list(row: Row, where: str, count: int) -> tuple[Sampled, ...]:
 def _samples(reasons: list[Any], ids: list[Any], row: Row, where: str) -> tuple[Sampled, ...]:
     if all(value is None for value in (*reasons, *ids)):
         return ()
-    tokenizer = row.get("tokenizer") or ""
+    tokenizer = str(row.get("tokenizer") or "")
     found = []
     for reason, tokens in zip(reasons, ids, strict=True):
         if reason is not None and reason not in REASONS:
@@ -44,6 +46,6 @@ def _samples(reasons: list[Any], ids: list[Any], row: Row, where: str) -> tuple[
         right = isinstance(tokens, list) and all(type(x) is int and x >= 0 for x in tokens)
         if tokens is not None and not right:
             raise UserError(f"{where}: token ids must be a list of whole numbers an answer")
-        known = tuple(tokens or ()) if isinstance(tokenizer, str) and tokenizer else ()
-        found.append(Sampled(REASONS.get(reason or "stop", True), known, str(tokenizer)))
+        known = tuple(tokens) if tokens and FINGERPRINT.fullmatch(tokenizer) else ()
+        found.append(Sampled(REASONS[reason or "stop"], known, tokenizer if known else ""))
     return tuple(found)

@@ -311,26 +311,18 @@ def encode_answers(
         asked, answers = encoder.scored(prompt, texts, sampled)
         return tuple(asked), tuple(map(tuple, answers))
     pairs = zip(texts, sampled, strict=True)
-    own = tuple(encode_sampled(encoder, prompt, text, how) for text, how in pairs)
-    return tuple(encoder.prompt(prompt)), own
-
-
-def encode_sampled(encoder: Encoder, prompt: Text, answer: Text, how: Sampled) -> Ids:
-    """Ids of an answer that a model may have written: its own where the tokenizer is the same.
-
-    One that was cut at the length limit did not end, and has no stop token.
-    """
-    if how.ids and how.tokenizer == encoder.fingerprint:
-        return how.ids
-    ids = tuple(encoder.answer(prompt, answer))
-    stop = encoder.tokenizer.eos_token_id if isinstance(prompt, str) else encoder.turn.stop
-    return ids[:-1] if not how.ended and len(ids) > 1 and ids[-1] == stop else ids
+    own = (
+        encoder.own_ids(prompt, t, how) or encoder.answer(prompt, t, how.ended) for t, how in pairs
+    )
+    return tuple(encoder.prompt(prompt)), tuple(map(tuple, own))
 
 
 def _checked(example: Example, keep_ties: bool, whole: bool) -> Example | str:
     """The example, or why there is nothing to learn from it."""
     if not example.prompt and not whole:
         raise UserError(NO_PROMPT)
+    if not all(example.answers):
+        return "answer of no tokens: an empty one that no stop token ends"
     if len(example.tiers) == 1 and not keep_ties:
         return "ranking without a strict pair"
     if twins := _equal_but_ranked(example):

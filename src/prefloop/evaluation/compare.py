@@ -13,7 +13,7 @@ from prefloop.config import CompareConfig
 from prefloop.config.checks import validate
 from prefloop.config.resolve import as_dict
 from prefloop.data import formats, split
-from prefloop.data.tokenize import Example, decode_answer, same_ids, stop_token_ids, tokenize
+from prefloop.data.tokenize import Example, same_ids, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
 from prefloop.evaluation.report import Comparison, Way, read_run, render
@@ -166,8 +166,8 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[ByPrompt, float]:
         for prompt, row in zip(task.prompts, samples, strict=True)
         for sample in row
     ]
-    texts = [decode_answer(model.tokenizer, sample.tokens) for _, sample in flat]
     prompts = [row.prompt for row, _ in flat]
+    texts = [model.encoder.said(row.prompt, sample.tokens) for row, sample in flat]
     columns = columns_of([row.extra for row, _ in flat])
     ended = [sample.finish_reason == "stop" for _, sample in flat]
     gold = task.judge(prompts, texts, ended, columns)

@@ -13,6 +13,7 @@ import numpy as np
 from prefloop.config import WinrateConfig
 from prefloop.config.checks import validate
 from prefloop.data.formats import load
+from prefloop.data.sampled import samples, samples_of_list
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
 from prefloop.intervals import Grouped, Interval, bootstrap, mean_score
@@ -63,15 +64,15 @@ def run(config: WinrateConfig) -> dict[str, Any]:
             (row.where, row.extra)
             for side in (answers, baseline)
             for said in side.values()
-            for _, row in said
+            for *_, row in said
         )
     # 2. Scores.
     sides = []
     for side in (answers, {key: baseline[key] for key in answers}):
         flat = [said for texts in side.values() for said in texts]
-        columns = columns_of([row.extra for _, row in flat])
-        asked = [row.prompt for _, row in flat]
-        scores = iter(judge(asked, [text for text, _ in flat], columns=columns))
+        columns = columns_of([row.extra for *_, row in flat])
+        asked, ended = [row.prompt for *_, row in flat], [end for _, end, _ in flat]
+        scores = iter(judge(asked, [text for text, *_ in flat], ended, columns))
         sides.append([[next(scores) for _ in texts] for texts in side.values()])
     # 3. Win rate and means.
     result = {
@@ -86,9 +87,12 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     return result
 
 
-def _read_answers(path: Path) -> dict[str, list[tuple[str, Prompt]]]:
-    """Each prompt's answers with their rows, {prompt, completion} or {prompt, completions}."""
-    found: dict[str, list[tuple[str, Prompt]]] = {}
+def _read_answers(path: Path) -> dict[str, list[tuple[str, bool, Prompt]]]:
+    """Each prompt's answers with their rows, {prompt, completion} or {prompt, completions}.
+
+    An answer is its text and whether it ended, as finish reasons say.
+    """
+    found: dict[str, list[tuple[str, bool, Prompt]]] = {}
     for row in load(str(path), "prompt", RowCounts()):
         texts = row.extra.get("completions", [row.extra.get("completion")])
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -96,7 +100,12 @@ def _read_answers(path: Path) -> dict[str, list[tuple[str, Prompt]]]:
                 f"{row.where}: columns prompt, {', '.join(row.extra)}; needed are `prompt` and "
                 "`completion` (a text) or `completions` (a list of texts)"
             )
+        if "completions" in row.extra:
+            how = samples_of_list(row.extra, row.where, len(texts))
+        else:
+            how = samples(row.extra, row.where, "completion")
         others = {k: v for k, v in row.extra.items() if k not in ("completion", "completions")}
         said = found.setdefault(json.dumps(text_to_json(row.prompt)), [])
-        said += [(text, replace(row, extra=others)) for text in texts]
+        own = replace(row, extra=others)
+        said += [(text, how[i].ended if how else True, own) for i, text in enumerate(texts)]
     return found

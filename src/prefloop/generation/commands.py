@@ -15,7 +15,7 @@ from torch import Tensor
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
 from prefloop.config.checks import validate
 from prefloop.data import formats, split
-from prefloop.data.columns import carried
+from prefloop.data.columns import carried, like_answers, of_answers
 from prefloop.data.tokenize import decode_answer, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
@@ -53,7 +53,7 @@ def sample(
     rows = [
         _carried(prompt)
         | {
-            "completions": [encoder.decode(s.tokens) for s in samples],
+            "completions": [encoder.said(prompt.prompt, s.tokens) for s in samples],
             "completion_ids": [list(s.tokens) for s in samples],
             "tokenizer": encoder.fingerprint,
             "finish_reasons": [s.finish_reason for s in samples],
@@ -87,11 +87,21 @@ def generate(config: GenerateConfig, make_engine: MakeEngine = in_process) -> Pa
     _check_carried(prompts)
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, 1, counts, make_engine)
-    texts = [decode_answer(model.tokenizer, samples[0].tokens) for _, samples in answered]
+    encoder = model.encoder
     if config.output is not None:
-        pairs = zip(answered, texts, strict=True)
-        write_jsonl(config.output, [_carried(p) | {"completion": text} for (p, _), text in pairs])
+        rows = [
+            _carried(prompt)
+            | {
+                "completion": encoder.said(prompt.prompt, one.tokens),
+                "completion_ids": list(one.tokens),
+                "tokenizer": encoder.fingerprint,
+                "completion_finish_reason": one.finish_reason,
+            }
+            for prompt, (one,) in answered
+        ]
+        write_jsonl(config.output, rows)
     else:
+        texts = [encoder.said(prompt.prompt, one.tokens) for prompt, (one,) in answered]
         print("\n\n".join(map(shown, texts)))
     print(counts.summary(), file=sys.stderr)
     return config.output
@@ -121,14 +131,15 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
             del history[:2]
             ids = model.encoder.prompt((*system, *history)) if history else []
         if history:
-            text = _print_answer(engine, ids, sampling, config.seed + turn, out)
+            drawn = _print_answer(engine, ids, sampling, config.seed + turn, out)
+            text = model.encoder.said(tuple(history), drawn)
             history.append(Message("assistant", text))
 
 
 def _print_answer(
     engine: Engine, ids: list[int], sampling: Sampling, seed: int, out: TextIO
-) -> str:
-    """An answer, printed as it grows but for bytes that are not yet a whole character."""
+) -> list[int]:
+    """An answer's tokens, printed as they come but for bytes of half a character."""
     drawn: list[int] = []
     before = ""
 
@@ -141,8 +152,8 @@ def _print_answer(
             before = text
 
     engine.generate([ids], 1, sampling, seed, on_tokens=show)
-    show(torch.tensor([]), end="\n")
-    return before
+    show(torch.tensor([], dtype=torch.long), end="\n")
+    return drawn
 
 
 def _lines(source: TextIO, out: TextIO) -> Iterator[str]:
@@ -209,9 +220,20 @@ def _carried(prompt: Prompt) -> dict[str, object]:
 
 
 def _check_carried(prompts: Sequence[Prompt]) -> None:
-    """Before the first answer: what the output's rows will hold can be written."""
+    """Before the first answer: the output's rows can be written; what they will lack is told."""
+    gone: dict[str, int] = {}
+    kept: dict[str, int] = {}
     for prompt in prompts:
         carried(prompt.extra, prompt.where)
+        for name in prompt.extra:
+            for counts, of in ((gone, of_answers), (kept, like_answers)):
+                if of(name):
+                    counts[name] = counts.get(name, 0) + 1
+    told = "columns of former answers, not carried along", "columns carried along, answers by name"
+    for what, counts in zip(told, (gone, kept), strict=True):
+        if counts:
+            listed = ", ".join(f"{shown(name)} ({rows} rows)" for name, rows in counts.items())
+            print(f"{what}: {listed}", file=sys.stderr)
 
 
 def _check_output(path: Path) -> None:

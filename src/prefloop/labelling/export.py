@@ -207,14 +207,11 @@ def _kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
 
 def _answer_columns(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stored responses as a row's columns."""
-    known = all(one["token_ids"] for one in answers)
-    same = {one["tokenizer"] for one in answers}
-    ids = [one["token_ids"] for one in answers] if known and len(same) == 1 else None
     return {
         "completions": [one["completion"] for one in answers],
         "finish_reasons": [one["finish_reason"] for one in answers],
-        "completion_ids": ids,
-        "tokenizer": same.pop() if ids else None,
+        "completion_ids": [one["token_ids"] for one in answers],  # all of one row: one tokenizer's
+        "tokenizer": next((one["tokenizer"] for one in answers if one["token_ids"]), None),
     }
 
 
@@ -284,17 +281,14 @@ def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[st
     if not ranking.pairs():
         counts.drop("ranking whose answers all tie (gives no pairs)")
     if form == "dpo":
-        return [
-            to_json(
-                Comparison(
-                    prompt,
-                    answers[w],
-                    answers[l],
-                    sampled=(ranking.sampled[w], ranking.sampled[l]) if ranking.sampled else (),
-                )
-            )
-            for w, l in ranking.pairs()
-        ]
+        rows = []
+        for w, l in ranking.pairs():
+            if answers[w] == answers[l]:
+                counts.drop("pair of equal answers")
+                continue
+            how = (ranking.sampled[w], ranking.sampled[l]) if ranking.sampled else ()
+            rows.append(to_json(Comparison(prompt, answers[w], answers[l], sampled=how)))
+        return rows
     return [
         {"chosen": _transcript(prompt, answers[w]), "rejected": _transcript(prompt, answers[l])}
         for w, l in ranking.pairs()
@@ -340,7 +334,10 @@ def audit(store: Store, project: str) -> list[dict[str, object]]:
     with store.read() as t:
         project_id = project_id_of(t, project)
         prompts, responses = prompts_of(t, project_id), responses_of(t, project_id)
-        made = ("completion", "model", "weights", "sampling", "seed", "log_prob", "finish_reason")
+        made = (
+            *("completion", "model", "weights", "sampling", "seed", "log_prob", "finish_reason"),
+            *("token_ids", "tokenizer"),
+        )
         rows = [
             {
                 **{name: getattr(a, name) for name in Annotation.__slots__},

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from prefloop.config.labelling import LabelImportConfig
-from prefloop.data.columns import HEADS, OF_ANSWERS, OTHER_NAMES, carried
+from prefloop.data.columns import HEADS, answered, carried
 from prefloop.data.formats import parse_row
 from prefloop.data.messages import decoded
 from prefloop.errors import UserError
@@ -49,8 +49,7 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
     items: list[Item] = []
     waiting: list[Prompt] = []
     for where, row in read_outside(config.data, counts):
-        answers = (*OF_ANSWERS, *OTHER_NAMES)
-        if any(row.get(name) is not None for name in answers) or row.get("prompt") is None:
+        if answered(row) or row.get("prompt") is None:
             items.append(_item(row, where, config))
         elif config.gold:
             raise UserError(f"{where}: a gold row needs `completions` and `tiers`; add them")
@@ -143,6 +142,7 @@ def _item(row: Mapping[str, Any], where: str, config: LabelImportConfig) -> Item
     ranking = found[0]
     if not isinstance(ranking, Ranking):
         raise UserError(f"{where}: {ranking}; remove the row")
+    _check_types(row, where)
     judged = [(str(said["labeller"]), said["tiers"]) for said in row.get("judged") or ()]
     if tiers is not None:
         judged.append((str(row.get("labeller") or config.labeller), ranking.tiers))
@@ -156,6 +156,28 @@ def _item(row: Mapping[str, Any], where: str, config: LabelImportConfig) -> Item
         raise UserError(f"{where}: `log_probs` must hold one number for each of {count} answers")
     _scores(row, count, where, config.strategy)
     return Item(ranking, judged, {**row, "where": where})
+
+
+def _check_types(row: Mapping[str, Any], where: str) -> None:
+    """What is known of the answers beside their text is of the type that the store holds."""
+    judged = row.get("judged") or ()
+    if not isinstance(judged, list | tuple) or not all(
+        isinstance(said, dict) and said.keys() >= {"labeller", "tiers"} for said in judged
+    ):
+        raise UserError(f"{where}: `judged` must be a list of {{labeller, tiers}}; mend it")
+    for name in ("priority", "seed"):
+        value = row.get(name)
+        number = str(value).strip().removeprefix("-")  # a CSV cell is text
+        if value is not None and not (number.isdecimal() and len(number) < 10):
+            raise UserError(f"{where}: `{name}` is {value!r}; it must be a whole number")
+    for name, most in (("model", 1000), ("weights", 64)):
+        value = row.get(name)
+        if value is not None and not (isinstance(value, str) and len(value) <= most):
+            raise UserError(f"{where}: `{name}` must be a text of at most {most} characters")
+    listed = row.get("log_probs")
+    for value in listed if isinstance(listed, list) else ():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{where}: `log_probs` holds {value!r}; it must hold numbers")
 
 
 def _scores(row: Mapping[str, Any], count: int, where: str, strategy: str) -> list[list[float]]:
@@ -239,6 +261,10 @@ def _put(
     return made
 
 
+def _whole(row: Mapping[str, Any], name: str) -> int | None:
+    return None if row.get(name) is None else int(row[name])
+
+
 def _distinct(values: Sequence[object]) -> list[int]:
     return [i for i, value in enumerate(values) if value not in values[:i]]
 
@@ -261,7 +287,7 @@ def _put_responses(
     sampled: Sequence[Sampled | None] = ranking.sampled or [None] * count
     log_probs = row.get("log_probs") or [None] * count
     scores = _scores(row, count, row["where"], "random")
-    same = {"snapshot_id": snapshot, "sampling": row.get("sampling"), "seed": row.get("seed")}
+    same = {"snapshot_id": snapshot, "sampling": row.get("sampling"), "seed": _whole(row, "seed")}
     return {
         i: t.put_response(
             prompt_id,
@@ -291,7 +317,7 @@ def _task_values(
     uncertainty, gap = uncertainty_and_gap([[model[i] for i in group] for model in scores])
     return {
         "need": None if config.gold else max(need, len(judged)),
-        "priority": int(row.get("priority") or 0),
+        "priority": _whole(row, "priority") or 0,
         "draw": Random(f"draw:{config.seed}:{key}").random(),
         "uncertainty": uncertainty,
         "gap": gap,

@@ -62,6 +62,8 @@ def model_judge(
     def encode(prompt: Text, completion: str, ended: bool, index: int) -> Example:
         said = completion if isinstance(prompt, str) else (Message("assistant", completion),)
         head, (answer,) = encode_answers(model.encoder, prompt, [said], [Sampled(ended)])
+        if not answer:  # it says nothing and did not end: the score is that of what there is
+            head, answer = head[:-1], head[-1:]
         if max_length is not None and len(head) + len(answer) > max_length:
             raise UserError(
                 f"{model.source}: answer {index} with its prompt has {len(head) + len(answer)} "

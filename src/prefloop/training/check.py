@@ -12,13 +12,14 @@ from prefloop.data import formats
 from prefloop.data.tokenize import Example, audit_template, check_ids, tokenize
 from prefloop.models.load import embedding_rows, load_tokenizer
 from prefloop.records import RowCounts
+from prefloop.terminal import shown
 
 
 def check(config: CheckConfig) -> None:
     """Print the template's audit, the rows' count and lengths, and the first row as trained."""
     tokenizer = load_tokenizer(config.model)
     for line in audit_template(tokenizer).lines():
-        print(line)
+        print(shown(line))
     if config.data is None:
         return
     counts = RowCounts()
@@ -29,7 +30,7 @@ def check(config: CheckConfig) -> None:
             check_ids(example, rows, tokenizer)
     print(counts.summary())
     for what, count in counts.noted.items():
-        print(f"note: {what} ({count} rows)")
+        print(shown(f"note: {what} ({count} rows)"))
     print(_lengths("prompt", [len(example.prompt) for example in examples]))
     if answers := [len(answer) for example in examples for answer in example.answers]:
         print(_lengths("answer", answers))

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data.batches import to_batches
-from prefloop.data.tokenize import Example, decode_answer
+from prefloop.data.tokenize import Example
 from prefloop.generation.protocol import RolloutEngine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
@@ -249,8 +249,9 @@ class Sampler:
         mask = torch.arange(log_probs.shape[1]) < lengths[:, None]
         # 3. Scores.
         flat = [sample for group in groups for sample in group]
-        texts = [decode_answer(self.policy.tokenizer, sample.tokens) for sample in flat]
         asked = [record for record in prompts.records for _ in range(k)]
+        encoder, pairs = self.policy.encoder, zip(asked, flat, strict=True)
+        texts = [encoder.said(row.prompt, sample.tokens) for row, sample in pairs]
         stopped = torch.tensor([sample.finish_reason == "stop" for sample in flat])
         scored = self.scorer(asked, texts, examples)
         raw = torch.tensor(scored.scores, dtype=torch.float32)

@@ -448,6 +448,33 @@ def test_disagreements_and_adjudication(tmp_path):
     assert form(boss, "/admin/adjudicate", task=9, project="main", **places).status_code == 409
 
 
+@pytest.mark.parametrize("number", [-1, 2**31, 2**63, 10**30])
+def test_numbers_beyond_the_database_are_malformed(made, number):
+    _, app = made
+    page, boss = Page(app, "ann"), Page(app, "boss")
+    task = page.task() | {"assignment": number}
+    assert reason(page.submit(task, [[0], [1], [2]])) == (422, "malformed")
+    body = {"assignment": number, "draft": {}}
+    assert page.client.put("/api/draft", json=body, headers=page.headers).status_code == 422
+    assert boss.client.get(f"/admin/task?project=main&id={number}").status_code == 422
+    places = {"place-0": 1, "place-1": 1, "place-2": 2}
+    answer = form(boss, "/admin/adjudicate", task=number, project="main", **places)
+    assert answer.status_code == 409
+    assert form(boss, "/admin/access", labeller=number, active="no").status_code == 409
+
+
+@pytest.mark.parametrize("path", ["adjudicate", "labellers", "access"])
+@pytest.mark.parametrize(
+    "body", [b"csrf=%s&name=\xff", b"csrf=%s&name=%%FF", b"csrf=%s&labeller=" + b"9" * 5000]
+)
+def test_forms_of_strange_bytes_are_malformed(made, path, body):
+    boss = Page(made[1], "boss")
+    kind = {"Origin": ORIGIN, "Content-Type": "application/x-www-form-urlencoded"}
+    sent = body % boss.csrf.encode()
+    answer = boss.client.post(f"/admin/{path}", content=sent, headers=kind)
+    assert answer.status_code == 409
+
+
 def test_flags_reach_the_admin(made):
     _, app = made
     ann = Page(app, "ann")

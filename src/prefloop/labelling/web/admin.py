@@ -1,6 +1,7 @@
 """The admin's pages: progress, labellers, flags, quality, disagreements, adjudication, export."""
 
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from urllib.parse import parse_qs, urlencode
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
+from pydantic import Field
 
 from prefloop.config.labelling import Consensus, Form
 from prefloop.errors import UserError
@@ -25,6 +27,8 @@ from prefloop.records import RowCounts
 if TYPE_CHECKING:
     from prefloop.labelling.web.app import Site
 
+Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
+"""What a database's integer column can be asked for."""
 SHOWN_FLAGS = 100
 """Flagged annotations on the page; the audit export has them all."""
 
@@ -40,7 +44,11 @@ def add_admin(app: FastAPI, site: "Site") -> None:
 
     async def form(request: Request) -> dict[str, str]:
         """A form's fields; Refused without the session's token."""
-        fields = {k: v[0] for k, v in parse_qs((await request.body()).decode()).items()}
+        try:
+            sent = parse_qs((await request.body()).decode(), errors="strict")
+        except ValueError:  # bytes that are not UTF-8, plain or as %FF; or too many fields
+            raise Refused("malformed") from None
+        fields = {k: v[0] for k, v in sent.items()}
         if not csrf_matches(request.cookies.get(COOKIE, ""), fields.get("csrf", "")):
             raise Refused("csrf")
         return fields
@@ -88,7 +96,7 @@ def _add_views(app: FastAPI, site: "Site", admin: Any) -> None:
         return site.page(request, "admin_quality.html", worst=worst, project=project, **context)
 
     @app.get("/admin/task")
-    def task(request: Request, who: Admin, project: str, id: int) -> Response:
+    def task(request: Request, who: Admin, project: str, id: Number) -> Response:
         with site.store.read() as t:
             found = r.task_of(t, project_id_of(t, project), id)
             if found is None:
@@ -134,11 +142,11 @@ def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
     def adjudicate(who: Admin, fields: Fields) -> Response:
         """The admin's own order of a task, which goes before the labellers' at export."""
         try:
-            task_id, project = int(fields["task"]), fields["project"]
+            task_id, project = _number(fields["task"]), fields["project"]
             with site.store.read() as t:
                 found = r.task_of(t, project_id_of(t, project), task_id)
             assert found is not None
-            places = [int(fields[f"place-{n}"]) for n in range(len(found["response_ids"]))]
+            places = [_number(fields[f"place-{n}"]) for n in range(len(found["response_ids"]))]
         except (KeyError, ValueError, AssertionError):
             raise Refused("malformed") from None
         name = f"{who['name']} (adjudication)"
@@ -166,13 +174,24 @@ def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
     @app.post("/admin/access")
     def access(who: Admin, fields: Fields) -> Response:
         """Let a labeller in or shut the door; nobody shuts it on themselves."""
-        given, active = fields.get("labeller", ""), fields.get("active") == "yes"
-        if not given.isdecimal() or (labeller_id := int(given)) == who["id"]:
+        active = fields.get("active") == "yes"
+        try:
+            labeller_id = _number(fields.get("labeller", ""))
+        except ValueError:
+            raise Refused("malformed") from None
+        if labeller_id == who["id"]:
             raise Refused("malformed")
         with site.store.write() as t:
             t.set_active(labeller_id, active)
             t.log("access", who["id"], labeller=labeller_id, active=active)
         return RedirectResponse("/admin", 303)
+
+
+def _number(text: str) -> int:
+    """A `Number` of a form; ValueError for any other text."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(text)
+    return int(text)
 
 
 def _or_404(function: Any, *words: Any) -> Any:

@@ -28,7 +28,7 @@ from prefloop.labelling.assign import (
 )
 from prefloop.labelling.store import Store, Unavailable
 from prefloop.labelling.store.reading import count_of, texts_of
-from prefloop.labelling.web.admin import add_admin
+from prefloop.labelling.web.admin import Number, add_admin
 from prefloop.labelling.web.render import Renderer
 from prefloop.labelling.web.security import (
     COOKIE,
@@ -59,8 +59,8 @@ class Flag(Body):
 class Submission(Body):
     """A judgement; tiers and ratings speak of answers by the place shown."""
 
-    assignment: int
-    base_version: int = Field(ge=0)
+    assignment: Number
+    base_version: Number
     request_id: str = Field(pattern=r"^[\w-]{8,64}$")
     tiers: list[list[Position]] | None = Field(max_length=9)
     ratings: list[Annotated[int, Field(ge=1, le=7)]] | None = Field(default=None, max_length=9)
@@ -75,7 +75,7 @@ class Submission(Body):
 class Draft(Body):
     """What the page wants to find again after a reload."""
 
-    assignment: int
+    assignment: Number
     draft: dict[str, Any]
 
 
