@@ -81,8 +81,7 @@ def _weighted(source: str) -> tuple[str, float | None]:
 
 def _load(source: str, kind: Kind, counts: RowCounts, chat: bool) -> list[Any]:
     if not is_store(source):
-        found: list[Any] = formats.load(source, kind, counts, chat)
-        return found
+        return formats.load(source, kind, counts, chat)
     records: Sequence[Record]
     if kind == "prompt":
         records = read_prompts(source, counts)

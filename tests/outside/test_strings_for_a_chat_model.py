@@ -42,8 +42,9 @@ def test_sft_takes_turns(models, case, prefloop):
 
 
 def test_evaluation_reads_the_same_row_in_two_ways(models, case, prefloop):
-    words = ["evaluate", "reward-model", "--reward-model", models / "outside-rm"]
-    words += ["--data", "strings.jsonl", "--device", "cpu"]
+    common = ["--data", "strings.jsonl", "--device", "cpu"]
+    prefloop("reward", "--model", models / "chatml", "--output", "rm", "--max-steps", 1, *common)
+    words = ["evaluate", "reward-model", "--reward-model", "rm", *common]
     plain = prefloop(*words)
     chat = prefloop(*words, "--chat")
     assert plain.code == chat.code == 0

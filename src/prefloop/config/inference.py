@@ -128,7 +128,7 @@ class CompareConfig(PromptsConfig, InferenceConfig):
     models: tuple[str, ...]
     """`name=path` of each model to compare: run directories, folders or hub ids."""
     data: str
-    """Held-out rows with a `prompt`."""
+    """Held-out rows with a `prompt`, or DB#PROJECT."""
     judge: str
     """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
     or a hub id."""

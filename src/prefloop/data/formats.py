@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar
 
 from prefloop.data.columns import CHATS, HEADS, check_columns, form_of
 from prefloop.data.messages import decoded, head, notes, text, with_head
@@ -52,22 +52,6 @@ ACCEPTED: dict[Kind, str] = {
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-@overload
-def load(
-    source: str, kind: Literal["demonstration"], counts: RowCounts, chat: bool = ...
-) -> list[Demonstration | Conversation]: ...
-@overload
-def load(
-    source: str, kind: Literal["preference"], counts: RowCounts, chat: bool = ...
-) -> list[Ranking]: ...
-@overload
-def load(
-    source: str, kind: Literal["unpaired"], counts: RowCounts, chat: bool = ...
-) -> list[Unpaired]: ...
-@overload
-def load(
-    source: str, kind: Literal["prompt"], counts: RowCounts, chat: bool = ...
-) -> list[Prompt]: ...
 def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list[Any]:
     """Read a file, a `datasets` folder or a hub id into records of one kind.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -151,6 +151,16 @@ def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | U
     rows = [(d.ranking.where, row) for d in decided for row in form_rows("kto", d, counts)]
     found = [record for where, row in rows for record in parse_row(row, where, "unpaired")]
     return [record for record in found if isinstance(record, Unpaired)]
+
+
+def store_rows(address: str, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of the rankings of `STORE#PROJECT`, one a labeller and task."""
+    path, project = split_address(address)
+    with closing(Store(path, must_exist=True)) as store:
+        decided = decisions(store, project, "labeller", (), counts)
+    for decision in decided:
+        for row in form_rows("rankings", decision, counts):
+            yield decision.ranking.where, row
 
 
 def read_prompts(address: str, counts: RowCounts) -> list[Prompt]:
