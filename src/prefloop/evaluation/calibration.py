@@ -103,12 +103,12 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
         check_writable(config.output)
     model = load_reward_model(config.reward_model, pick_device(config.device))
     records = sources.load(config.data, "preference", counts := RowCounts(), config.chat)
-    if note := sources.strings_note(records, bool(model.tokenizer.chat_template)):
-        print(note, file=sys.stderr)
     examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
     for example in examples:
         model.check_example(example)
+    if note := sources.strings_note(records, bool(model.tokenizer.chat_template)):
+        print(note, file=sys.stderr)
     pairs: list[tuple[float, float, int, int]] = []
     with torch.no_grad(), autocast(model.device, config.dtype):
         most = config.micro_batch_tokens

@@ -129,8 +129,6 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     sft = load_policy(config.sft, pick_device(config.device))
     records = sources.load(config.data, "prompt", counts := RowCounts(), config.chat)
     records = split.first_prompts(records, config.max_prompts, counts)
-    if note := sources.strings_note(records, bool(sft.tokenizer.chat_template)):
-        print(note, file=sys.stderr)
     room = config.max_length - config.max_new_tokens
     examples = tokenize(records, sft.encoder, room, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
@@ -140,6 +138,8 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     for function in (judge, proxy):
         if isinstance(function, FunctionJudge):
             function.require((row.where, row.extra) for row in prompts)
+    if note := sources.strings_note(records, bool(sft.tokenizer.chat_template)):
+        print(note, file=sys.stderr)
     prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy, make_engine)
 

@@ -181,11 +181,11 @@ def _answers(
 ) -> list[tuple[Prompt, list[Sample]]]:
     """Each prompt that fits with its n samples, under a progress bar on a terminal."""
     prompts = split.first_prompts(prompts, config.max_prompts, counts)
-    if note := sources.strings_note(prompts, bool(model.tokenizer.chat_template)):
-        print(note, file=sys.stderr)
     examples = tokenize(prompts, model.encoder, _room(config), config.truncation, counts)
     for example in examples:
         model.check_example(example, config.max_new_tokens)
+    if note := sources.strings_note(prompts, bool(model.tokenizer.chat_template)):
+        print(note, file=sys.stderr)
     engine = make_engine(config, model)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
