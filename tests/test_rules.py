@@ -117,7 +117,7 @@ def marks(config, name):
 
 def an_example(config, **settings):
     """A configuration whose required settings are given somehow."""
-    examples = {str: "x", Path: Path("x"), tuple[str, ...]: ("a=x",)}
+    examples = {str: "x", str | tuple[str, ...]: "x", Path: Path("x"), tuple[str, ...]: ("a=x",)}
     hints = get_type_hints(config)
     required = {f.name: examples[hints[f.name]] for f in fields(config) if f.default is MISSING}
     return config(**required | settings)

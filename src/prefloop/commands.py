@@ -59,12 +59,11 @@ def sample(config: c.SampleConfig) -> Path:
     """Sample several answers to each prompt, ready to be ranked."""
     validate(config)
     from prefloop.generation.commands import sample as run
-    from prefloop.labelling.export import is_store
-    from prefloop.labelling.imports import add_samples, check_store, unanswered
+    from prefloop.labelling.imports import add_samples, check_store
 
     if config.to_labels is not None:
         check_store(config.to_labels)
-    path = run(config, unanswered(config.data) if is_store(config.data) else None)
+    path = run(config)
     if config.to_labels is not None:
         show(add_samples(config.to_labels, path))
     return path

@@ -18,6 +18,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+class TooLong(UserError):
+    """A row beyond --max-length: nothing is wrong with it but its length."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, for a message of one line: a heading with what stands under it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

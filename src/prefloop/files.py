@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -107,11 +107,20 @@ def _is_gz(path: Path | str) -> bool:
     return str(path).endswith(".gz")
 
 
-def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+OnBad = Callable[[str, UserError], None]
+"""Told where a bad row stands and what is wrong with it; the row is left out if this returns."""
+
+
+def raise_bad(where: str, error: UserError) -> None:
+    """Leave no row out."""
+    raise error
+
+
+def read_rows(path: Path | str, on_bad: OnBad = raise_bad) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (`file:line`, row) of a JSONL, JSONL.gz, CSV or Parquet file.
 
     Raises UserError for what cannot be read: the file, a line that is not UTF-8 or not a JSON
-    object, a CSV row that does not fit its header.
+    object, a CSV row that does not fit its header; the last three go to `on_bad`.
     """
     name = str(path)
     if not name.endswith(SUFFIXES):
@@ -122,52 +131,69 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         if name.endswith(".parquet"):
             yield from _read_parquet(name)
         elif name.endswith(".csv"):
-            yield from _read_csv(name)
+            yield from _read_csv(name, on_bad)
         elif name.endswith(".json"):
-            yield from _read_json(name)
+            yield from _read_json(name, on_bad)
         else:
-            yield from _read_jsonl(name)
+            yield from _read_jsonl(name, on_bad)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name}: cannot be read ({error}); check or fetch it again") from error
 
 
+def _raw_lines(name: str) -> Iterator[tuple[int, bytes]]:
+    with gzip.open(name, "rb") if _is_gz(name) else open(name, "rb") as file:
+        yield from enumerate(file, 1)
+
+
 def _lines(name: str) -> Iterator[tuple[int, str]]:
     """Numbered lines, decoded one by one so that a bad byte can be told with its line."""
-    with gzip.open(name, "rb") if _is_gz(name) else open(name, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{name}:{number}: byte 0x{error.object[error.start]:02x} at column "
-                    f"{error.start + 1} is not UTF-8; convert the file "
-                    "(iconv -f ITS-ENCODING -t UTF-8)"
-                ) from error
+    for number, raw in _raw_lines(name):
+        yield number, _decoded(raw, number, name)
 
 
-def _read_jsonl(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in _lines(name):
-        if not line.strip():
-            continue
+def _decoded(raw: bytes, number: int, name: str) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}:{number}: byte 0x{error.object[error.start]:02x} at column "
+            f"{error.start + 1} is not UTF-8; convert the file "
+            "(iconv -f ITS-ENCODING -t UTF-8)"
+        ) from error
+
+
+def _read_jsonl(name: str, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, raw in _raw_lines(name):
         where = f"{name}:{number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            told = first_line(error)
-            if isinstance(error, json.JSONDecodeError):
-                told = f"{error.msg}, column {error.colno}"
-            raise UserError(
-                f"{where}: malformed JSON ({told}); each line must be one JSON object"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{where}: a JSON {json_type(row)}; each line must be one JSON object with the "
-                "columns as keys"
-            )
-        yield where, row
+            line = _decoded(raw, number, name)
+            row = _object(line, where) if line.strip() else None
+        except UserError as error:
+            on_bad(where, error)
+            continue
+        if row is not None:
+            yield where, row
 
 
-def _read_json(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        told = first_line(error)
+        if isinstance(error, json.JSONDecodeError):
+            told = f"{error.msg}, column {error.colno}"
+        raise UserError(
+            f"{where}: malformed JSON ({told}); each line must be one JSON object"
+        ) from error
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{where}: a JSON {json_type(row)}; each line must be one JSON object with the "
+            "columns as keys"
+        )
+    return row
+
+
+def _read_json(name: str, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]:
     """One list of objects, numbered from 1."""
     text = "".join(line for _, line in _lines(name))
     try:
@@ -182,12 +208,15 @@ def _read_json(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{name}: a JSON {json_type(listed)}; give one list of objects, or .jsonl for lines"
         )
     for number, row in enumerate(listed, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{name}:{number}: a JSON {json_type(row)}; each row must be an object")
-        yield f"{name}:{number}", row
+        where = f"{name}:{number}"
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            told = f"{where}: a JSON {json_type(row)}; each row must be an object"
+            on_bad(where, UserError(told))
 
 
-def _read_csv(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_csv(name: str, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]:
     """Cells are strings, empty ones null; of a quoted cell over lines the first one is named."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(name)), strict=True)
@@ -203,10 +232,11 @@ def _read_csv(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not header:
                 header = cells
             elif len(cells) != len(header):
-                raise UserError(
+                told = (
                     f"{where}: {len(cells)} cells under {len(header)} columns "
                     f"({', '.join(header)}); quote cells that hold commas or line breaks"
                 )
+                on_bad(where, UserError(told))
             else:
                 yield where, {k: v or None for k, v in zip(header, cells, strict=True)}
     except csv.Error as error:

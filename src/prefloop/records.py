@@ -7,11 +7,13 @@ A text is a plain string or a tuple of chat messages. Every record remembers `wh
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal
 
-from prefloop.errors import UserError, located
+from prefloop.errors import TooLong, UserError, located
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class RowCounts:
     tied_pairs: int = 0  # of answers in used rankings: they carry no order
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)  # what was read otherwise, or not used
+    bad_rows: Literal["error", "drop", "list"] = "error"  # list: drop those too long as well
+    bad: list[tuple[str, str]] = field(default_factory=list)  # where, and what is wrong
 
     def note(self, what: str) -> None:
         """Count something about a row that its owner should know."""
@@ -156,6 +160,17 @@ class RowCounts:
     def drop(self, reason: str) -> None:
         """Count one row that will not be used."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def bad_row(self, where: str, error: UserError) -> None:
+        """Raise what is wrong with a row, or drop the row, as `bad_rows` says.
+
+        Rows that are only too long are `--truncation`'s.
+        """
+        told = str(error).removeprefix(located(where))
+        if self.bad_rows == "error" or (self.bad_rows == "drop" and isinstance(error, TooLong)):
+            raise type(error)(located(where) + told) from error
+        self.bad.append((where, told))
+        self.drop(f"bad row: {_reason(told)}")
 
     def as_dict(self) -> dict[str, object]:
         """For `run.json`."""
@@ -177,6 +192,16 @@ class RowCounts:
         line += f", dropped {', '.join(parts)}" if parts else ""
         roles = [f"{what} ({count})" for what, count in self.noted.items() if "role" in what]
         return "; ".join([line, *roles])
+
+
+def _reason(told: str) -> str:
+    """What is wrong without the remedy and without what differs from row to row.
+
+    >>> _reason("`messages[3]` is an empty answer; remove or fill it")
+    '`messages[N]` is an empty answer'
+    """
+    told = re.sub(r"\([^()]*\)|\[\[.*\]\]|'[^']*'", "...", told.partition("; ")[0])
+    return re.sub(r"\d+", "N", told)
 
 
 # --- records as JSON -----------------------------------------------------------------------------

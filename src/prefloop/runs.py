@@ -36,7 +36,13 @@ from prefloop.tracking import Tracker, open_tracker
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
-BEFORE_STEP_1 = ("config.yaml", "run.json", "tensorboard", "reference_log_probs.safetensors")
+BEFORE_STEP_1 = (
+    "config.yaml",
+    "run.json",
+    "tensorboard",
+    "reference_log_probs.safetensors",
+    "bad_rows.jsonl",
+)
 FROM_STEP_1 = ("metrics.jsonl", "samples.jsonl", "checkpoints", "model", "value_model")
 """What a run directory holds when nothing has been trained yet, and from then on."""
 LOCK = ".lock"  # held by the process that writes

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.errors import UserError, first_line
-from prefloop.files import SUFFIXES, plain, read_rows
+from prefloop.files import SUFFIXES, OnBad, plain, raise_bad, read_rows
 
 
-def rows_of(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(source: str, on_bad: OnBad = raise_bad) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`source:number`, row) of a file, or of `NAME`, `NAME#CONFIG`, `NAME#CONFIG:SPLIT`.
 
     The names are those of a folder or a hub id that `datasets` reads; `NAME#:SPLIT` has no
-    configuration. Without a split it is `train`, or the only one.
+    configuration. Without a split it is `train`, or the only one. `on_bad` is read_rows'.
     """
     name, _, part = source.partition("#")
     config, _, split = part.partition(":")
@@ -24,7 +24,7 @@ def rows_of(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.is_file() or (local and not path.is_dir()):
         if part:
             raise UserError(f"{source}: a file has no configurations or splits; leave #{part} out")
-        yield from read_rows(name)
+        yield from read_rows(name, on_bad)
         return
     try:
         datasets: Any = import_module("datasets")

@@ -103,7 +103,7 @@ def test_rows_of_a_store(tmp_path):
     rankings = read_records(str(tmp_path / "labels.db"), "preference", counts)
     assert [r.tiers for r in rankings] == [((0,), (1,), (2,))] * 2
     assert (counts.read, counts.used) == (2, 2)
-    with pytest.raises(UserError, match="gives preferences; give a file of prompts"):
-        read_records(str(tmp_path / "labels.db"), "prompt", RowCounts())
+    with pytest.raises(UserError, match="give a file of demonstrations"):
+        read_records(str(tmp_path / "labels.db"), "demonstration", RowCounts())
     with pytest.raises(UserError, match="no such file"):
         read_records(str(tmp_path / "other.db"), "preference", RowCounts())

@@ -18,7 +18,7 @@ from prefloop.config.ranges import (
     no_room,
     unread_by_functions,
 )
-from prefloop.config.training import Truncation
+from prefloop.config.training import BadRows, Truncation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,8 @@ class PolicyConfig(InferenceConfig):
 class PromptsConfig(Settings):
     """What the commands that answer many prompts share."""
 
+    chat: bool = False
+    """Take string prompts for the user's messages."""
     max_prompts: Annotated[int, AtLeast(0)] = 0
     """Use only the first n prompts; 0 uses all."""
     truncation: Truncation = "error"
@@ -126,7 +128,7 @@ class CompareConfig(PromptsConfig, InferenceConfig):
     models: tuple[str, ...]
     """`name=path` of each model to compare: run directories, folders or hub ids."""
     data: str
-    """Held-out rows with a `prompt`."""
+    """Held-out rows with a `prompt`, or DB#PROJECT."""
     judge: str
     """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
     or a hub id."""
@@ -171,6 +173,8 @@ class WinrateConfig(InferenceConfig):
     """The other side's answers to the same prompts, in the same form."""
     judge: str
     """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
+    chat: bool = False
+    """Take string prompts for the user's messages."""
     output: Path | None = None
     """JSON file of the numbers; they are printed in any case."""
     micro_batch_tokens: Annotated[int, Above(0)] = 8192
@@ -192,6 +196,8 @@ class RewardQualityConfig(InferenceConfig):
     """Sequence-classification folder, run directory or hub id with one label."""
     data: str
     """Held-out rankings or pairs."""
+    chat: bool = False
+    """Take string rows for the user's and the assistant's messages."""
     agreement: Annotated[float | None, Within(0.5, 1)] = None
     """How often two labellers order a pair alike (0.5 to 1): adds the ceiling of the accuracy."""
     output: Path | None = None
@@ -230,8 +236,12 @@ class CheckConfig(Settings):
 
     model: str
     """Model whose tokenizer and template are audited."""
-    data: str | None = None
-    """Rows to read, tokenise and count."""
+    data: str | tuple[str, ...] | None = None
+    """Rows to read, tokenise and count; one or more sources, as for training."""
+    bad_rows: Annotated[BadRows, OnlyWith("data")] = "error"
+    """Whether rows that cannot be used end the audit as an error once they are told."""
+    chat: Annotated[bool, OnlyWith("data")] = False
+    """Take string rows for the user's and the assistant's messages."""
     kind: Annotated[
         Literal["demonstration", "preference", "unpaired", "prompt"], OnlyWith("data")
     ] = "preference"

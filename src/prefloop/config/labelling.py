@@ -60,7 +60,8 @@ class LabelImportConfig(ProjectConfig):
     """Put prompts with answers into a project, to be ranked or already ranked."""
 
     data: str
-    """Rows of `prefloop sample`, rankings or pairs; or an Argilla or Label Studio export."""
+    """Rows of `prefloop sample`, rankings or pairs; an Argilla or Label Studio export; a folder or
+    hub id that `datasets` reads; or another store's rankings, as DB#PROJECT."""
     gold: bool = False
     """The rows' `tiers` are known to be right: hidden tests of the labellers."""
     labeller: str = "import"

@@ -101,7 +101,10 @@ def _convert(value: object, wanted: Any, where: str, key: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in choices:
             return None
-        return _convert(value, next(t for t in choices if t is not NoneType), where, key)
+        several = isinstance(value, list | tuple)  # of `str | tuple[str, ...]`
+        fitting = [t for t in choices if t is not NoneType and (get_origin(t) is tuple) == several]
+        others = [t for t in choices if t is not NoneType]
+        return _convert(value, (fitting or others)[0], where, key)
     if origin is Literal:
         if value in choices:
             return value

@@ -26,6 +26,7 @@ from prefloop.config.ranges import (
 )
 from prefloop.config.resolve import flag
 
+BadRows = Literal["error", "drop"]
 Truncation = Literal["error", "drop", "left", "right"]
 RewardLoss = Literal["bradley-terry", "plackett-luce", "rao-kupper", "davidson"]
 DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
@@ -45,10 +46,16 @@ class TrainingConfig(Settings):
 
     model: str
     """Model to start from: a Hugging Face folder or hub id."""
-    data: str
-    """Training rows: .jsonl, .jsonl.gz, .csv, .parquet, a `datasets` folder, or a hub id."""
+    data: str | tuple[str, ...]
+    """Training rows: .jsonl, .jsonl.gz, .json, .csv, .parquet, a `datasets` folder or hub id
+    (NAME#CONFIG:SPLIT), or DB#PROJECT; several, each with its share of an epoch, as NAME=0.7."""
     output: Path
     """Run directory (see docs/run-directory.md)."""
+    bad_rows: BadRows = "error"
+    """What to do with rows that cannot be used: stop at the first, or drop and count them; they are
+    listed in the run's bad_rows.jsonl."""
+    chat: bool = False
+    """Take string rows for the user's and the assistant's messages."""
     eval_data: str | None = None
     """Held-out rows, in the same forms as --data."""
     eval_fraction: Annotated[float, Within(0, 1, with_high=False)] = 0.0
@@ -111,6 +118,11 @@ class TrainingConfig(Settings):
     """Newest checkpoints kept."""
     track: Tracker = "none"
     """Also send metrics to this tracker."""
+
+    def __post_init__(self) -> None:
+        """One source is told alike, however it was given: in YAML, Python or flags."""
+        if isinstance(self.data, tuple) and len(self.data) == 1:
+            object.__setattr__(self, "data", self.data[0])
 
     def problems(self) -> Iterator[str]:
         """See Settings."""
@@ -251,6 +263,7 @@ class PPOConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         """One function may be given as a word."""
+        super().__post_init__()
         if self.reward_function is None or isinstance(self.reward_function, str):
             one = (self.reward_function,) if self.reward_function else ()
             object.__setattr__(self, "reward_function", one)

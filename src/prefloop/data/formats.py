@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar
 
 from prefloop.data.columns import CHATS, HEADS, check_columns, form_of
 from prefloop.data.messages import decoded, head, notes, text, with_head
@@ -52,32 +52,26 @@ ACCEPTED: dict[Kind, str] = {
 HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-@overload
-def load(
-    source: str, kind: Literal["demonstration"], counts: RowCounts, chat: bool = ...
-) -> list[Demonstration | Conversation]: ...
-@overload
-def load(
-    source: str, kind: Literal["preference"], counts: RowCounts, chat: bool = ...
-) -> list[Ranking]: ...
-@overload
-def load(
-    source: str, kind: Literal["unpaired"], counts: RowCounts, chat: bool = ...
-) -> list[Unpaired]: ...
-@overload
-def load(
-    source: str, kind: Literal["prompt"], counts: RowCounts, chat: bool = ...
-) -> list[Prompt]: ...
 def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list[Any]:
     """Read a file, a `datasets` folder or a hub id into records of one kind.
 
-    Raises UserError at the first row that is not of that kind, and where there are no rows. Only
-    pairs that differ before the last answer, and HH transcripts with an empty one, are dropped,
-    and counted. `chat` takes strings for the user's and the assistant's messages.
+    A row that is not of that kind is a UserError, or dropped, as `counts` says; it is one in any
+    case where there are no rows. Pairs that differ before the last answer, and HH transcripts with
+    an empty one, are dropped and counted. `chat` takes strings for the user's and the
+    assistant's messages.
     """
     records: list[Record] = []
-    for where, row in rows_of(source):
-        found = parse_row(row, where, kind, chat)
+
+    def bad(where: str, error: UserError) -> None:
+        counts.read += 1
+        counts.bad_row(where, error)
+
+    for where, row in rows_of(source, bad):
+        try:
+            found = parse_row(row, where, kind, chat)
+        except UserError as error:
+            bad(where, error)
+            continue
         counts.read += max(1, len(found))
         for note in notes(row, kind):
             counts.note(note)

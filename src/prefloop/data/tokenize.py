@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prefloop.config import Truncation
 from prefloop.data.encoder import ANSWERED, ASKED, PROBE, Encoder
-from prefloop.errors import UserError, located
+from prefloop.errors import TooLong, UserError, located
 from prefloop.records import (
     Comparison,
     Conversation,
@@ -59,6 +59,8 @@ class Example:
     record: int = 0
     """Its record's place in the list that was tokenised."""
     source: str = field(default="", compare=False)
+    part: int = 0
+    """Which of several weighted sources it comes from."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,8 @@ def tokenize(
 ) -> list[Example]:
     """Tokenise records; every one is used, counted as dropped with its reason, or a UserError.
 
+    `counts` says whether what cannot be tokenised is dropped too.
+
     `truncation` of rows over `max_length` tokens: `error`; `drop`; `left` cuts the prompt's start
     but for its BOS; `right` cuts the answer's end (its stop token goes with it). With `train_on`
     "all" the first token is the prompt and all others are the answer, in the loss. Rankings whose
@@ -243,7 +247,8 @@ def tokenize(
             if isinstance(example, Example):
                 example = _fitted(example, max_length, truncation, bos, counts)
         except UserError as error:
-            raise UserError(f"{located(record.where)}{error}") from error
+            counts.bad_row(record.where, error)
+            continue
         if isinstance(example, str):
             counts.drop(example)
             continue
@@ -352,7 +357,7 @@ def _fitted(
     if truncation == "error":
         what = f"a prompt of {len(prompt)}"
         what += f" and an answer of {longest} tokens are" if longest else " tokens is"
-        raise UserError(
+        raise TooLong(
             f"{what} over the limit of {max_length} (--max-length); raise it, or choose "
             "--truncation drop, left or right"
         )

@@ -91,7 +91,7 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     validate(config)
     import torch
 
-    from prefloop.data import formats
+    from prefloop import sources
     from prefloop.data.batches import pack_all
     from prefloop.data.tokenize import tokenize
     from prefloop.models.heads import answer_scores
@@ -102,11 +102,13 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     if config.output is not None:
         check_writable(config.output)
     model = load_reward_model(config.reward_model, pick_device(config.device))
-    records = formats.load(config.data, "preference", counts := RowCounts())
+    records = sources.load(config.data, "preference", counts := RowCounts(), config.chat)
     examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
     for example in examples:
         model.check_example(example)
+    if note := sources.strings_note(records, bool(model.tokenizer.chat_template)):
+        print(note, file=sys.stderr)
     pairs: list[tuple[float, float, int, int]] = []
     with torch.no_grad(), autocast(model.device, config.dtype):
         most = config.micro_batch_tokens

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from prefloop import sources
 from prefloop.config import CompareConfig
 from prefloop.config.checks import validate
 from prefloop.config.resolve import as_dict
-from prefloop.data import formats, split
+from prefloop.data import split
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
@@ -126,7 +127,7 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     )
     assert judge is not None
     sft = load_policy(config.sft, pick_device(config.device))
-    records = formats.load(config.data, "prompt", counts := RowCounts())
+    records = sources.load(config.data, "prompt", counts := RowCounts(), config.chat)
     records = split.first_prompts(records, config.max_prompts, counts)
     room = config.max_length - config.max_new_tokens
     examples = tokenize(records, sft.encoder, room, config.truncation, counts)
@@ -137,6 +138,8 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     for function in (judge, proxy):
         if isinstance(function, FunctionJudge):
             function.require((row.where, row.extra) for row in prompts)
+    if note := sources.strings_note(records, bool(sft.tokenizer.chat_template)):
+        print(note, file=sys.stderr)
     prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy, make_engine)
 

@@ -46,7 +46,9 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     validate(config)
     if config.output is not None:
         check_writable(config.output)
-    answers, baseline = _read_answers(config.answers), _read_answers(config.baseline)
+    answers, baseline = (
+        _read_answers(path, config.chat) for path in (config.answers, config.baseline)
+    )
     if missing := [key for key in answers if key not in baseline]:
         raise UserError(
             f"{config.baseline}: no answer to the prompt {missing[0][:80]} of {config.answers}; "
@@ -87,13 +89,13 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     return result
 
 
-def _read_answers(path: Path) -> dict[str, list[tuple[str, bool, Prompt]]]:
+def _read_answers(path: Path, chat: bool) -> dict[str, list[tuple[str, bool, Prompt]]]:
     """Each prompt's answers with their rows, {prompt, completion} or {prompt, completions}.
 
     An answer is its text and whether it ended, as finish reasons say.
     """
     found: dict[str, list[tuple[str, bool, Prompt]]] = {}
-    for row in load(str(path), "prompt", RowCounts()):
+    for row in load(str(path), "prompt", RowCounts(), chat):
         texts = row.extra.get("completions", [row.extra.get("completion")])
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
             raise UserError(

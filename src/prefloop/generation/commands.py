@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from prefloop import sources
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
 from prefloop.config.checks import validate
-from prefloop.data import formats, split
+from prefloop.data import split
 from prefloop.data.columns import carried, like_answers, of_answers
+from prefloop.data.formats import as_chat
 from prefloop.data.tokenize import decode_answer, stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
@@ -30,20 +32,15 @@ from prefloop.runs import model_path
 from prefloop.terminal import shown
 
 
-def sample(
-    config: SampleConfig,
-    prompts: Sequence[Prompt] | None = None,
-    make_engine: MakeEngine = in_process,
-) -> Path:
+def sample(config: SampleConfig, make_engine: MakeEngine = in_process) -> Path:
     """Writes n answers to each prompt into --output, one row a prompt, ready to be ranked.
 
-    `prompts` stand for those of --data, where that is a labelling store.
+    Of a labelling store, the prompts that have no answers yet.
     """
     validate(config)
     _check_output(config.output)
-    counts = RowCounts(read=len(prompts or ()))
-    if prompts is None:
-        prompts = formats.load(config.data, "prompt", counts)
+    counts = RowCounts()
+    prompts = sources.load_unanswered(config.data, counts, config.chat)
     _check_carried(prompts)
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, config.samples_per_prompt, counts, make_engine)
@@ -82,8 +79,10 @@ def generate(config: GenerateConfig, make_engine: MakeEngine = in_process) -> Pa
         except UnicodeEncodeError:
             raise UserError(f"--prompt {number}: not UTF-8; mend its encoding") from None
     prompts = [Prompt(text, f"--prompt {number}") for number, text in enumerate(config.prompt, 1)]
+    if config.chat:
+        prompts = [as_chat(prompt) for prompt in prompts]
     if config.data is not None:
-        prompts = formats.load(config.data, "prompt", counts)
+        prompts = sources.load(config.data, "prompt", counts, config.chat)
     _check_carried(prompts)
     model = load_policy(config.model, pick_device(config.device))
     answered = _answers(config, model, prompts, 1, counts, make_engine)
@@ -185,6 +184,8 @@ def _answers(
     examples = tokenize(prompts, model.encoder, _room(config), config.truncation, counts)
     for example in examples:
         model.check_example(example, config.max_new_tokens)
+    if note := sources.strings_note(prompts, bool(model.tokenizer.chat_template)):
+        print(note, file=sys.stderr)
     engine = make_engine(config, model)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -34,7 +34,7 @@ from prefloop.labelling.store.reading import (
     prompts_of,
     responses_of,
 )
-from prefloop.records import Comparison, Ranking, RowCounts, Text, Unpaired, to_json
+from prefloop.records import Comparison, Prompt, Ranking, RowCounts, Text, Unpaired, to_json
 
 GOOD, BAD = 5, 3
 """In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""
@@ -140,7 +140,9 @@ def split_address(address: str) -> tuple[str, str]:
 def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | Unpaired]:
     """Training records of `STORE#PROJECT`: a ranking an annotation, or KTO's unpaired rows."""
     if kind not in ("preference", "unpaired"):
-        raise UserError(f"{address}: a labelling store gives preferences; give a file of {kind}s")
+        raise UserError(
+            f"{address}: a labelling store gives preferences and prompts; give a file of {kind}s"
+        )
     path, project = split_address(address)
     with closing(Store(path, must_exist=True)) as store:
         decided = decisions(store, project, "labeller", (), counts)
@@ -149,6 +151,32 @@ def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | U
     rows = [(d.ranking.where, row) for d in decided for row in form_rows("kto", d, counts)]
     found = [record for where, row in rows for record in parse_row(row, where, "unpaired")]
     return [record for record in found if isinstance(record, Unpaired)]
+
+
+def store_rows(address: str, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of the rankings of `STORE#PROJECT`, one a labeller and task."""
+    path, project = split_address(address)
+    with closing(Store(path, must_exist=True)) as store:
+        decided = decisions(store, project, "labeller", (), counts)
+    for decision in decided:
+        for row in form_rows("rankings", decision, counts):
+            yield decision.ranking.where, row
+
+
+def read_prompts(address: str, counts: RowCounts) -> list[Prompt]:
+    """All prompts of `STORE#PROJECT`, answered or not."""
+    path, project = split_address(address)
+    with closing(Store(path, must_exist=True)) as store, store.read() as t:
+        stored = prompts_of(t, project_id_of(t, project))
+    if not stored:
+        raise UserError(f"{address}: it holds no prompts; import some")
+    counts.read += len(stored)
+    records = []
+    for number, (prompt, extra) in sorted(stored.items()):
+        where = f"{address}: prompt {number}"
+        found = parse_row({**(extra or {}), "prompt": prompt}, where, "prompt")
+        records += [record for record in found if isinstance(record, Prompt)]
+    return records
 
 
 def decisions(

@@ -17,7 +17,7 @@ from prefloop.data.columns import HEADS, answered, carried
 from prefloop.data.formats import parse_row
 from prefloop.data.messages import decoded
 from prefloop.errors import UserError
-from prefloop.labelling.export import project_id_of, split_address
+from prefloop.labelling.export import is_store, project_id_of, split_address, store_rows
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of
 from prefloop.labelling.store.reading import unanswered_of
@@ -48,7 +48,8 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
     counts = RowCounts()
     items: list[Item] = []
     waiting: list[Prompt] = []
-    for where, row in read_outside(config.data, counts):
+    stored = is_store(config.data)
+    for where, row in (store_rows if stored else read_outside)(config.data, counts):
         if answered(row) or row.get("prompt") is None:
             items.append(_item(row, where, config))
         elif config.gold:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.errors import UserError
-from prefloop.files import read_rows
 from prefloop.records import RowCounts
+from prefloop.tables import rows_of
 
 Row = Mapping[str, Any]
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "text")
@@ -36,7 +36,7 @@ def read_outside(source: str, counts: RowCounts) -> Iterator[tuple[str, dict[str
 
 def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not source.endswith(".json"):
-        yield from read_rows(source)
+        yield from rows_of(source)
         return
     try:
         listed = json.loads(Path(source).read_text(encoding="utf-8"))

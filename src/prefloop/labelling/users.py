@@ -15,7 +15,7 @@ def run(config: LabelAddUserConfig) -> str:
     if not config.name.isprintable() or len(config.name) > 100:
         raise UserError("--name must be 1 to 100 printable characters; give another")
     token = secrets.token_urlsafe(32)
-    with closing(Store(config.store)) as store, store.write() as t:
+    with closing(Store(config.store, must_exist=True)) as store, store.write() as t:
         labeller_id = t.put_labeller(config.name, config.role, token)
         t.log("add user", labeller_id, name=config.name, role=config.role)
     return f"{config.url.rstrip('/')}/enter?token={token}"

@@ -38,7 +38,7 @@ from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
 from prefloop.training.method import LossSums, Step
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler, text_scorer, token_scorer
-from prefloop.training.rows import Prompts, read_demonstrations, read_prompts
+from prefloop.training.rows import Prompts, order_of, read_demonstrations, read_prompts
 
 
 class RolloutBatch(NamedTuple):
@@ -126,7 +126,8 @@ class PPO:
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
         count = len(self.prompts.examples)
         size = min(self._prompts_per_iteration, count)
-        order = stream.step_rows(count, size, 1.0, iterations, self.config.seed, iteration)
+        drawn = order_of(self.prompts.examples, self.config)
+        order = stream.step_rows(count, size, 1.0, iterations, self.config.seed, iteration, drawn)
         mine = distributed.mine(next(order))
         seed = self.config.seed * 1_000_003 + iteration
         rollouts, metrics, samples = self.sampler.roll_out(

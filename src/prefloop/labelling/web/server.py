@@ -19,7 +19,7 @@ def run(config: LabelServeConfig) -> None:
     from prefloop.labelling.web.app import create_app
 
     hosts, origins = names_and_origins(config)
-    with closing(Store(config.store)) as store:
+    with closing(Store(config.store, must_exist=True)) as store:
         app = create_app(store, hosts=hosts, origins=origins, session_hours=config.session_hours)
         address = origins[0] if origins else f"http://{_bracketed(config.host)}:{config.port}"
         print(f"serving {store.name} at {address}; `prefloop label add-user` makes links, "

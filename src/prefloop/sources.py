@@ -1,0 +1,104 @@
+"""One door for rows: a file, a folder, a hub id, a labelling store, or several of them by weight.
+
+| source | rows of |
+|---|---|
+| `rows.jsonl` (`.jsonl.gz`, `.json`, `.csv`, `.parquet`) | a file |
+| `NAME`, `NAME#CONFIG`, `NAME#CONFIG:SPLIT`, `NAME#:SPLIT` | a `datasets` folder or a hub id |
+| `labels.db`, `labels.db#PROJECT`, a database URL | a labelling store |
+
+Where several are given, each may end in `=WEIGHT`: see `prefloop.data.stream.mixed_order`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefloop.data import formats
+from prefloop.data.formats import Kind, as_chat
+from prefloop.errors import UserError
+from prefloop.labelling.export import is_store, read_prompts, read_records
+from prefloop.labelling.imports import unanswered
+from prefloop.records import Conversation, Record, RowCounts
+
+Data = str | Sequence[str]
+
+
+def load(data: Data, kind: Kind, counts: RowCounts, chat: bool = False) -> list[Any]:
+    """The records of one or more sources; `chat` takes strings for messages."""
+    return [record for part in load_parts(data, kind, counts, chat) for record in part]
+
+
+def load_parts(data: Data, kind: Kind, counts: RowCounts, chat: bool = False) -> list[list[Any]]:
+    """The records of each source by itself."""
+    addresses, _ = addresses_and_weights(data)
+    return [_load(address, kind, counts, chat) for address in addresses]
+
+
+def load_unanswered(source: str, counts: RowCounts, chat: bool = False) -> list[Any]:
+    """Prompts to be answered: of a labelling store, those that have no answer yet."""
+    if not is_store(source):
+        return load(source, "prompt", counts, chat)
+    found = unanswered(source)
+    counts.read += len(found)
+    return [as_chat(prompt) for prompt in found] if chat else found
+
+
+def addresses_and_weights(data: Data) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Where the rows are, and the weight of each source; no weights where none is given.
+
+    >>> addresses_and_weights(("a.jsonl=0.7", "x/y#main:train=0.3"))
+    (('a.jsonl', 'x/y#main:train'), (0.7, 0.3))
+    >>> addresses_and_weights("a.jsonl")
+    (('a.jsonl',), ())
+    """
+    pairs = [_weighted(source) for source in ((data,) if isinstance(data, str) else data)]
+    addresses = tuple(address for address, _ in pairs)
+    weights = tuple(weight for _, weight in pairs if weight is not None)
+    told = " ".join((data,) if isinstance(data, str) else data)
+    if not addresses:
+        raise UserError("--data is empty; give rows")
+    if twice := [address for address in addresses if addresses.count(address) > 1]:
+        raise UserError(f"--data {told}: {twice[0]} is given twice; give it once, with a weight")
+    if weights and len(weights) < len(pairs):
+        raise UserError(f"--data {told}: give each source a weight, as NAME=0.7, or none")
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise UserError(f"--data {told}: weights must be above 0; leave a source of 0 out")
+    return addresses, weights if len(weights) > 1 else ()
+
+
+def _weighted(source: str) -> tuple[str, float | None]:
+    """`NAME=WEIGHT` apart; a file of just that name, or a URL's own `=`, has no weight."""
+    match = re.fullmatch(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", source)
+    own = "://" in source and "#" not in source
+    if match is None or own or Path(source).exists():
+        return source, None
+    return match[1], float(match[2])
+
+
+def _load(source: str, kind: Kind, counts: RowCounts, chat: bool) -> list[Any]:
+    if not is_store(source):
+        return formats.load(source, kind, counts, chat)
+    records: Sequence[Record]
+    if kind == "prompt":
+        records = read_prompts(source, counts)
+    else:
+        records = read_records(source, kind, counts)
+    return [as_chat(record) for record in records] if chat else list(records)
+
+
+def strings_note(records: Sequence[Record], has_template: bool) -> str | None:
+    """What is to be told where a chat model is given strings."""
+    strings = sum(is_string(record) for record in records)
+    if not strings or not has_template:
+        return None
+    which = "the rows are" if strings == len(records) else f"{strings} of {len(records)} rows are"
+    return f"{which} strings: the chat template is not applied; --chat takes them for messages"
+
+
+def is_string(record: Record) -> bool:
+    """Whether a record is plain text, and not a chat."""
+    return not isinstance(record, Conversation) and isinstance(record.prompt, str)
