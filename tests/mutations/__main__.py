@@ -159,8 +159,8 @@ BUGS = (
     Bug(
         "a foreign role goes to the template as it is",
         "data/columns.py",
-        '    "human": "user",\n',
-        "",
+        '"human prompter".split()',
+        '"prompter".split()',
         ("tests/outside/test_foreign_roles.py",),
     ),
     Bug(
