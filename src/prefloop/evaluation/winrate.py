@@ -89,7 +89,7 @@ def run(config: WinrateConfig) -> dict[str, Any]:
     return result
 
 
-def _read_answers(path: Path, chat: bool) -> dict[str, list[tuple[str, bool, Prompt]]]:
+def _read_answers(path: Path, chat: bool = False) -> dict[str, list[tuple[str, bool, Prompt]]]:
     """Each prompt's answers with their rows, {prompt, completion} or {prompt, completions}.
 
     An answer is its text and whether it ended, as finish reasons say.

@@ -520,6 +520,7 @@ def test_admin_pages_speak_korean(made):
 
 
 def test_add_user_prints_a_link_that_works(tmp_path):
+    put(tmp_path, rows(1))
     store = str(tmp_path / "labels.db")
     link = users.run(LabelAddUserConfig(store=store, name="ann", url="http://testserver/"))
     app = create_app(Store(store), hosts=["testserver"])
