@@ -60,6 +60,7 @@ CHANGES = {
     "truncation": "drop",
     "dtype": "bfloat16",
     "device": "cuda:63",
+    "template_args": '{"thinking": false}',
     "samples_per_prompt": 3,
     "to_labels": "labels.db",
     "best_of": 7,

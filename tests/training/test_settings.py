@@ -58,6 +58,7 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "max_grad_norm": 1e-3,
     "dtype": "bfloat16",
     "device": "cuda:63",
+    "template_args": '{"thinking": false}',
     "lora_rank": 2,
     "lora_alpha": 64.0,
     "max_length": 24,
