@@ -11,7 +11,7 @@ from prefloop.errors import UserError
 from prefloop.models.load import load_policy
 from prefloop.records import Message
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.training.small import CONFIGS, CPU, REWARDS, write_rows
+from tests.training.small import CONFIGS, CPU, REWARDS, lines, write_rows
 
 # As Qwen 3: without thinking, the generation prompt and the turn open with an empty thought.
 TEMPLATE = (
