@@ -83,7 +83,11 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     **{(command, "truncation"): "the rows say whether any is too long" for command in MODES},
     **{(command, "max_length"): "the rows say whether any is too long" for command in MODES},
 }
-ELSEWHERE = {"max_concurrent", "micro_batch_tokens"}  # tests/training/test_settings.py
+ELSEWHERE = {  # tests/training/test_settings.py, test_template_args.py
+    "max_concurrent",
+    "micro_batch_tokens",
+    "template_args",
+}
 TOLD = {  # whose other value here is nothing but told, or required and the same in what is compared
     "compare": {"device", "output"},
     "sample": {"device", "output"},

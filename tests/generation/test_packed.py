@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from prefloop.data.batches import pack
 from prefloop.generation.packed import packed_linears
-from prefloop.models import adapters
-from tests.models.plain import loaded
+from prefloop.models import adapters, heads
+from tests.models.plain import (
+    assert_close,
+    loaded,
+    plain_log_probs,
+    random_examples,
+    with_plain_twin,
+)
 from tests.tiny import tiny_model
 
 
@@ -71,3 +78,58 @@ def test_other_types_are_left_alone():
     model = loaded(tiny_model("llama"))
     with packed_linears(model.hf, torch.float64):
         assert "forward" not in vars(model.hf.lm_head)
+
+
+PARTS = [
+    "",
+    "self_attn",
+    "mlp",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.down_proj",
+]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", PARTS)
+@torch.no_grad()
+def test_hooked_parts_are_called(name, before):
+    """As sharding hooks layers: each call is seen, and what the hook makes of it counts."""
+    model, plain = with_plain_twin(tiny_model("llama"))
+    seen = []
+
+    def halved(part, args, output=None):
+        seen.append(part)
+        if output is None:
+            return None
+        return (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2
+
+    for hf in (model.hf, plain):
+        part = hf.model.layers[1].get_submodule(name)
+        part.register_forward_pre_hook(halved) if before else part.register_forward_hook(halved)
+    batch = pack(random_examples())
+    with packed_linears(model.hf, torch.float32):
+        ours = heads.answer_log_probs(model, batch)
+    assert seen
+    assert_close(ours, plain_log_probs(plain, random_examples()), 1e-4)
+
+
+@torch.no_grad()
+def test_weights_of_other_kinds_are_left_alone():
+    """A weight that is no plain tensor (quantised, sharded) is multiplied by its own layer only."""
+
+    class Sharded(nn.Parameter):
+        pass
+
+    model, plain = with_plain_twin(tiny_model("llama"))
+    part = model.hf.model.layers[0]
+    part.mlp.up_proj.weight = Sharded(part.mlp.up_proj.weight.data)
+    part.input_layernorm.weight = Sharded(part.input_layernorm.weight.data)
+    with packed_linears(model.hf, torch.float32):
+        assert "joined" not in vars(part.mlp) and "forward" not in vars(part.mlp.up_proj)
+        assert "joined" in vars(part.self_attn)
+        ours = heads.answer_log_probs(model, pack(random_examples()))
+    assert_close(ours, plain_log_probs(plain, random_examples()), 1e-4)

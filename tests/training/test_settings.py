@@ -127,6 +127,7 @@ ALONE = {  # may be given where it changes nothing
 ELSEWHERE = {  # changes no number: the test that finds its effect
     "micro_batch_tokens": "data/test_batches.py::test_micro_batches_keep_order_and_budget",
     "gradient_checkpointing": "training/test_loop.py::test_checkpointing_keeps_fewer_activations",
+    "template_args": "training/test_template_args.py::test_training_takes_and_records_them",
     "max_concurrent": "training/test_settings.py::test_max_concurrent_bounds_what_is_decoded",
 }
 TOLD = {"device", "resume"}  # whose other value here is nothing but told

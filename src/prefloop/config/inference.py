@@ -14,6 +14,7 @@ from prefloop.config.ranges import (
     OnlyWith,
     Seed,
     Settings,
+    TemplateArgs,
     Within,
     no_room,
     unread_by_functions,
@@ -39,6 +40,8 @@ class PolicyConfig(InferenceConfig):
 
     model: str
     """Policy: a Hugging Face folder or hub id."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     max_new_tokens: Annotated[int, Above(0)] = 128
     """Most tokens of an answer."""
     temperature: Annotated[float, AtLeast(0)] = 1.0
@@ -125,6 +128,8 @@ class CompareConfig(PromptsConfig, InferenceConfig):
 
     sft: str
     """The SFT model: a run directory, a Hugging Face folder or a hub id."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     models: tuple[str, ...]
     """`name=path` of each model to compare: run directories, folders or hub ids."""
     data: str
@@ -236,6 +241,8 @@ class CheckConfig(Settings):
 
     model: str
     """Model whose tokenizer and template are audited."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     data: str | tuple[str, ...] | None = None
     """Rows to read, tokenise and count; one or more sources, as for training."""
     bad_rows: Annotated[BadRows, OnlyWith("data")] = "error"

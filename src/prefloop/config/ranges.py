@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 from prefloop.config.resolve import flag
+from prefloop.errors import UserError
 
 
 class Settings:
@@ -81,7 +83,20 @@ class OnlyWith:
 ANY = Range("be finite", math.isfinite)
 Seed = Annotated[int, Range("be 0 or more and below 2^63", lambda value: 0 <= value < 2**63)]
 Device = Annotated[str, Form(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "give auto, cpu, cuda or cuda:N")]
+TemplateArgs = Annotated[
+    str, Form(r"(?s)\s*\{.*\}\s*", """give a JSON mapping, such as '{"enable_thinking": false}'""")
+]
 FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
+
+def template_arguments(text: str) -> dict[str, object]:
+    """What --template-args says; UserError where it is not a JSON mapping."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--template-args {text}: not JSON ({error}); mend it") from error
+    assert isinstance(found, dict)  # by its form
+    return found
 
 
 def no_room(answer: int, length: int) -> Iterator[str]:

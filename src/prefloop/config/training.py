@@ -21,6 +21,7 @@ from prefloop.config.ranges import (
     OnlyWith,
     Seed,
     Settings,
+    TemplateArgs,
     Within,
     no_room,
 )
@@ -94,6 +95,8 @@ class TrainingConfig(Settings):
     """bfloat16 means autocast with float32 master weights."""
     device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     lora_rank: Annotated[int, AtLeast(0)] = 0
     """Rank of the LoRA adapters on all linear layers; 0 trains all weights."""
     lora_alpha: Annotated[float, AtLeast(0), OnlyWith("lora_rank")] = 0.0

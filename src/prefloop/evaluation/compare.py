@@ -12,6 +12,7 @@ from pathlib import Path
 from prefloop import sources
 from prefloop.config import CompareConfig
 from prefloop.config.checks import validate
+from prefloop.config.ranges import template_arguments
 from prefloop.config.resolve import as_dict
 from prefloop.data import split
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids, tokenize
@@ -94,7 +95,7 @@ def compare(
         frontier = _frontier(pool, config.seed)
     # 4. The other models, one at a time.
     for name, path in named.items():
-        model = load_policy(path, task.sft.device)
+        model = load_policy(path, task.sft.device, template_args=task.sft.template_args)
         _require_same_tokens(task.sft, model)
         answers[name], seconds = _sample(task, model, config.samples_per_prompt)
         del model
@@ -126,7 +127,8 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
         for source in (config.judge, config.reward_model)
     )
     assert judge is not None
-    sft = load_policy(config.sft, pick_device(config.device))
+    arguments = template_arguments(config.template_args)
+    sft = load_policy(config.sft, pick_device(config.device), template_args=arguments)
     records = sources.load(config.data, "prompt", counts := RowCounts(), config.chat)
     records = split.first_prompts(records, config.max_prompts, counts)
     room = config.max_length - config.max_new_tokens

@@ -15,6 +15,7 @@ from torch import Tensor
 from prefloop import sources
 from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
 from prefloop.config.checks import validate
+from prefloop.config.ranges import template_arguments
 from prefloop.data import split
 from prefloop.data.columns import carried, like_answers, of_answers
 from prefloop.data.formats import as_chat
@@ -42,7 +43,7 @@ def sample(config: SampleConfig, make_engine: MakeEngine = in_process) -> Path:
     counts = RowCounts()
     prompts = sources.load_unanswered(config.data, counts, config.chat)
     _check_carried(prompts)
-    model = load_policy(config.model, pick_device(config.device))
+    model = _loaded(config)
     answered = _answers(config, model, prompts, config.samples_per_prompt, counts, make_engine)
     settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}
     weights = weights_sha256(Path(model_path(config.model)))
@@ -84,7 +85,7 @@ def generate(config: GenerateConfig, make_engine: MakeEngine = in_process) -> Pa
     if config.data is not None:
         prompts = sources.load(config.data, "prompt", counts, config.chat)
     _check_carried(prompts)
-    model = load_policy(config.model, pick_device(config.device))
+    model = _loaded(config)
     answered = _answers(config, model, prompts, 1, counts, make_engine)
     encoder = model.encoder
     if config.output is not None:
@@ -113,7 +114,7 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
     """
     validate(config)
     source, out = source or sys.stdin, out or sys.stdout
-    model = load_policy(config.model, pick_device(config.device))
+    model = _loaded(config)
     if not model.tokenizer.chat_template:
         raise UserError(
             f"{config.model}: its tokenizer has no chat template; use `prefloop generate`, or a "
@@ -198,6 +199,11 @@ def _answers(
             on_done=lambda _: bar.advance(task),
         )
     return [(prompts[e.record], row) for e, row in zip(examples, samples, strict=True)]
+
+
+def _loaded(config: PolicyConfig) -> LoadedModel:
+    arguments = template_arguments(config.template_args)
+    return load_policy(config.model, pick_device(config.device), template_args=arguments)
 
 
 def _room(config: PolicyConfig) -> int:

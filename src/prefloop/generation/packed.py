@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefloop.models.lean import LEAN_NAMES, Joined
+from prefloop.models.lean import LEAN_NAMES, Joined, has_plain_weight, is_hooked
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def packed_linears(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Weights must not change meanwhile. Other devices and types, and processors that oneDNN does not
     serve, keep the layers as they are.
     """
-    linears = [part for part in module.modules() if type(part) is nn.Linear]
+    linears: list[Any] = [part for part in module.modules() if _is_plain(part)]
     if not linears or linears[0].weight.device.type != "cpu" or not _serves(dtype):
         yield
         return
@@ -59,10 +59,15 @@ def _layers(part: nn.Module) -> list[Any]:
     return [getattr(part, name) for name in names]
 
 
+def _is_plain(part: nn.Module) -> bool:
+    """A linear layer that is neither quantised nor sharded."""
+    return type(part) is nn.Linear and has_plain_weight(part)
+
+
 def _joinable(part: nn.Module) -> bool:
-    """Whether they are plain: adapters add to each on its own."""
+    """Whether they are plain and without hooks: adapters add to each on its own."""
     layers = _layers(part)
-    plain = bool(layers) and all(type(layer) is nn.Linear for layer in layers)
+    plain = bool(layers) and all(_is_plain(layer) and not is_hooked(layer) for layer in layers)
     return plain and len({layer.bias is None for layer in layers}) == 1
 
 

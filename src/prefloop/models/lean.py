@@ -22,8 +22,20 @@ from prefloop.models.precision import product_dtype
 Part = tuple[nn.Module, Callable[..., Any]]
 
 
+def is_hooked(part: nn.Module) -> bool:
+    """Somebody asks to see its calls (as sharding does), so it must be called."""
+    return bool(part._forward_hooks or part._forward_pre_hooks)
+
+
+def has_plain_weight(part: nn.Module) -> bool:
+    """Its weight is a plain tensor: neither quantised nor sharded."""
+    return type(part.weight) in (nn.Parameter, Tensor)
+
+
 def norm_forward(norm: Any, x: Tensor) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) (arXiv 1910.07467, equation 4) of x [..., D]."""
+    if not has_plain_weight(norm):
+        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
     args = (x, norm.weight, norm.variance_epsilon, product_dtype(x))
     if not torch.is_grad_enabled():
         return _normed(*args)[0]
@@ -145,7 +157,7 @@ def model_forward(model: Any, input_ids: Tensor, attention_plan: Any = None, **o
 
     Queries and keys turn together, by a sine that bears the sign of the half it meets.
     """
-    if attention_plan is None or torch.is_grad_enabled():
+    if attention_plan is None or torch.is_grad_enabled() or _any_hooked(model.layers):
         own_forward = type(model).forward
         return own_forward(model, input_ids, attention_plan=attention_plan, **others)
     x = model.embed_tokens(input_ids)
@@ -167,6 +179,13 @@ def model_forward(model: Any, input_ids: Tensor, attention_plan: Any = None, **o
         x = x + part.o_proj(attention_plan.attend(*args).flatten(1))
         x = x + mlp_forward(layer.mlp, norm_forward(layer.post_attention_layernorm, x))
     return BaseModelOutputWithPast(last_hidden_state=model.norm(x).unsqueeze(0))
+
+
+def _any_hooked(layers: nn.ModuleList) -> bool:
+    """Whether a part that `model_forward` computes without calling it must be called."""
+    each = layers._modules.values()
+    parts = (part for layer in each for part in (layer, *layer._modules.values()))
+    return any(map(is_hooked, parts))  # type: ignore[arg-type]
 
 
 class Joined(NamedTuple):

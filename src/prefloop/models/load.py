@@ -7,8 +7,10 @@ not give the same numbers packed as one by one takes padded batches.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +52,24 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not a device here; use auto, cpu or cuda:0") from None
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id."""
+def load_tokenizer(
+    path: str, template_args: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id; its chat template reads all `template_args`."""
     adapters.require_there(path)
     try:
-        return AutoTokenizer.from_pretrained(model_path(path))
+        tokenizer = AutoTokenizer.from_pretrained(model_path(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: no tokenizer found ({first_line(error)}); save the tokenizer into the "
             "model's folder with tokenizer.save_pretrained"
         ) from error
+    for name in template_args or ():
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
+            raise UserError(
+                f"--template-args: the chat template of {path} reads no `{name}`; leave it out"
+            )
+    return tokenizer
 
 
 def embedding_rows(path: str) -> int | None:
@@ -82,14 +92,16 @@ def load_policy(
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
+    template_args: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """A causal LM with its tokenizer; `lora_rank` > 0 adds fresh adapters and freezes the rest."""
     path = model_path(path)
     if is_scorer_folder(path):
         raise UserError(f"{path}: a sequence classifier, not a language model; give a policy")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, template_args)
     module = _from_pretrained(AutoModelForCausalLM, path)
-    return _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
+    model = _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
+    return replace(model, template_args=template_args)
 
 
 def load_scorer(
@@ -100,6 +112,7 @@ def load_scorer(
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
+    template_args: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """A reward or value model: the trained head of a scorer's folder, or a new one on a causal LM.
 
@@ -107,7 +120,7 @@ def load_scorer(
     """
     path = model_path(path)
     trained = is_scorer_folder(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, template_args)
     module = _from_pretrained(
         AutoModelForSequenceClassification, path, new_head=not trained, num_labels=1
     )
@@ -120,7 +133,8 @@ def load_scorer(
         setattr(module.config, SCORE_POSITION, "rendered")
     if not trained or module.config.get_text_config().pad_token_id is None:
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
-    return _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
+    model = _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
+    return replace(model, template_args=template_args)
 
 
 def load_reward_model(path: str, device: torch.device) -> LoadedModel:

@@ -102,3 +102,4 @@ class ModelOptions(TypedDict):
     lora_rank: int
     lora_alpha: float
     gradient_checkpointing: bool
+    template_args: Mapping[str, Any]

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefloop import sources
 from prefloop.config import CheckConfig
+from prefloop.config.ranges import template_arguments
+from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import Example, audit_template, check_ids, tokenize
 from prefloop.errors import UserError, located
 from prefloop.models.load import embedding_rows, load_tokenizer
@@ -27,8 +29,10 @@ def check(config: CheckConfig) -> None:
     All bad rows are counted and the first ten told; then they are an error, or what `--bad-rows
     drop` leaves out.
     """
-    tokenizer = load_tokenizer(config.model)
-    for line in audit_template(tokenizer).lines():
+    arguments = template_arguments(config.template_args)
+    tokenizer = load_tokenizer(config.model, arguments)
+    encoder = Encoder(tokenizer, arguments)
+    for line in audit_template(encoder).lines():
         print(shown(line))
     if config.data is None:
         return
@@ -37,7 +41,7 @@ def check(config: CheckConfig) -> None:
     examples: list[Example] = []
     try:
         records = sources.load(config.data, config.kind, counts, config.chat)
-        examples = tokenize(records, tokenizer, config.max_length, config.truncation, counts)
+        examples = tokenize(records, encoder, config.max_length, config.truncation, counts)
     except UserError:
         if not counts.bad:
             raise

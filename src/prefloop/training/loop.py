@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prefloop import distributed
 from prefloop.config import TrainingConfig
 from prefloop.config.checks import validate
+from prefloop.config.ranges import template_arguments
 from prefloop.models.load import pick_device
 from prefloop.models.model import ModelOptions
 from prefloop.models.precision import autocast
@@ -132,6 +133,7 @@ def model_options(config: TrainingConfig) -> ModelOptions:
         "lora_rank": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "template_args": template_arguments(config.template_args),
     }
 
 
