@@ -297,7 +297,7 @@ def test_strategies_take_the_largest_first_and_keep_a_random_share(tmp_path):
 
 
 def test_priority_goes_before_every_strategy(tmp_path):
-    data = [row | {"priority": n == 17} for n, row in enumerate(rows(30))]
+    data = [row | {"priority": int(n == 17)} for n, row in enumerate(rows(30))]
     put(tmp_path, data)
     store = open_store(tmp_path)
     (ann,) = add(store, "ann")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefloop.config import RunConfig
+from prefloop.config.ranges import Seed
 from prefloop.errors import UserError
 from prefloop.recipes.pipeline import run
 
@@ -19,8 +20,12 @@ class CopyConfig:
     """What to copy."""
     output: Path
     """Where to."""
-    seed: int = 0
+    seed: Seed = 0
     """Said in the copy."""
+
+    def problems(self):
+        """Any settings go together."""
+        return ()
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,9 @@ ALONE = {  # may be given where it changes nothing
 ELSEWHERE = {  # changes no number: the test that finds its effect
     "micro_batch_tokens": "data/test_batches.py::test_micro_batches_keep_order_and_budget",
     "gradient_checkpointing": "training/test_loop.py::test_checkpointing_keeps_fewer_activations",
+    "save_minutes": "training/test_keeper.py::test_runs_save_by_time_too",
+    "bad_rows": "outside/test_several_bad_rows.py::test_training_drops_counts_and_lists_bad_rows",
+    "chat": "outside/test_strings_for_a_chat_model.py::test_sft_takes_turns",
     "template_args": "training/test_template_args.py::test_training_takes_and_records_them",
     "max_concurrent": "training/test_settings.py::test_max_concurrent_bounds_what_is_decoded",
 }
