@@ -1,4 +1,4 @@
-"""Freed memory is kept: of many large tensors in turn only the first needs new pages."""
+"""Freed memory is kept: of many large tensors in turn only the first few need new pages."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ SCRIPT = """
 import resource, torch
 from prefloop.models.memory import keep_freed_memory
 if {keep}: keep_freed_memory()
-torch.ones(1 << 24)
+for _ in range(6): torch.ones(1 << 24)  # as the heap lies, up to the first three grow it
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4): torch.ones(1 << 24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -23,5 +23,5 @@ def test_large_tensors_take_freed_memory():
         return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
     pages = (1 << 26) // 4096
-    assert faults(True) < 1.5 * pages
+    assert faults(True) < 0.5 * pages
     assert faults(False) > 3.5 * pages

@@ -59,7 +59,8 @@ def test_pieces_give_the_same_numbers_and_gradients(packed, kind, budget, world)
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
     for name, grad in found[0][1].items():
         assert grad.abs().max() > 0, name
-        torch.testing.assert_close(grad, found[1][1][name], rtol=1e-5, atol=1e-5, msg=name)
+        most = 2e-5 * float(grad.abs().max())  # torch 2.11 rounds less well than 2.13
+        torch.testing.assert_close(grad, found[1][1][name], rtol=0, atol=most, msg=name)
 
 
 def test_padded_batches_count_their_rectangle():
