@@ -83,7 +83,9 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     **{(command, "truncation"): "the rows say whether any is too long" for command in MODES},
     **{(command, "max_length"): "the rows say whether any is too long" for command in MODES},
 }
-ELSEWHERE = {  # tests/training/test_settings.py, test_template_args.py
+ELSEWHERE = {  # tests/training/test_settings.py, test_template_args.py, and tests/outside
+    "bad_rows",
+    "chat",
     "max_concurrent",
     "micro_batch_tokens",
     "template_args",
