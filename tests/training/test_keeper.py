@@ -141,11 +141,15 @@ def test_a_tracker_that_fails_costs_no_line(world, whole, tmp_path):
     assert_same_run(whole / "ppo", tmp_path / "run")
 
 
-def test_half_a_step_is_not_kept(world, tmp_path):
+def test_half_a_step_is_not_kept(world, whole, tmp_path):
     """From the moment that weights change until the step is whole, nothing is saved."""
+    broken_run(world, tmp_path / "bare", "stepped", 3, KeyboardInterrupt(), **PPO)
+    assert newest_checkpoint(tmp_path / "bare") is None
     output = tmp_path / "run"
     broken_run(world, output, "stepped", 3, KeyboardInterrupt(), **PPO, save_every=2)
     assert newest_checkpoint(output).name == "step-2"
+    train("ppo", world, output, **PPO, save_every=2)
+    assert_same_run(whole / "ppo", output)
 
 
 def test_what_is_not_finite_is_not_kept(world, tmp_path):
