@@ -125,6 +125,7 @@ def load(shape: str) -> LoadedModel:
     model = LoadedModel(module, PreTrainedTokenizerFast, CUDA, False, shape)  # type: ignore[arg-type]
     with torch.no_grad():
         selftest.choose_path(model)
+    model.dtype = "bfloat16"
     lean = sum("forward" in vars(m) for m in module.modules())
     spent = time.perf_counter() - start
     print(
@@ -249,7 +250,7 @@ def decoding(model: LoadedModel, shape: str, bandwidth: float) -> list[dict[str,
     record = engines.as_graphs
     for count in BATCHES:
         prompts = [list(range(10, 74)) for _ in range(count)]
-        engine = Engine(model, count, "bfloat16")
+        engine = Engine(model, count)
 
         def run(engine: Engine = engine, prompts: Any = prompts) -> None:
             engine.generate(prompts, 1, sampling, seed=0)

@@ -27,6 +27,7 @@ from prefloop.generation.engine import Engine
 from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.model import LoadedModel
+from prefloop.models.precision import Products
 from prefloop.records import RowCounts
 from prefloop.training import loop, ppo
 from prefloop.training.preference import Preference
@@ -113,10 +114,14 @@ def stock_scorer(path: str) -> LoadedModel:
     return replace(load_scorer(path, CPU), module=module.eval(), packed=False)
 
 
-def gradient(trained: Any, batches: list[Any], config: Any, number: int, dtype: str) -> Gradient:
+def gradient(
+    trained: Any, batches: list[Any], config: Any, number: int, dtype: Products
+) -> Gradient:
     """Of one micro-batch; what the loss holds fixed is float32's for every side."""
     parameters = {name: model.trainable() for name, model in trained.trained.items()}
-    loop.gradients(trained, [batches[number]], parameters, replace(config, dtype=dtype))
+    for model in trained.trained.values():
+        model.dtype = dtype
+    loop.gradients(trained, [batches[number]], parameters, config)
     found: Gradient = {}
     for name, group in parameters.items():
         found[name] = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]

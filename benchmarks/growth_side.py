@@ -23,6 +23,7 @@ from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
+from prefloop.models.weights import Storage
 from prefloop.training import loop, optim
 from prefloop.training.preference import Preference
 
@@ -48,7 +49,7 @@ class Draw:
 
 def train(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str, Any]]:
     """An optimiser step."""
-    model, k = load_policy(path, CPU), shape["answers"]
+    model, k = load_policy(path, CPU, Storage(dtype), trained=True), shape["answers"]
     draw = Draw(model)
     examples = [
         Example(
@@ -74,10 +75,10 @@ def train(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str
 
 def decode(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str, Any]]:
     """Sampled answers of full length."""
-    model = load_policy(path, CPU)
+    model = load_policy(path, CPU, Storage(dtype))
     draw = Draw(model)
     prompts = [draw(shape["prompt"]) for _ in range(shape["rows"])]
-    engine = Engine(model, shape["rows"] * shape["answers"], dtype)
+    engine = Engine(model, shape["rows"] * shape["answers"])
     sampling = Sampling(max_new_tokens=shape["answer"])
 
     def turn() -> dict[str, Any]:

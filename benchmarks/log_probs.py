@@ -23,7 +23,7 @@ from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
-from prefloop.models.precision import autocast
+from prefloop.models.precision import Products
 
 WORK = WORKS["generate"]
 TOKENS = 2048  # of a micro-batch
@@ -39,7 +39,7 @@ def measure(_: str, threads: int) -> dict[str, Any]:
     prompts = [encode_prompt(model.tokenizer, row["prompt"]) for row in texts]
     stops = frozenset(stop_ids(WORK, model.tokenizer))
     sampling = Sampling(WORK.answer[1], stop_token_ids=stops)
-    groups = Engine(model, dtype="bfloat16").generate(prompts, 1, sampling, seed=0)
+    groups = Engine(replace(model, dtype="bfloat16")).generate(prompts, 1, sampling, seed=0)
     examples = [
         Example(tuple(prompt), (sample.tokens,), ((True,) * len(sample.tokens),))
         for prompt, (sample,) in zip(prompts, groups, strict=True)
@@ -56,8 +56,7 @@ def measure(_: str, threads: int) -> dict[str, Any]:
     return {"log_probs": found}
 
 
-def log_probs(model: LoadedModel, examples: list[Example], dtype: str) -> Tensor:
+def log_probs(model: LoadedModel, examples: list[Example], dtype: Products) -> Tensor:
     """Of all answers' tokens, float32 [N]; weights in bfloat16 need no autocast."""
-    with autocast(CPU, dtype):
-        batches = to_batches(examples, TOKENS, CPU)
-        return torch.cat([answer_log_probs(model, batch) for batch in batches])
+    model = replace(model, dtype=dtype)
+    return torch.cat([answer_log_probs(model, b) for b in to_batches(examples, TOKENS, CPU)])

@@ -23,7 +23,7 @@ from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import answer_log_probs, sequence_log_probs
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.model import LoadedModel
-from prefloop.models.precision import autocast
+from prefloop.models.weights import Storage
 from prefloop.records import Demonstration, Ranking, RowCounts
 from prefloop.runs import Run
 from prefloop.training import loop, optim, ppo
@@ -65,7 +65,9 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
     """One optimiser step over all rows."""
     load = load_scorer if work.kind == "reward" else load_policy
     kept = ("lora_rank", "lora_alpha", "gradient_checkpointing")
-    model = load(settings["model"], CPU, **{k: v for k, v in settings.items() if k in kept})
+    options = {k: v for k, v in settings.items() if k in kept}
+    storage = Storage(settings["dtype"])
+    model = load(settings["model"], CPU, storage, trained=True, **options)
     examples = tokenize(records(work, path), model.tokenizer, 1024, "error", RowCounts())
     batches: list[Any] = pack_all(examples, settings["micro_batch_tokens"])
     flops = sum(forward_and_backward(model, batch.examples) for batch in batches)
@@ -80,7 +82,7 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
         cache = Path(path).with_suffix(f".{config.dtype}.ref")
         method = Preference(config, model, examples, [], cache)
         if form == "first":  # every row is new: the reference reads it, too
-            fixed = load_policy(reference, CPU)
+            fixed = load_policy(reference, CPU, storage)
             flops += forward(fixed, examples)
     parameters = {key: part.trainable() for key, part in method.trained.items()}
     optimizer = optim.build_optimizer(parameters, method.config, {})
@@ -88,7 +90,7 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
 
     def turn() -> dict[str, Any]:
         if fixed:
-            sequence_log_probs(fixed, examples, method.config.micro_batch_tokens, config.dtype)
+            sequence_log_probs(fixed, examples, method.config.micro_batch_tokens)
         found = loop.step(method, batches, parameters, optimizer, method.config)
         same = {"loss": found.losses["loss"]}
         if "logps/chosen" in found.metrics:
@@ -143,9 +145,9 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
 
 def generation(work: Work, path: str, settings: dict[str, Any]) -> Turn:
     """Sampled answers to all prompts."""
-    model = load_policy(settings["model"], CPU)
+    model = load_policy(settings["model"], CPU, Storage(settings["dtype"]))
     prompts = [encode_prompt(model.tokenizer, row["prompt"]) for row in read_texts(path)]
-    engine = Engine(model, 64, settings["dtype"])
+    engine = Engine(model, 64)
     sampling = Sampling(
         max_new_tokens=work.answer[1],
         temperature=1.0,
@@ -153,7 +155,7 @@ def generation(work: Work, path: str, settings: dict[str, Any]) -> Turn:
     )
     first = tuple(prompts[0])
     text = Example(first[:1], (first[1:],), ((True,) * len(first[1:]),))
-    with torch.no_grad(), autocast(CPU, settings["dtype"]):
+    with torch.no_grad():
         log_probs = answer_log_probs(model, pack([text]))
     facts: dict[str, Any] = {"same": {"prompt_log_prob": float(log_probs.mean())}}
     if not work.stops and work.rows * work.answers <= engine.max_concurrent:

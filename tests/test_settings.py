@@ -14,7 +14,7 @@ from prefloop.errors import UserError
 from tests.training.small import REWARDS, write_rows, write_world
 
 FUNCTION, OTHER = f"{REWARDS}:by_length", "tests.evaluation.test_compare:vowels"
-ANSWERS = {"max_new_tokens": 24, "device": "cpu"}
+ANSWERS = {"max_new_tokens": 24, "device": "cpu", "dtype": "float32"}
 COMPARED = {"sft": "model", "models": ("other=reference",), "data": "few.jsonl", "judge": FUNCTION}
 SIDES = {"answers": "one.jsonl", "baseline": "two.jsonl"}
 MODES = {
@@ -34,9 +34,11 @@ MODES = {
     ],
     "evaluate winrate": [
         SIDES | {"judge": FUNCTION},
-        SIDES | {"judge": "rm", "device": "cpu"},
+        SIDES | {"judge": "rm", "device": "cpu", "dtype": "float32"},
     ],
-    "evaluate reward-model": [{"reward_model": "rm", "data": "rank.jsonl", "device": "cpu"}],
+    "evaluate reward-model": [
+        {"reward_model": "rm", "data": "rank.jsonl", "device": "cpu", "dtype": "float32"}
+    ],
     "check": [{"model": "model"}, {"model": "model", "data": "rank.jsonl"}],
 }
 CHANGES = {
@@ -59,6 +61,7 @@ CHANGES = {
     "max_length": 30,
     "truncation": "drop",
     "dtype": "bfloat16",
+    "weights": "nf4",
     "device": "cuda:63",
     "samples_per_prompt": 3,
     "to_labels": "labels.db",
@@ -79,6 +82,7 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     ("generate", "seed"): "greedy answers draw nothing, and one command line serves both",
     ("sample", "seed"): "as for generate; the rows note it",
     ("generate", "dtype"): "rounding seldom changes which token is likeliest",
+    ("generate", "weights"): "as with dtype",
     ("evaluate winrate", "seed"): "the bootstrap of equal scores has no width",
     **{(command, "truncation"): "the rows say whether any is too long" for command in MODES},
     **{(command, "max_length"): "the rows say whether any is too long" for command in MODES},

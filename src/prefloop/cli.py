@@ -28,6 +28,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():  # no bars in log files
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+# That it misses a faster kernel of a package that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 DONE, OURS, YOURS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 

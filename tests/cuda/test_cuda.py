@@ -17,9 +17,9 @@ from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses.sft import sft_loss
 from prefloop.models import heads
-from prefloop.models.load import _ready
+from prefloop.models.load import FLOAT32, _prepare_training, _ready
 from prefloop.models.model import LoadedModel
-from prefloop.models.precision import autocast
+from prefloop.models.weights import kept
 from tests.generation.naive import PROMPTS
 from tests.models.plain import random_examples
 from tests.tiny import ARCHS, Arch, tiny_model, tiny_tokenizer
@@ -44,7 +44,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_cuda(arch: Arch = "llama", lora_rank: int = 0) -> LoadedModel:
     """A tiny policy as loading it on CUDA gives it."""
-    model = _ready(tiny_model(arch), tiny_tokenizer(), CUDA, "tiny", lora_rank, 0.0, False)
+    model = _ready(tiny_model(arch), tiny_tokenizer(), CUDA, "tiny", kept(FLOAT32, CUDA, True))
+    _prepare_training(model, lora_rank, 0.0, False)
     assert model.packed
     return model
 
@@ -92,8 +93,8 @@ def test_varlen_gradients_lose_no_more_than_rectangles(arch: Arch, checkpointing
 
     def gradient(dtype: str, varlen: bool) -> torch.Tensor:
         model.module.zero_grad()
-        with autocast(CUDA, dtype):
-            log_probs = heads.answer_log_probs(replace(model, varlen=varlen), batch)
+        how = replace(model, varlen=varlen, dtype=dtype)
+        log_probs = heads.answer_log_probs(how, batch)
         sft_loss(log_probs).sum.backward()
         return torch.cat([p.grad.flatten() for p in model.trainable() if p.grad is not None])
 
@@ -131,9 +132,9 @@ def test_decode_steps_are_graphs(
                     parameter.mul_(1.1)
         monkeypatch.setattr(engine, "as_graphs", as_graphs)
         with caplog.at_level(logging.WARNING):
-            ours = Engine(model, 6, dtype).generate(PROMPTS, 4, WARM, seed=3)
+            ours = Engine(replace(model, dtype=dtype), 6).generate(PROMPTS, 4, WARM, seed=3)
         monkeypatch.setattr(engine, "as_graphs", lambda step, cache, device: step)
-        plain = Engine(model, 6, dtype).generate(PROMPTS, 4, WARM, seed=3)
+        plain = Engine(replace(model, dtype=dtype), 6).generate(PROMPTS, 4, WARM, seed=3)
         assert made[-1].works, caplog.text
         assert_same_answers(ours, plain, dtype)
 
@@ -143,22 +144,23 @@ def test_adapters_are_recorded(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> N
     model = on_cuda(lora_rank=4)
     for parameter in model.trainable():
         parameter.data.normal_(std=0.1)
-    ours = Engine(model, 6, dtype).generate(PROMPTS, 4, WARM, seed=3)
+    ours = Engine(replace(model, dtype=dtype), 6).generate(PROMPTS, 4, WARM, seed=3)
     monkeypatch.setattr(engine, "as_graphs", lambda step, cache, device: step)
-    plain = Engine(model, 6, dtype).generate(PROMPTS, 4, WARM, seed=3)
+    plain = Engine(replace(model, dtype=dtype), 6).generate(PROMPTS, 4, WARM, seed=3)
     assert_same_answers(ours, plain, dtype)
 
 
 def test_sampled_log_probs_are_the_trainers() -> None:
     """In bfloat16: prefill by varlen, steps by graphs, the trainer by varlen."""
     model = on_cuda()
-    groups = Engine(model, 6, "bfloat16").generate(PROMPTS, 4, WARM, seed=3)
+    groups = Engine(replace(model, dtype="bfloat16"), 6).generate(PROMPTS, 4, WARM, seed=3)
     examples = [
         Example(tuple(p), tuple(s.tokens for s in g), tuple((True,) * len(s.tokens) for s in g))
         for p, g in zip(PROMPTS, groups, strict=True)
     ]
     sampled = torch.tensor([x for g in groups for s in g for x in s.log_probs])
-    with torch.no_grad(), autocast(CUDA, "bfloat16"):
-        trained = heads.answer_log_probs(model, pack(examples).to(CUDA), WARM.temperature)
+    with torch.no_grad():
+        how = replace(model, dtype="bfloat16")
+        trained = heads.answer_log_probs(how, pack(examples).to(CUDA), WARM.temperature)
     gap = (sampled - trained.cpu()).abs()
     assert float(gap.mean()) < 0.05

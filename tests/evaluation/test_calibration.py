@@ -80,6 +80,7 @@ def test_a_reward_model_on_rankings(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RewardQualityConfig(
+        dtype="float32",
         reward_model=model,
         data=str(data),
         agreement=0.82,
@@ -104,6 +105,6 @@ def test_rankings_without_an_order_are_an_error(tmp_path: Path) -> None:
     model = reward_model(tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completions": [" b", " c"], "tiers": [[0, 1]]}\n')
-    config = RewardQualityConfig(reward_model=model, data=str(data), device="cpu")
+    config = RewardQualityConfig(dtype="float32", reward_model=model, data=str(data), device="cpu")
     with pytest.raises(UserError, match=r"rows\.jsonl"):
         reward_quality(config)

@@ -47,6 +47,7 @@ def config(tmp_path: Path) -> CompareConfig:
         samples_per_prompt=2,
         max_new_tokens=12,
         device="cpu",
+        dtype="float32",
     )
 
 

@@ -48,6 +48,7 @@ def read(path: Path) -> list[dict[str, object]]:
 
 def test_sample_writes_what_the_engine_draws(folder: str, tmp_path: Path) -> None:
     config = SampleConfig(
+        dtype="float32",
         model=folder,
         data=written(tmp_path / "prompts.jsonl", ROWS),
         output=tmp_path / "sub" / "samples.jsonl",
@@ -98,7 +99,12 @@ def test_sample_writes_what_the_engine_draws(folder: str, tmp_path: Path) -> Non
 def test_long_prompts_are_refused_dropped_or_cut(folder: str, tmp_path: Path) -> None:
     data = written(tmp_path / "prompts.jsonl", [{"prompt": "b"}, {"prompt": "b" * 30}])
     config = SampleConfig(
-        model=folder, data=data, output=tmp_path / "out.jsonl", max_new_tokens=4, max_length=24
+        dtype="float32",
+        model=folder,
+        data=data,
+        output=tmp_path / "out.jsonl",
+        max_new_tokens=4,
+        max_length=24,
     )
     with pytest.raises(UserError, match=r"prompts.jsonl:2: .*30.*over the limit of 20"):
         sample(config)
@@ -111,7 +117,9 @@ def test_long_prompts_are_refused_dropped_or_cut(folder: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["out.csv", "."])
 def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, name: str) -> None:
-    config = SampleConfig(model="nowhere", data="nowhere.jsonl", output=tmp_path / name)
+    config = SampleConfig(
+        dtype="float32", model="nowhere", data="nowhere.jsonl", output=tmp_path / name
+    )
     with pytest.raises(UserError, match="jsonl"):
         sample(config)
 
@@ -120,7 +128,12 @@ def test_generate_prints_or_writes(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = GenerateConfig(
-        model=folder, prompt=("the ab", "a"), temperature=0, max_new_tokens=5, max_length=64
+        dtype="float32",
+        model=folder,
+        prompt=("the ab", "a"),
+        temperature=0,
+        max_new_tokens=5,
+        max_length=64,
     )
     tokenizer, model = tiny_tokenizer(), tiny_model()
     expected = [
@@ -145,7 +158,9 @@ def test_generate_prints_or_writes(
 
 
 def test_chat_remembers_and_forgets(folder: str) -> None:
-    config = ChatConfig(model=folder, temperature=0, max_new_tokens=6, max_length=48, system="ab")
+    config = ChatConfig(
+        dtype="float32", model=folder, temperature=0, max_new_tokens=6, max_length=48, system="ab"
+    )
     out = io.StringIO()
     chat(config, io.StringIO("the cab\n\n a\n" + "b" * 60 + "\nthe cab\n"), out)
 
@@ -181,4 +196,4 @@ def test_chat_needs_a_template(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer(chat=False).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
-        chat(ChatConfig(model=str(tmp_path)), io.StringIO("hello\n"))
+        chat(ChatConfig(dtype="float32", model=str(tmp_path)), io.StringIO("hello\n"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -14,9 +15,10 @@ from prefloop.generation.protocol import Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.adapters import unwrap
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import _ready
+from prefloop.models.load import FLOAT32, _ready
 from prefloop.models.model import LoadedModel
-from tests.generation.naive import PROMPTS, greedy, policy, unpacked
+from prefloop.models.weights import kept
+from tests.generation.naive import CPU, PROMPTS, greedy, policy, unpacked
 from tests.tiny import ARCHS, Arch, tiny_model, tiny_tokenizer
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
@@ -192,7 +194,7 @@ def test_bloom_takes_the_fallback() -> None:
     config = BloomConfig(vocab_size=268, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
     torch.manual_seed(0)
     model = BloomForCausalLM(config).eval()
-    ready = _ready(model, tiny_tokenizer(), torch.device("cpu"), "bloom", 0, 0.0, False)
+    ready = _ready(model, tiny_tokenizer(), CPU, "bloom", kept(FLOAT32, CPU, True))
     assert not ready.packed
     rows = Engine(ready).generate(PROMPTS, 2, GREEDY, seed=0)
     assert tokens(rows) == [[tuple(greedy(model, prompt, 12))] * 2 for prompt in PROMPTS]
@@ -201,7 +203,7 @@ def test_bloom_takes_the_fallback() -> None:
 def test_bfloat16_stays_near_and_leaves_nothing_behind() -> None:
     model = policy(lora_rank=2)
     exact = Engine(model, 4).generate(PROMPTS, 1, GREEDY, seed=0)
-    near = Engine(model, 4, "bfloat16").generate(PROMPTS, 1, GREEDY, seed=0)
+    near = Engine(replace(model, dtype="bfloat16"), 4).generate(PROMPTS, 1, GREEDY, seed=0)
     first = [[row[0].log_probs[0] for row in rows] for rows in (exact, near)]
     assert first[0] == pytest.approx(first[1], abs=0.2)
     assert first[0] != first[1]

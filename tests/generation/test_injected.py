@@ -96,6 +96,7 @@ def test_ppo(world: Path, tmp_path: Path) -> None:
 def test_sample(world: Path, tmp_path: Path) -> None:
     made = Made()
     settings = SampleConfig(
+        dtype="float32",
         model=str(world / "model"),
         data=str(world / "prompts.jsonl"),
         output=tmp_path / "out.jsonl",
@@ -117,6 +118,7 @@ def test_compare(world: Path, tmp_path: Path) -> None:
     """An engine for each model, as each has its own weights."""
     made = Made()
     settings = CompareConfig(
+        dtype="float32",
         sft=str(world / "model"),
         models=(f"other={world / 'reference'}",),
         data=str(world / "prompts.jsonl"),

@@ -86,6 +86,7 @@ def sampled_file(folder: str, tmp_path: Path) -> Path:
     chats = [{"prompt": [{"role": "user", "content": text}]} for text in ("ab", "b c", "de")]
     write_jsonl(tmp_path / "prompts.jsonl", [*chats, {"prompt": "ab a"}, {"prompt": "c"}])
     config = SampleConfig(
+        dtype="float32",
         model=folder,
         data=str(tmp_path / "prompts.jsonl"),
         output=tmp_path / "samples.jsonl",
@@ -156,6 +157,7 @@ def test_generated_answers_are_demonstrations_as_they_were_drawn(
     folder, tokenizer = policy
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}])
     config = GenerateConfig(
+        dtype="float32",
         model=folder,
         data=str(tmp_path / "p.jsonl"),
         output=tmp_path / "g.jsonl",

@@ -1,5 +1,7 @@
 """Log-probs, entropies, scores and values from hidden states."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributions import Categorical
@@ -103,10 +105,11 @@ def test_bfloat16_autocast_keeps_the_softmax_in_float32():
     model, plain = with_plain_twin(tiny_model("llama"))
     batch, examples = pack(random_examples()), random_examples()
     exact = plain_log_probs(plain, examples).detach()
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = heads.hidden_states(model, batch)[batch.source_index]
-        logits = heads.logits(model, hidden)
-        ours = heads.head_log_probs(model, hidden, batch.target_ids)
+    model = replace(model, dtype="bfloat16")
+    hidden = heads.hidden_states(model, batch)[batch.source_index]
+    logits = heads.logits(model, hidden)
+    ours = heads.head_log_probs(model, hidden, batch.target_ids)
+    with model.autocast():
         half = model.hf.lm_head(hidden)
     assert half.dtype == torch.bfloat16
     assert logits.dtype == ours.dtype == torch.float32
@@ -116,11 +119,10 @@ def test_bfloat16_autocast_keeps_the_softmax_in_float32():
 
 
 def test_bfloat16_autocast_keeps_scores_in_float32():
-    model = loaded(tiny_scorer("llama"))
+    model = replace(loaded(tiny_scorer("llama")), dtype="bfloat16")
     batch = pack(random_examples())
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = heads.hidden_states(model, batch)[batch.last_index]
-        scores = heads.scalar_head(model, hidden)
+    hidden = heads.hidden_states(model, batch)[batch.last_index]
+    scores = heads.scalar_head(model, hidden)
     assert scores.dtype == torch.float32
     expected = hidden.float() @ model.hf.score.weight[0]
     assert_close(scores, expected, 1e-5)

@@ -207,6 +207,7 @@ def test_what_we_train_scores_the_same_in_transformers(name, tmp_path):
             warmup=0.0,
             batch_size=2,
             device="cpu",
+            dtype="float32",
         )
     )
     folder = str(run.model)

@@ -29,7 +29,14 @@ CONFIGS: dict[str, type[TrainingConfig]] = {
     "ppo": PPOConfig,
 }
 ROWS = {"sft": "sft.jsonl", "reward": "rank.jsonl", "dpo": "rank.jsonl", "ppo": "prompts.jsonl"}
-COMMON: dict[str, Any] = {"lr": 1e-3, "warmup": 0.0, "max_length": 128, "device": "cpu"}
+COMMON: dict[str, Any] = {
+    "lr": 1e-3,
+    "warmup": 0.0,
+    "max_length": 128,
+    "device": "cpu",
+    "dtype": "float32",
+}
+COMMON["dtype"] = "float32"
 SHORT: dict[str, Any] = {"max_new_tokens": 6, "max_concurrent": 8}
 WORDS = "the a in boat took thin ant oath that bath".split()
 TIMES = ("tokens_per_second",)

@@ -1,6 +1,7 @@
 """The loop: schedule, clipping, logging, saving, precision, memory; and that a seed decides all."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,10 @@ from prefloop.config import SFTConfig
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.losses.sft import sft_loss
-from prefloop.models import precision
 from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.training import optim
 from tests.training.cases import CASES, run_case
 from tests.training.small import (
-    CPU,
     assert_same_run,
     checkpoint,
     lines,
@@ -81,8 +80,7 @@ def test_weight_decay_falls_on_matrices_only():
 
 
 def gradients(model, batch, dtype="float32"):
-    with precision.autocast(CPU, dtype):
-        loss = sft_loss(answer_log_probs(model, batch)).sum
+    loss = sft_loss(answer_log_probs(replace(model, dtype=dtype), batch)).sum
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.module.named_parameters() if p.requires_grad}
     model.module.zero_grad()
@@ -143,8 +141,7 @@ def test_every_method_runs_in_bfloat16_with_checkpointing(name, world, tmp_path)
 
 def test_scores_and_log_softmax_are_float32_in_bfloat16(world):
     batch, model = pack(SHORT), policy(world)
-    with precision.autocast(CPU, "bfloat16"):
-        log_probs = answer_log_probs(model, batch)
+    log_probs = answer_log_probs(replace(model, dtype="bfloat16"), batch)
     assert log_probs.dtype == torch.float32
     exact = answer_log_probs(model, batch)
     assert (log_probs - exact).abs().max() < 0.1

@@ -111,5 +111,5 @@ class Noted:
 
 def test_a_step_is_put_on_the_device_a_micro_batch_at_a_time():
     notes = []
-    loop.evaluate(Noted(0, notes), [Noted(n, notes) for n in (1, 2, 3)], CPU, "float32")
+    loop.evaluate(Noted(0, notes), [Noted(n, notes) for n in (1, 2, 3)], CPU)
     assert notes == [(what, n) for n in (1, 2, 3) for what in ("moved", "computed")]

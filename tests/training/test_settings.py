@@ -57,6 +57,7 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "adam_eps": 1e-2,
     "max_grad_norm": 1e-3,
     "dtype": "bfloat16",
+    "weights": "nf4",
     "device": "cuda:63",
     "lora_rank": 2,
     "lora_alpha": 64.0,
@@ -201,7 +202,7 @@ def test_max_concurrent_bounds_what_is_decoded(world):
 
     def count(at_once):
         passes.clear()
-        Engine(model, at_once, "float32").generate([[5, 6, 7]], 6, Sampling(max_new_tokens=4), 0)
+        Engine(model, at_once).generate([[5, 6, 7]], 6, Sampling(max_new_tokens=4), 0)
         return len(passes)
 
     assert count(1) > count(3) > count(6) == count(64)

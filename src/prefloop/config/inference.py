@@ -11,10 +11,12 @@ from prefloop.config.ranges import (
     Above,
     AtLeast,
     Device,
+    DType,
     OnlyWith,
     Seed,
     Settings,
     TemplateArgs,
+    Weights,
     Within,
     no_room,
     unread_by_functions,
@@ -28,8 +30,10 @@ class InferenceConfig(Settings):
 
     max_length: Annotated[int, Above(0)] = 1024
     """Most tokens of a prompt with its answer."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward passes."""
+    dtype: DType = "auto"
+    """Type of the products; auto: bfloat16 where the device multiplies it natively."""
+    weights: Weights = "auto"
+    """How weights are kept; auto: in the products' type; nf4: linear layers in 4 bits."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
 

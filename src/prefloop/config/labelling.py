@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 from prefloop.config.ranges import (
     Above,
     Device,
+    DType,
     OnlyWith,
     Seed,
     Settings,
+    Weights,
     Within,
     unread_by_functions,
 )
@@ -100,8 +102,10 @@ class LabelScoreConfig(ProjectConfig):
     """Which task comes first: the one the models disagree on, or the one of the largest gap."""
     device: Device = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products; weights stay float32."""
+    dtype: DType = "auto"
+    """Type of the products; auto: bfloat16 where the device multiplies it natively."""
+    weights: Weights = "auto"
+    """How weights are kept; auto: in the products' type; nf4: linear layers in 4 bits."""
     max_length: Annotated[int, Above(0)] = 1024
     """Most tokens of a prompt with its answer."""
     micro_batch_tokens: Annotated[int, Above(0)] = 8192

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from prefloop.config.resolve import flag
 from prefloop.errors import UserError
@@ -83,6 +83,8 @@ class OnlyWith:
 ANY = Range("be finite", math.isfinite)
 Seed = Annotated[int, Range("be 0 or more and below 2^63", lambda value: 0 <= value < 2**63)]
 Device = Annotated[str, Form(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "give auto, cpu, cuda or cuda:N")]
+DType = Literal["auto", "float32", "bfloat16"]
+Weights = Literal["auto", "float32", "bfloat16", "nf4"]
 TemplateArgs = Annotated[
     str, Form(r"(?s)\s*\{.*\}\s*", """give a JSON mapping, such as '{"enable_thinking": false}'""")
 ]
@@ -116,6 +118,6 @@ def unread_by_functions(config: Settings, of: str, judges: Sequence[str]) -> Ite
     if not all(map(is_function, judges)):
         return
     for field in fields(config):  # type: ignore[arg-type]
-        unread = field.name in ("device", "dtype", "max_length", "micro_batch_tokens")
+        unread = field.name in ("device", "dtype", "weights", "max_length", "micro_batch_tokens")
         if unread and getattr(config, field.name) != field.default:
             yield f"{flag(field.name)} is read by models, and each {of} is a function; leave it out"

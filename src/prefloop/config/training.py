@@ -17,11 +17,13 @@ from prefloop.config.ranges import (
     Above,
     AtLeast,
     Device,
+    DType,
     Form,
     OnlyWith,
     Seed,
     Settings,
     TemplateArgs,
+    Weights,
     Within,
     no_room,
 )
@@ -91,8 +93,11 @@ class TrainingConfig(Settings):
     """AdamW's epsilon."""
     max_grad_norm: Annotated[float, AtLeast(0)] = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 means autocast with float32 master weights."""
+    dtype: DType = "auto"
+    """Type of the products; auto: bfloat16 where the device multiplies it natively."""
+    weights: Weights = "auto"
+    """How weights are kept; auto: trained ones in float32, frozen ones in the products' type.
+    nf4 (4 bits) quantises what LoRA freezes, and models that are not trained."""
     device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     template_args: TemplateArgs = "{}"

@@ -97,11 +97,11 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     from prefloop.models.heads import answer_scores
     from prefloop.models.load import load_reward_model, pick_device
     from prefloop.models.pieces import in_pieces
-    from prefloop.models.precision import autocast
+    from prefloop.models.weights import storage_of
 
     if config.output is not None:
         check_writable(config.output)
-    model = load_reward_model(config.reward_model, pick_device(config.device))
+    model = load_reward_model(config.reward_model, pick_device(config.device), storage_of(config))
     records = sources.load(config.data, "preference", counts := RowCounts(), config.chat)
     examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)
@@ -110,7 +110,7 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     if note := sources.strings_note(records, bool(model.tokenizer.chat_template)):
         print(note, file=sys.stderr)
     pairs: list[tuple[float, float, int, int]] = []
-    with torch.no_grad(), autocast(model.device, config.dtype):
+    with torch.no_grad():
         most = config.micro_batch_tokens
         for batch in pack_all(examples, most, not model.packed):
             scores = in_pieces(answer_scores, model, batch.to(model.device), most).tolist()

@@ -28,6 +28,7 @@ from prefloop.intervals import Interval, mean_score
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import is_scorer_folder, load_policy, pick_device
 from prefloop.models.model import LoadedModel
+from prefloop.models.weights import storage_of
 from prefloop.records import Prompt, RowCounts, Text, text_to_json
 from prefloop.rewards.functions import FunctionJudge, columns_of
 from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
@@ -95,7 +96,9 @@ def compare(
         frontier = _frontier(pool, config.seed)
     # 4. The other models, one at a time.
     for name, path in named.items():
-        model = load_policy(path, task.sft.device, template_args=task.sft.template_args)
+        model = load_policy(
+            path, task.sft.device, storage_of(config), template_args=task.sft.template_args
+        )
         _require_same_tokens(task.sft, model)
         answers[name], seconds = _sample(task, model, config.samples_per_prompt)
         del model
@@ -121,14 +124,22 @@ def _named_models(models: Sequence[str]) -> dict[str, str]:
 
 def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     judge, proxy = (
-        load_judge(source, device=config.device, dtype=config.dtype, max_length=config.max_length)
+        load_judge(
+            source,
+            device=config.device,
+            dtype=config.dtype,
+            weights=config.weights,
+            max_length=config.max_length,
+        )
         if source
         else None
         for source in (config.judge, config.reward_model)
     )
     assert judge is not None
     arguments = template_arguments(config.template_args)
-    sft = load_policy(config.sft, pick_device(config.device), template_args=arguments)
+    sft = load_policy(
+        config.sft, pick_device(config.device), storage_of(config), template_args=arguments
+    )
     records = sources.load(config.data, "prompt", counts := RowCounts(), config.chat)
     records = split.first_prompts(records, config.max_prompts, counts)
     room = config.max_length - config.max_new_tokens
@@ -203,7 +214,7 @@ def _log_probs(
         for index, (prompt, row) in enumerate(zip(task.prompt_ids, answers, strict=True))
     ]
     temperature = config.temperature or 1.0
-    sums = sequence_log_probs(model, examples, SCORING_TOKENS, config.dtype, temperature)
+    sums = sequence_log_probs(model, examples, SCORING_TOKENS, temperature)
     return sums.tolist()
 
 

@@ -66,6 +66,7 @@ def _judge(config: LabelScoreConfig, source: str) -> Judge:
         source,
         device=config.device,
         dtype=config.dtype,
+        weights=config.weights,
         max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens,
     )

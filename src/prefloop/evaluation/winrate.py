@@ -58,6 +58,7 @@ def run(config: WinrateConfig) -> dict[str, Any]:
         config.judge,
         device=config.device,
         dtype=config.dtype,
+        weights=config.weights,
         max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens,
     )

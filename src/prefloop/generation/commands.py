@@ -27,6 +27,7 @@ from prefloop.generation.protocol import MakeEngine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy, pick_device
 from prefloop.models.model import LoadedModel
+from prefloop.models.weights import storage_of
 from prefloop.provenance import weights_sha256
 from prefloop.records import Message, Prompt, RowCounts, text_to_json
 from prefloop.runs import model_path
@@ -120,7 +121,7 @@ def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = 
             f"{config.model}: its tokenizer has no chat template; use `prefloop generate`, or a "
             "model tuned on chats"
         )
-    engine, sampling = Engine(model, 1, config.dtype), _sampling(config, model)
+    engine, sampling = Engine(model, 1), _sampling(config, model)
     system = [Message("system", config.system)] if config.system is not None else []
     history: list[Message] = []
     for turn, line in enumerate(_lines(source, out)):
@@ -203,7 +204,9 @@ def _answers(
 
 def _loaded(config: PolicyConfig) -> LoadedModel:
     arguments = template_arguments(config.template_args)
-    return load_policy(config.model, pick_device(config.device), template_args=arguments)
+    return load_policy(
+        config.model, pick_device(config.device), storage_of(config), template_args=arguments
+    )
 
 
 def _room(config: PolicyConfig) -> int:

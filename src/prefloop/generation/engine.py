@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +37,12 @@ class Engine:
         self,
         model: LoadedModel,
         max_concurrent: int = 64,
-        dtype: Literal["float32", "bfloat16"] = "float32",
         prefill_tokens: int = 4096,
     ) -> None:
         """Bounds: answers written at once, and prompt tokens computed at once (or one prompt)."""
         if max_concurrent < 1:
             raise UserError(f"max_concurrent = {max_concurrent}: give at least 1")
-        self.model, self.max_concurrent, self.dtype = model, max_concurrent, dtype
+        self.model, self.max_concurrent = model, max_concurrent
         self.prefill_tokens, self.weights_version = prefill_tokens, 0
 
     def generate(
@@ -90,7 +89,7 @@ class Engine:
         keeps the casts only of parameters that require a gradient, so all do meanwhile.
         """
         module, training = self.model.module, self.model.module.training
-        enabled, device = self.dtype == "bfloat16", self.model.device.type
+        products = torch.bfloat16 if self.model.dtype == "bfloat16" else self.model.hf.dtype
         frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
         module.eval()
         for parameter in frozen:
@@ -98,8 +97,8 @@ class Engine:
         try:
             with (
                 torch.no_grad(),
-                torch.autocast(device, torch.bfloat16, enabled=enabled),
-                packed_linears(module, torch.bfloat16 if enabled else self.model.hf.dtype),
+                self.model.autocast(),
+                packed_linears(module, products),
             ):
                 yield
         finally:
@@ -129,7 +128,7 @@ class Engine:
         count = min(self.max_concurrent, n * len(prompts))
         cache = SlotCache(
             count,
-            torch.bfloat16 if self.dtype == "bfloat16" else self.model.hf.dtype,
+            torch.bfloat16 if self.model.dtype == "bfloat16" else self.model.hf.dtype,
             GROWTH if device.type == "cpu" else GPU_GROWTH,
         )
         slots = Slots(
@@ -214,4 +213,4 @@ class Engine:
 
 def in_process(config: EngineConfig, model: LoadedModel) -> RolloutEngine:
     """The engine of commands that are given no other."""
-    return Engine(model, config.max_concurrent, config.dtype)
+    return Engine(model, config.max_concurrent)

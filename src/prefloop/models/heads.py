@@ -15,7 +15,6 @@ from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.attention.plan import PackedPlan
 from prefloop.models.pieces import split_answers
-from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
     from prefloop.models.model import LoadedModel
@@ -28,15 +27,22 @@ GPU_CHUNK_BYTES = 1 << 29  # where each of a chunk's kernels should have much to
 def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Last hidden states [T, D] of the stream's rows, the same packed or padded."""
     model.check_length(max(s.position + s.length for s in batch.segments))
-    if model.packed:
-        plan = PackedPlan(batch.segments, model.device, varlen=model.varlen)
-        output = model.base(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.position_ids.unsqueeze(0),
-            attention_plan=plan,
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+    with model.autocast():
+        return _packed_states(model, batch) if model.packed else _padded_states(model, batch)
+
+
+def _packed_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
+    plan = PackedPlan(batch.segments, model.device, varlen=model.varlen)
+    output = model.base(
+        input_ids=batch.input_ids.unsqueeze(0),
+        position_ids=batch.position_ids.unsqueeze(0),
+        attention_plan=plan,
+        use_cache=False,
+    )
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _padded_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     paths = batch.paths()
     width = max(map(len, paths))
     rows = torch.tensor([p + p[-1:] * (width - len(p)) for p in paths], device=model.device)
@@ -69,14 +75,12 @@ def sequence_log_probs(
     model: LoadedModel,
     examples: Sequence[Example],
     micro_batch_tokens: int,
-    dtype: str,
     temperature: float = 1.0,
 ) -> Tensor:
     """log pi(y|x) of all A answers in their order: nats, float32 [A]."""
     sums, most, padded = [torch.zeros(0, device=model.device)], micro_batch_tokens, not model.packed
     for batch in to_batches(split_answers(examples, most, padded), most, model.device, padded):
-        with autocast(model.device, dtype):
-            tokens = answer_log_probs(model, batch, temperature)
+        tokens = answer_log_probs(model, batch, temperature)
         sums.append(segment_sum(tokens, batch.target_answer, batch.answers))
     return torch.cat(sums)
 
@@ -123,7 +127,8 @@ def _head(model: LoadedModel, hidden: Tensor) -> Tensor:
     multiplier = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     cap = cap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
-    output: Tensor = model.hf.get_output_embeddings()(hidden)
+    with model.autocast():
+        output: Tensor = model.hf.get_output_embeddings()(hidden)
     if scaling or scale or multiplier or cap:
         output = at_least_float32(output) / (scaling or 1.0) * (scale or 1.0) * (multiplier or 1.0)
     return torch.tanh(output / cap) * cap if cap else output

@@ -1,7 +1,7 @@
 """Loading: any Hugging Face causal LM as a policy, its sequence-classification form as a scorer.
 
-Weights are float32 masters; bfloat16 is autocast around the forward pass. Dropout is off. What does
-not give the same numbers packed as one by one takes padded batches.
+How weights are kept is said in models/weights.py; bfloat16 is autocast around the forward pass.
+Dropout is off. What does not give the same numbers packed as one by one takes padded batches.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from prefloop.models import adapters, selftest
 from prefloop.models.memory import keep_freed_memory
 from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.precision import speed_up_float32
+from prefloop.models.weights import Kept, Storage, exact_products, kept, loading_type, settle
 from prefloop.runs import model_path
 
 log = logging.getLogger("prefloop")
+FLOAT32 = Storage()
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -88,27 +90,33 @@ def embedding_rows(path: str) -> int | None:
 def load_policy(
     path: str,
     device: torch.device,
+    storage: Storage = FLOAT32,
     *,
+    trained: bool = False,
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
     template_args: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """A causal LM with its tokenizer; `lora_rank` > 0 adds fresh adapters and freezes the rest."""
+    plan = kept(storage, device, trained and not lora_rank)
     path = model_path(path)
     if is_scorer_folder(path):
         raise UserError(f"{path}: a sequence classifier, not a language model; give a policy")
     tokenizer = load_tokenizer(path, template_args)
-    module = _from_pretrained(AutoModelForCausalLM, path)
-    model = _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
+    module = _from_pretrained(AutoModelForCausalLM, path, plan)
+    model = _ready(module, tokenizer, device, path, plan)
+    _prepare_training(model, lora_rank, lora_alpha, gradient_checkpointing)
     return replace(model, template_args=template_args)
 
 
 def load_scorer(
     path: str,
     device: torch.device,
+    storage: Storage = FLOAT32,
     *,
     seed: int = 0,
+    trained: bool = False,
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
@@ -118,32 +126,34 @@ def load_scorer(
 
     A new head is drawn with standard deviation 1/sqrt(width + 1) (lm-human-preferences).
     """
+    plan = kept(storage, device, trained and not lora_rank)
     path = model_path(path)
-    trained = is_scorer_folder(path)
+    ready = is_scorer_folder(path)
     tokenizer = load_tokenizer(path, template_args)
     module = _from_pretrained(
-        AutoModelForSequenceClassification, path, new_head=not trained, num_labels=1
+        AutoModelForSequenceClassification, path, plan, new_head=not ready, num_labels=1
     )
     if not hasattr(module, "score"):
         raise UserError(f"{path}: {type(module).__name__} has no scalar `score` head")
-    if not trained:
+    if not ready:
         head: Any = module.score
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
         setattr(module.config, SCORE_POSITION, "rendered")
-    if not trained or module.config.get_text_config().pad_token_id is None:
+    if not ready or module.config.get_text_config().pad_token_id is None:
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
-    model = _ready(module, tokenizer, device, path, lora_rank, lora_alpha, gradient_checkpointing)
+    model = _ready(module, tokenizer, device, path, plan)
+    _prepare_training(model, lora_rank, lora_alpha, gradient_checkpointing)
     return replace(model, template_args=template_args)
 
 
-def load_reward_model(path: str, device: torch.device) -> LoadedModel:
+def load_reward_model(path: str, device: torch.device, storage: Storage = FLOAT32) -> LoadedModel:
     """A trained reward model to score with; UserError for a language model."""
     if not is_scorer_folder(path):
         raise UserError(
             f"{path}: a language model, not a reward model; train one with prefloop reward"
         )
-    return load_scorer(path, device)
+    return load_scorer(path, device, storage)
 
 
 def require_same_ids(flag: str, model: LoadedModel, policy: LoadedModel) -> None:
@@ -192,13 +202,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _from_pretrained(
-    kind: Any, path: str, new_head: bool = False, **options: Any
+    kind: Any, path: str, plan: Kept, new_head: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """The model in float32, an adapter merged; UserError if a weight is missing."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
+    """The model as it is stored, an adapter merged in float32; UserError if a weight is missing."""
+    merged = adapters.is_adapter_folder(path)
+    dtype = torch.float32 if merged else loading_type(path, plan)
+    options |= {"dtype": dtype, "output_loading_info": True}
     try:
         with _quiet():
-            if adapters.is_adapter_folder(path):
+            if merged:
                 new_head = True  # to the base; the adapter brings its own
                 module, info = adapters.load_merged(kind, path, **options)
             else:
@@ -228,28 +240,37 @@ def _ready(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     source: str,
-    lora_rank: int,
-    lora_alpha: float,
-    gradient_checkpointing: bool,
+    plan: Kept,
 ) -> LoadedModel:
+    """The model on its device, as `plan` keeps it, with what its self-test chose."""
     if device.type == "cpu":
         speed_up_float32()
         keep_freed_memory()
     rates = disable_dropout(module)
     _mend_generation_config(module)
-    module.to(device).eval()  # type: ignore[arg-type]
+    settle(module, device, plan)
+    module.eval()
     model = LoadedModel(
         module, tokenizer, device, False, source, max_length=selftest.longest_exact(module)
     )
     model.dropout = rates
-    selftest.choose_path(model)
+    with exact_products(module):
+        selftest.choose_path(model)
+    model.dtype = "bfloat16" if plan.products == torch.bfloat16 else "float32"
+    return model
+
+
+def _prepare_training(
+    model: LoadedModel, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
+) -> None:
+    """Recomputation and fresh adapters, where asked for."""
+    module, source = model.hf, model.source
     if gradient_checkpointing:
         _enable_checkpointing(module)
     if lora_rank:
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
         model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
     model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only
-    return model
 
 
 def _enable_checkpointing(module: PreTrainedModel) -> None:

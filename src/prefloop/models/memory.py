@@ -1,13 +1,18 @@
-"""How the C library's allocator treats the memory of large tensors."""
+"""How the C library's allocator and the kernel treat the memory of large tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import sys
+from pathlib import Path
+
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NEVER = -1
+MADV_DONTNEED = 4  # mman.h
 
 
 @functools.cache
@@ -20,3 +25,26 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def file_mappings() -> list[tuple[int, int]]:
+    """Addresses (first, beyond) at which this process has safetensors files mapped."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
+    spans = [words[0].split("-") for words in lines if words[-1].endswith(".safetensors")]
+    return [(int(first, 16), int(beyond, 16)) for first, beyond in spans]
+
+
+def release_pages(tensor: Tensor, mappings: list[tuple[int, int]]) -> None:
+    """Lets the kernel take back the memory of a weight that was read from a mapped file.
+
+    For one that nobody writes: it would read the file's bytes again.
+    """
+    first, size, page = tensor.data_ptr(), tensor.nbytes, mmap.PAGESIZE
+    if not any(low <= first and first + size <= beyond for low, beyond in mappings):
+        return
+    start = -(-first // page) * page  # whole pages only: the others hold neighbours' bytes, too
+    if (length := (first + size) // page * page - start) > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_DONTNEED)

@@ -15,6 +15,8 @@ from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import Example, check_ids
 from prefloop.errors import UserError, located
 from prefloop.models import adapters
+from prefloop.models.precision import Products, autocast
+from prefloop.models.weights import Storage
 
 SCORE_POSITION = "prefloop_score_position"
 """Key of a scorer's config: `rendered` or `stop`."""
@@ -29,6 +31,7 @@ class LoadedModel:
     device: torch.device
     packed: bool  # False: fails the self-test, takes padded batches
     source: str
+    dtype: Products = "float32"  # of the products
     max_length: int | None = None  # longest sequence with exact positions, where there is a bound
     varlen: bool = False  # bfloat16 attention may be one call of FlashAttention
     dropout: Sequence[tuple[Any, str, float]] = ()  # the configuration's own rates, all off here
@@ -44,6 +47,10 @@ class LoadedModel:
         """The Transformers model without its head."""
         found: nn.Module = self.hf.base_model
         return getattr(self.hf, "model", found) if found is self.hf else found
+
+    def autocast(self) -> torch.autocast:
+        """Within it, products are computed in the model's dtype."""
+        return autocast(self.device, self.dtype)
 
     @property
     def is_scorer(self) -> bool:
@@ -99,6 +106,8 @@ class LoadedModel:
 class ModelOptions(TypedDict):
     """How a trained model differs from one that is only read."""
 
+    storage: Storage
+    trained: bool
     lora_rank: int
     lora_alpha: float
     gradient_checkpointing: bool

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+Products = Literal["float32", "bfloat16"]
 FLOAT32_ERROR = 1e-5  # of the largest element; float32 sums stay near 1e-6, bfloat16 ones near 1e-2
 PROBES = ((8, 576, 1536), (300, 576, 576), (64, 64, 4096))  # rows, inner size, columns
 
@@ -15,6 +16,22 @@ PROBES = ((8, 576, 1536), (300, 576, 576), (64, 64, 4096))  # rows, inner size, 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """bfloat16 compute over float32 weights, or nothing where `dtype` is float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def product_type(name: str, device: torch.device) -> torch.dtype:
+    """The type that --dtype names; `auto` is bfloat16 where the device multiplies it natively.
+
+    That is CUDA from Ampere on, and processors with AVX-512-BF16 or AMX.
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    return torch.bfloat16 if native else torch.float32
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

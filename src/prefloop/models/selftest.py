@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from prefloop.errors import UserError
 from prefloop.models import heads, lean
 from prefloop.models.attention import plan as attention
 from prefloop.models.attention import varlen as varlen_attention
-from prefloop.models.precision import autocast
+from prefloop.models.precision import Products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +64,7 @@ def choose_path(model: LoadedModel) -> None:
 
 def _take_lean_parts(model: LoadedModel, batch: TokenBatch) -> None:
     """Keeps lean parts where the model, in float32, gives the same bits with them."""
-    if model.hf.dtype != torch.float32:
+    if model.hf.dtype == torch.float64:
         return
     parts = lean.lean_parts(model.hf)
     plain = _both_precisions(model, batch)
@@ -95,12 +96,11 @@ def _take_varlen(model: LoadedModel, batch: TokenBatch) -> None:
 
 
 def _both_precisions(model: LoadedModel, batch: TokenBatch) -> list[Tensor]:
-    return [_states(model, batch, dtype) for dtype in ("float32", "bfloat16")]
+    return [_states(model, batch, dtype) for dtype in get_args(Products)]
 
 
-def _states(model: LoadedModel, batch: TokenBatch, dtype: str) -> Tensor:
-    with autocast(model.device, dtype):
-        return heads.hidden_states(model, batch)
+def _states(model: LoadedModel, batch: TokenBatch, dtype: Products) -> Tensor:
+    return heads.hidden_states(replace(model, dtype=dtype), batch)
 
 
 def _check_padded(model: LoadedModel, batch: TokenBatch, alone: Tensor) -> None:

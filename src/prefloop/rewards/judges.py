@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from prefloop.config.ranges import is_function
+from prefloop.config.ranges import DType, Weights, is_function
 from prefloop.errors import UserError
 from prefloop.records import Message, Sampled, Text
 from prefloop.rewards.functions import Columns, function_judge
@@ -35,7 +35,8 @@ def load_judge(
     source: str,
     *,
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: DType = "float32",
+    weights: Weights = "auto",
     max_length: int = 1024,
     micro_batch_tokens: int = 8192,
 ) -> Judge:
@@ -43,13 +44,14 @@ def load_judge(
     if is_function(source):
         return function_judge(source)
     from prefloop.models.load import load_reward_model, pick_device
+    from prefloop.models.weights import Storage
 
-    model = load_reward_model(source, pick_device(device))
-    return model_judge(model, dtype, micro_batch_tokens, max_length)
+    model = load_reward_model(source, pick_device(device), Storage(dtype, weights))
+    return model_judge(model, micro_batch_tokens, max_length)
 
 
 def model_judge(
-    model: LoadedModel, dtype: str, micro_batch_tokens: int, max_length: int | None = None
+    model: LoadedModel, micro_batch_tokens: int, max_length: int | None = None
 ) -> Judge:
     """A reward model as judge, with its own tokenizer."""
     import torch
@@ -57,7 +59,6 @@ def model_judge(
     from prefloop.data.batches import micro_batches, pack
     from prefloop.data.tokenize import Example, encode_answers
     from prefloop.models.heads import answer_scores
-    from prefloop.models.precision import autocast
 
     def encode(prompt: Text, completion: str, ended: bool, index: int) -> Example:
         said = completion if isinstance(prompt, str) else (Message("assistant", completion),)
@@ -84,7 +85,7 @@ def model_judge(
         rows = enumerate(zip(prompts, completions, ends, strict=True))
         examples = [encode(prompt, completion, end, i) for i, (prompt, completion, end) in rows]
         scores: list[float] = []
-        with torch.no_grad(), autocast(model.device, dtype):
+        with torch.no_grad():
             for group in micro_batches(examples, micro_batch_tokens, not model.packed):
                 scores += answer_scores(model, pack(group).to(model.device)).tolist()
         return scores

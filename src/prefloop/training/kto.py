@@ -19,7 +19,6 @@ from prefloop.losses.preference import kto_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.model import LoadedModel
-from prefloop.models.precision import autocast
 from prefloop.training import checkpoint, loop, rows
 from prefloop.training.method import LossSums, Step
 from prefloop.training.reference import Reference, mismatched
@@ -115,9 +114,7 @@ class KTO:
         total = {"sum": 0.0, "count": 0.0}
         device, most = self.policy.device, self.config.micro_batch_tokens
         for batch in to_batches(partners, most, device, not self.policy.packed):
-            with autocast(device, self.config.dtype):
-                log_probs = self._log_probs(batch)
-            total["sum"] += float((log_probs - self.reference.of(batch)).sum())
+            total["sum"] += float((self._log_probs(batch) - self.reference.of(batch)).sum())
             total["count"] += batch.answers
         total = distributed.sum_mapping(total, device)
         return max(0.0, total["sum"] / total["count"])
@@ -133,7 +130,7 @@ class KTO:
         mine = distributed.mine(self.eval_examples)
         batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         items = [WithEstimate(batch, estimate) for batch in batches]
-        return loop.evaluate(self, items, self.policy.device, self.config.dtype)
+        return loop.evaluate(self, items, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -22,7 +22,7 @@ from prefloop.config.checks import validate
 from prefloop.config.ranges import template_arguments
 from prefloop.models.load import pick_device
 from prefloop.models.model import ModelOptions
-from prefloop.models.precision import autocast
+from prefloop.models.weights import storage_of
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
 from prefloop.training.interrupt import Interrupt
@@ -130,6 +130,8 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
 def model_options(config: TrainingConfig) -> ModelOptions:
     """What of the settings concerns the loading of a trained model."""
     return {
+        "storage": storage_of(config),
+        "trained": True,
         "lora_rank": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "gradient_checkpointing": config.gradient_checkpointing,
@@ -177,7 +179,7 @@ def gradients(
     counts = distributed.sum_mapping(_total(method.counts(b) for b in batches), device)
     if not counts:
         return Outcome({}, {}, {})
-    losses, metrics = _accumulate(method, batches, counts, device, config.dtype)
+    losses, metrics = _accumulate(method, batches, counts, device)
     norms: dict[str, float] = {}
     for name, group in parameters.items():
         distributed.sum_gradients(group)
@@ -199,7 +201,6 @@ def _accumulate(
     batches: Iterable[Batch],
     counts: Mapping[str, float],
     device: torch.device,
-    dtype: str,
     backward: bool = True,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Runs the batches, on the device one at a time; returns all ranks' loss terms and metrics."""
@@ -207,8 +208,7 @@ def _accumulate(
     sums: dict[str, Tensor | float] = {}
     sizes: dict[str, float] = {}
     for batch in batches:
-        with autocast(device, dtype):
-            out = method.loss(batch.to(device))
+        out = method.loss(batch.to(device))
         divided = {name: total / max(counts[name], 1.0) for name, total in out.terms.items()}
         if backward:
             torch.stack(list(divided.values())).sum().backward()
@@ -230,11 +230,11 @@ def _accumulate(
 
 @torch.no_grad()
 def evaluate(
-    method: Method[Batch], batches: Sequence[Batch], device: torch.device, dtype: str
+    method: Method[Batch], batches: Sequence[Batch], device: torch.device
 ) -> dict[str, float]:
     """Loss and metrics over held-out batches, by the same sums as in training."""
     if not distributed.any_rank(bool(batches), device):
         return {}
     counts = distributed.sum_mapping(_total(method.counts(b) for b in batches), device)
-    values, metrics = _accumulate(method, batches, counts, device, dtype, backward=False)
+    values, metrics = _accumulate(method, batches, counts, device, backward=False)
     return values | metrics

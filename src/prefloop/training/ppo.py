@@ -6,7 +6,6 @@ An iteration samples answers with the newest weights, scores them, and takes
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.load import load_policy, load_reward_model, load_scorer, require_same_ids
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
+from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.rewards.functions import function_judge
 from prefloop.rewards.judges import model_judge
 from prefloop.runs import Run
@@ -271,28 +271,29 @@ def build(
 ) -> PPO:
     """Loads the models and prompts that the settings name."""
     # 1. Policy and its frozen reference; where KL costs nothing, only one that is asked for.
+    storage = storage_of(config)
     policy = load_policy(config.model, device, **loop.model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     reference = None
     if config.ref_model is not None:
-        reference = load_policy(config.ref_model, device)
+        reference = load_policy(config.ref_model, device, storage)
         require_same_ids("--ref-model", reference, policy)
         reference.module.requires_grad_(False)
     elif config.kl_coef and not config.lora_rank:
-        frozen = copy.deepcopy(policy.module).requires_grad_(False)
+        frozen = frozen_copy(policy.module, kept(storage, device, trained=False))
         reference = replace(policy, module=frozen)
     fixed = [policy.module, *([reference.module] if reference else [])]
     # 2. What scores.
     functions = function_judge(*config.reward_function, weights=config.reward_weights)
     value_start = config.value_model or config.model
     if config.reward_model is not None:
-        reward_model = load_reward_model(config.reward_model, device)
+        reward_model = load_reward_model(config.reward_model, device, storage)
         fixed.append(reward_model.module.requires_grad_(False))
         if same_ids(policy.tokenizer, reward_model.tokenizer):
             scorer = token_scorer(reward_model, config, stops)
             value_start = config.value_model or config.reward_model
         else:
-            judge = model_judge(reward_model, config.dtype, config.micro_batch_tokens)
+            judge = model_judge(reward_model, config.micro_batch_tokens)
             scorer = text_scorer(judge, stops)
     else:
         scorer = text_scorer(functions, stops)

@@ -218,7 +218,7 @@ class Preference:
         """See Method."""
         mine = distributed.mine(self.eval_examples)
         batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
-        return loop.evaluate(self, batches, self.policy.device, self.config.dtype)
+        return loop.evaluate(self, batches, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:

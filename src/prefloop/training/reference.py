@@ -16,6 +16,7 @@ from prefloop.data.tokenize import Example
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, require_same_ids
 from prefloop.models.model import LoadedModel
+from prefloop.models.weights import storage_of
 from prefloop.training import checkpoint
 
 
@@ -50,7 +51,7 @@ class Reference:
     ) -> None:
         model = policy
         if config.ref_model is not None:
-            model = load_policy(config.ref_model, policy.device)
+            model = load_policy(config.ref_model, policy.device, storage_of(config))
             require_same_ids("--ref-model", model, policy)
         self.digest = checkpoint.tensors_digest(model.hf.state_dict().values())
         """Of its weights."""
@@ -68,7 +69,7 @@ class Reference:
 def _log_probs(
     config: DPOConfig, model: LoadedModel, examples: list[Example], cache: Path, weights: str
 ) -> Tensor:
-    key = hashlib.sha256(f"{config.dtype} {weights}".encode())
+    key = hashlib.sha256(f"{model.dtype} {weights}".encode())
     for e in examples:
         key.update(repr((e.prompt, e.answers, e.answer_masks)).encode())
     name = key.hexdigest()
@@ -82,7 +83,7 @@ def _log_probs(
     spots = [spot for i in mine for spot in range(starts[i], starts[i + 1])]
     own = [examples[i] for i in mine]
     sums = torch.zeros(sum(sizes), device=model.device)
-    sums[spots] = sequence_log_probs(model, own, config.micro_batch_tokens, config.dtype)
+    sums[spots] = sequence_log_probs(model, own, config.micro_batch_tokens)
     sums = distributed.sum_tensor(sums).cpu()
     if distributed.rank() == 0:
         temporary = cache.with_name(f".{cache.name}.tmp")

@@ -22,7 +22,6 @@ from prefloop.models.heads import answer_scores, score_mean
 from prefloop.models.load import load_scorer
 from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.pieces import in_pieces, split_answers
-from prefloop.models.precision import autocast
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
 from prefloop.training.method import LossSums, Step
@@ -108,7 +107,7 @@ class Reward:
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""
-        return loop.evaluate(self, self.eval_batches, self.scorer.device, self.config.dtype)
+        return loop.evaluate(self, self.eval_batches, self.scorer.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,8 +139,7 @@ class Reward:
         device, some = self.scorer.device, split_answers(self.examples[::stride], most, padded)
         scores = []
         for batch in to_batches(some, most, device, padded):
-            with autocast(device, self.config.dtype):
-                scores.append(answer_scores(self.scorer, batch))
+            scores.append(answer_scores(self.scorer, batch))
         return torch.cat(scores)
 
 

@@ -25,7 +25,6 @@ from prefloop.models import adapters
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
-from prefloop.models.precision import autocast
 from prefloop.records import Prompt, text_to_json
 from prefloop.rewards.functions import FunctionJudge, columns_of
 from prefloop.rewards.health import distinct_n
@@ -124,8 +123,7 @@ def token_scorer(scorer: LoadedModel, config: PPOConfig, stops: frozenset[int]) 
             read.append(with_answers(example, list(whole)))
         most, wide = config.micro_batch_tokens, not scorer.packed
         for batch in to_batches(split_answers(read, most, wide), most, scorer.device, wide):
-            with autocast(scorer.device, config.dtype):
-                scores += answer_scores(scorer, batch).tolist()
+            scores += answer_scores(scorer, batch).tolist()
         return Scored(scores, {})
 
     return score
@@ -288,15 +286,14 @@ class Sampler:
         models = [model for model in (self.policy, self.reference, self.critic) if model]
         most, wide = config.micro_batch_tokens, not all(model.packed for model in models)
         for batch in to_batches(split_answers(examples, most, wide), most, device, wide):
-            with autocast(device, config.dtype):
-                new.append(answer_log_probs(self.policy, batch, config.temperature))
-                if self.reference:
-                    old.append(answer_log_probs(self.reference, batch, config.temperature))
-                elif without_adapters:
-                    with adapters.without_adapters(self.policy.module):
-                        old.append(answer_log_probs(self.policy, batch, config.temperature))
-                if self.critic:
-                    values.append(token_values(self.critic, batch))
+            new.append(answer_log_probs(self.policy, batch, config.temperature))
+            if self.reference:
+                old.append(answer_log_probs(self.reference, batch, config.temperature))
+            elif without_adapters:
+                with adapters.without_adapters(self.policy.module):
+                    old.append(answer_log_probs(self.policy, batch, config.temperature))
+            if self.critic:
+                values.append(token_values(self.critic, batch))
         log_probs = padded(torch.cat(new).cpu(), examples)
         ref_log_probs = padded(torch.cat(old).cpu(), examples) if old else None
         if not self.critic:

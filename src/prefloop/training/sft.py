@@ -66,7 +66,7 @@ class SFT:
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""
-        return loop.evaluate(self, self.eval_batches, self.policy.device, self.config.dtype)
+        return loop.evaluate(self, self.eval_batches, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,0 +1,239 @@
+"""How a model's weights are kept: in float32, in bfloat16, or in 4 bits (NF4, arXiv 2305.14314).
+
+What is only multiplied may be kept in the type of the products and gives the same bits as a float32
+copy would: autocast rounds a weight before each product anyway. What is not multiplied (norms,
+scores' heads, embeddings that come in float32) stays as it came, and so does the residual stream.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from prefloop.config import InferenceConfig, TrainingConfig
+from prefloop.config.ranges import DType, Weights
+from prefloop.errors import UserError, first_line
+from prefloop.models.memory import file_mappings, release_pages
+from prefloop.models.precision import product_type
+
+TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Floating types, as safetensors' headers call them."""
+Mappings = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How products are computed (--dtype) and weights are kept (--weights)."""
+
+    dtype: DType = "float32"
+    weights: Weights = "auto"
+
+
+def storage_of(config: TrainingConfig | InferenceConfig) -> Storage:
+    """What a command's settings say of it."""
+    return Storage(config.dtype, config.weights)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A storage on a device."""
+
+    products: torch.dtype
+    matrices: torch.dtype  # what linear layers are kept in, where not in 4 bits
+    nf4: bool
+    embeddings: bool  # bfloat16 for embeddings, too, whatever they came in
+
+
+def kept(storage: Storage, device: torch.device, trained: bool) -> Kept:
+    """What `storage` comes to; `trained`: the weights themselves, and not adapters, take gradients.
+
+    `auto` keeps trained weights in float32 and frozen ones in the type of the products.
+    """
+    products, weights = product_type(storage.dtype, device), storage.weights
+    if weights == "bfloat16" and products != torch.bfloat16:
+        raise UserError(
+            "--weights bfloat16 is for products in bfloat16, which are float32 here; give --dtype "
+            "bfloat16, or leave --weights out"
+        )
+    if weights == "nf4" and trained:
+        raise UserError("--weights nf4 cannot be trained itself; give --lora-rank")
+    narrow = weights == "bfloat16" or (weights != "float32" and not trained)
+    matrices = products if narrow else torch.float32
+    return Kept(products, matrices, weights == "nf4", weights == "bfloat16")
+
+
+def stored_types(folder: str) -> Counter[torch.dtype]:
+    """Floating types of a folder's weights with their bytes; empty where no safetensors say it."""
+    sizes: Counter[torch.dtype] = Counter()
+    for file in Path(folder).glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in TYPES:
+                first, last = entry["data_offsets"]
+                sizes[TYPES[entry["dtype"]]] += last - first
+    return sizes
+
+
+def loading_type(path: str, plan: Kept) -> torch.dtype | str:
+    """The type to read a model's weights in: the one that loses nothing of what is to be kept.
+
+    `auto`, as Transformers finds it, where the folder does not say.
+    """
+    sizes = stored_types(path)
+    if not sizes:
+        return "auto"
+    if plan.nf4 or plan.matrices != torch.float32:
+        return sizes.most_common(1)[0][0]
+    return max(sizes, key=lambda kind: kind.itemsize)
+
+
+def settle(module: nn.Module, device: torch.device, plan: Kept) -> None:
+    """Moves a model to the device, each weight in the form that `plan` keeps it in.
+
+    One weight at a time: the model is never there twice.
+    """
+    mappings = file_mappings()
+    if plan.nf4:
+        _quantise(module, device, plan, mappings)
+    narrow = _narrow(module, plan)
+    moved: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is None or not weight.is_floating_point():
+                continue
+            if id(weight) not in moved:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                kind = plan.matrices if id(weight) in narrow else wide
+                moved[id(weight)] = _moved(weight, device, kind, mappings)
+            part._parameters[name] = moved[id(weight)]
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.to(device)
+        if isinstance(part, nn.Embedding) and part.weight.dtype == torch.bfloat16:
+            part.register_forward_hook(_in_float32)
+
+
+def frozen_copy(module: nn.Module, plan: Kept) -> nn.Module:
+    """The module as it is now, to be left so: each weight in the form that `plan` keeps it in."""
+    narrow = _narrow(module, plan)
+    copies: dict[int, Any] = {
+        id(weight): nn.Parameter(
+            weight.detach().to(plan.matrices if id(weight) in narrow else weight.dtype, copy=True),
+            requires_grad=False,
+        )
+        for weight in module.parameters()
+    }
+    return copy.deepcopy(module, copies)
+
+
+def _narrow(module: nn.Module, plan: Kept) -> set[int]:
+    """By id(): the weights that are kept in `plan.matrices`."""
+    if plan.matrices == torch.float32:
+        return set()
+    chosen: set[int] = set()
+    looked_up: set[int] = set()
+    for part in module.modules():
+        weights = [w for w in part.parameters(recurse=False) if w.ndim > 1]
+        stacked = "expert" in type(part).__name__.lower()  # those of a mixture stand in one tensor
+        if isinstance(part, nn.Linear | Conv1D) or stacked:
+            chosen |= set(map(id, weights))
+        if isinstance(part, nn.Embedding):
+            looked_up |= {id(w) for w in weights}
+            same = [w for w in weights if w.dtype == plan.matrices]
+            chosen |= set(map(id, weights if plan.embeddings else same))
+            looked_up -= set(map(id, weights if plan.embeddings else same))
+    head = getattr(module, "score", None)
+    scalar = set(map(id, head.parameters())) if isinstance(head, nn.Module) else set()
+    return chosen - looked_up - scalar
+
+
+def _moved(
+    weight: nn.Parameter, device: torch.device, kind: torch.dtype, mappings: Mappings
+) -> nn.Parameter:
+    if weight.device == device and weight.dtype == kind:
+        return weight
+    moved = nn.Parameter(weight.detach().to(device, kind), weight.requires_grad)
+    release_pages(weight, mappings)
+    return moved
+
+
+def _in_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """The residual stream that begins with embeddings is float32."""
+    return output.float()
+
+
+def _quantise(module: nn.Module, device: torch.device, plan: Kept, mappings: Mappings) -> None:
+    """Linear layers in 4 bits: blocks of 64, their scales quantised again; no head among them."""
+    bnb = bitsandbytes("--weights nf4")
+    output = getattr(module, "get_output_embeddings", lambda: None)()
+    left = [part for part in (output, getattr(module, "score", None)) if part is not None]
+    for part in list(module.modules()):
+        for name, linear in list(part.named_children()):
+            if type(linear) is not nn.Linear or any(linear is head for head in left):
+                continue
+            with torch.device("meta"):
+                layer = bnb.nn.Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    compute_dtype=plan.products,
+                    quant_type="nf4",
+                )
+            # What else it does on some processors without gradients loses the form with gradients.
+            layer.support_avx512bf16_for_cpu = False
+            weight = linear.weight.detach().to(plan.products)
+            layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=layer).to(device)
+            layer.bias = linear.bias
+            release_pages(linear.weight, mappings)
+            setattr(part, name, layer)
+
+
+def bitsandbytes(asked: str) -> Any:
+    """The package; UserError where what was asked for needs it and it is not there."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            f"{asked} needs bitsandbytes ({first_line(error)}); pip install 'prefloop[quant]'"
+        ) from error
+    return bitsandbytes
+
+
+@contextmanager
+def exact_products(module: nn.Module) -> Iterator[None]:
+    """Within it, weights kept in bfloat16 or 4 bits are multiplied in float32, without autocast."""
+    quantised = [part for part in module.modules() if hasattr(part, "compute_dtype")]
+    before = [part.compute_dtype for part in quantised]
+    for part in quantised:
+        part.compute_dtype = torch.float32  # type: ignore[assignment]
+    try:
+        with _Widened():
+            yield
+    finally:
+        for part, kind in zip(quantised, before, strict=True):
+            part.compute_dtype = kind
+
+
+class _Widened(TorchFunctionMode):
+    """Where float32 meets bfloat16, bfloat16 becomes float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        kinds = {x.dtype for x in tensors}
+        if {torch.float32, torch.bfloat16} <= kinds:
+            low = torch.bfloat16
+            args = [x.float() if isinstance(x, Tensor) and x.dtype == low else x for x in args]
+        return func(*args, **(kwargs or {}))
