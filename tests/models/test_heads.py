@@ -109,7 +109,7 @@ def test_bfloat16_autocast_keeps_the_softmax_in_float32():
     hidden = heads.hidden_states(model, batch)[batch.source_index]
     logits = heads.logits(model, hidden)
     ours = heads.head_log_probs(model, hidden, batch.target_ids)
-    with model.autocast():
+    with model.computing():
         half = model.hf.lm_head(hidden)
     assert half.dtype == torch.bfloat16
     assert logits.dtype == ours.dtype == torch.float32

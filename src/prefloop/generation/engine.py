@@ -97,7 +97,7 @@ class Engine:
         try:
             with (
                 torch.no_grad(),
-                self.model.autocast(),
+                self.model.computing(),
                 packed_linears(module, products),
             ):
                 yield

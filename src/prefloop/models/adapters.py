@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -63,6 +64,31 @@ def without_adapters(module: nn.Module) -> AbstractContextManager[Any]:
     return module.disable_adapter() if isinstance(module, PeftModel) else nullcontext()
 
 
+@contextmanager
+def active(module: nn.Module, names: tuple[str, ...] | None) -> Iterator[None]:
+    """Within it, the module's adapters of these names add to it and no others; None: as it stands.
+
+    PEFT's own switches also say which parameters learn; here that stays as it is.
+    """
+    layers = [] if names is None else tuner_layers(module)
+    before = [layer._active_adapter for layer in layers]
+    if names is None or all(x == list(names) for x in before):
+        yield
+        return
+    for layer in layers:
+        layer._active_adapter = list(names)
+    try:
+        yield
+    finally:
+        for layer, name in zip(layers, before, strict=True):
+            layer._active_adapter = name
+
+
+def tuner_layers(module: nn.Module) -> list[Any]:
+    """The layers that have adapters."""
+    return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Whether the model is trained through adapters."""
     return isinstance(module, PeftModel)
@@ -93,13 +119,13 @@ def require_there(path: str, what: str = "") -> None:
 def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The base model named by an adapter folder, with the adapter merged in, and how it loaded."""
     config = PeftConfig.from_pretrained(path)
-    base, info = kind.from_pretrained(_base_path(path, config), **options)
+    base, info = kind.from_pretrained(base_path(path, config), **options)
     if (Path(path) / "config.json").exists():  # a scorer's: its pad token, its mean score
         own = AutoConfig.from_pretrained(path)
         own._attn_implementation = base.config._attn_implementation
         rows = own.get_text_config().vocab_size
     else:
-        own, rows = base.config, _embedding_rows(path)
+        own, rows = base.config, embedding_rows(path)
     if rows and rows != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)  # tokens were added to train it
     base.config = own
@@ -111,7 +137,7 @@ def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, 
     return merged, info
 
 
-def _base_path(path: str, config: PeftConfig) -> str:
+def base_path(path: str, config: PeftConfig) -> str:
     """The base's folder or hub id; a relative one is sought beside the adapter, too."""
     name = config.base_model_name_or_path
     if not name:
@@ -124,7 +150,7 @@ def _base_path(path: str, config: PeftConfig) -> str:
     return found
 
 
-def _embedding_rows(path: str) -> int | None:
+def embedding_rows(path: str) -> int | None:
     """Rows of the embeddings that the adapter's weights bring along, whole ones or as modules."""
     file = Path(path) / "adapter_model.safetensors"
     if not file.exists():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +27,7 @@ GPU_CHUNK_BYTES = 1 << 29  # where each of a chunk's kernels should have much to
 def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Last hidden states [T, D] of the stream's rows, the same packed or padded."""
     model.check_length(max(s.position + s.length for s in batch.segments))
-    with model.autocast():
+    with model.computing():
         return _packed_states(model, batch) if model.packed else _padded_states(model, batch)
 
 
@@ -127,7 +127,7 @@ def _head(model: LoadedModel, hidden: Tensor) -> Tensor:
     multiplier = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     cap = cap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
-    with model.autocast():
+    with model.computing():
         output: Tensor = model.hf.get_output_embeddings()(hidden)
     if scaling or scale or multiplier or cap:
         output = at_least_float32(output) / (scaling or 1.0) * (scale or 1.0) * (multiplier or 1.0)
@@ -226,12 +226,13 @@ def token_values(model: LoadedModel, batch: TokenBatch) -> Tensor:
 
 def score_mean(model: LoadedModel) -> float:
     """What is subtracted from the head's output: Transformers' heads have no bias to shift."""
-    return float(getattr(model.hf.config, "reward_mean", 0.0))
+    return float(getattr(model.config, "reward_mean", 0.0))
 
 
 def scalar_head(model: LoadedModel, hidden: Tensor) -> Tensor:
     """The float32 outputs [N] of a scorer's head on hidden states [N, D]."""
-    head: nn.Module = model.hf.score  # type: ignore[assignment]
+    head = model.score_head
+    assert head is not None
     with torch.autocast(model.device.type, enabled=False):
         scores: Tensor = head(at_least_float32(hidden))
     return scores.squeeze(-1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import Example, check_ids
@@ -36,6 +37,10 @@ class LoadedModel:
     varlen: bool = False  # bfloat16 attention may be one call of FlashAttention
     dropout: Sequence[tuple[Any, str, float]] = ()  # the configuration's own rates, all off here
     template_args: Mapping[str, Any] | None = None  # of the chat template
+    # Where several roles share the module (models/shared.py), each is told apart by:
+    adapters: tuple[str, ...] | None = None  # those that add to it; None: as the module stands
+    own_head: nn.Module | None = None  # a scorer's
+    own_config: PretrainedConfig | None = None  # a scorer's
 
     @property
     def hf(self) -> PreTrainedModel:
@@ -48,14 +53,26 @@ class LoadedModel:
         found: nn.Module = self.hf.base_model
         return getattr(self.hf, "model", found) if found is self.hf else found
 
-    def autocast(self) -> torch.autocast:
-        """Within it, products are computed in the model's dtype."""
-        return autocast(self.device, self.dtype)
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within it, products are computed in the model's dtype, by the role's own adapters."""
+        with autocast(self.device, self.dtype), adapters.active(self.module, self.adapters):
+            yield
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration that is exported with it."""
+        return self.own_config or self.hf.config
+
+    @property
+    def score_head(self) -> nn.Module | None:
+        """A scorer's linear layer from hidden states to a score; None for a policy."""
+        return self.own_head or getattr(self.hf, "score", None)
 
     @property
     def is_scorer(self) -> bool:
         """True for a reward or value model (one label), False for a policy."""
-        return hasattr(self.hf, "score")
+        return self.score_head is not None
 
     @property
     def score_position(self) -> str:
@@ -64,7 +81,7 @@ class LoadedModel:
         Rendered is what Transformers and most programs do. Scorers of prefloop's that are known by
         their mean and name no position were trained at the stop token.
         """
-        config = self.hf.config
+        config = self.config
         old = getattr(config, "reward_mean", None) is not None
         position = getattr(config, SCORE_POSITION, "stop" if old else "rendered")
         if position not in ("rendered", "stop"):
@@ -79,7 +96,7 @@ class LoadedModel:
         """Texts and chats as the model's token ids; a scorer's as it is read."""
         if not self.is_scorer:
             return Encoder(self.tokenizer, self.template_args)
-        pad = self.hf.config.get_text_config().pad_token_id
+        pad = self.config.get_text_config().pad_token_id
         whole = self.score_position == "rendered"
         return Encoder(self.tokenizer, self.template_args, whole, pad if whole else None, False)
 
@@ -100,7 +117,19 @@ class LoadedModel:
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that take gradients."""
-        return [p for p in self.module.parameters() if p.requires_grad]
+        return list(self.named_trainable().values())
+
+    def named_trainable(self) -> dict[str, nn.Parameter]:
+        """The same by name; of a shared module those of this role."""
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if self.adapters is None:
+            return named
+        mine = {f".{name}." for name in self.adapters}
+        named = {n: p for n, p in named.items() if any(name in n for name in mine)}
+        if self.own_head is not None:
+            own = self.own_head.named_parameters()
+            named |= {f"score.{name}": p for name, p in own if p.requires_grad}
+        return named
 
 
 class ModelOptions(TypedDict):

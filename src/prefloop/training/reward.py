@@ -127,7 +127,7 @@ class Reward:
         Transformers' heads have no bias to shift, so the mean is stored and prefloop subtracts it.
         """
         scores = self._training_scores()
-        config = self.scorer.hf.config
+        config = self.scorer.config
         config.reward_mean = score_mean(self.scorer) + float(scores.mean())
         config.reward_std = float(scores.std())
         export_model(self.scorer, folder / "model")
@@ -155,7 +155,7 @@ def run(config: RewardConfig) -> Run:
             return run
         scorer = load_scorer(config.model, device, seed=config.seed, **loop.model_options(config))
         # What is trained now is scored as Transformers does, whatever it began from.
-        setattr(scorer.hf.config, SCORE_POSITION, "rendered")
+        setattr(scorer.config, SCORE_POSITION, "rendered")
         scorer.encoder.trains = True
         examples, held_out = rows.read_examples(
             config, "preference", scorer, run, keep_ties=config.loss in LEARN_FROM_TIES
