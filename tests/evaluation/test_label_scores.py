@@ -71,9 +71,9 @@ def test_scores_are_the_reward_models(tmp_path):
     model = str(tmp_path / "rm" / "model")
     data = [{"prompt": f"p{n}", "completions": [" yes", " no", " maybe"]} for n in range(3)]
     put(tmp_path, data[:2])
-    score(tmp_path, model, strategy="gap", device="cpu")
+    score(tmp_path, model, strategy="gap", device="cpu", dtype="float32")
     put(tmp_path, data, strategy="random")
-    assert score(tmp_path, model, strategy="gap", device="cpu")["answers"] == 9
+    assert score(tmp_path, model, strategy="gap", device="cpu", dtype="float32")["answers"] == 9
     store = open_store(tmp_path)
     judge = load_judge(model, device="cpu")
     stored = select(

@@ -101,13 +101,13 @@ def test_the_cache_is_used_for_the_same_weights_and_for_no_others(world, tmp_pat
         moved = again.reference.log_probs[id(example)] - first.reference.log_probs[id(example)]
         torch.testing.assert_close(moved, torch.tensor([2.0 * number, 2.0 * number + 1]))
     # Other weights, other rows, another precision: computed anew.
-    for other, rows, changes in (
-        (perturbed(policy(world)), examples, {}),
-        (model, examples[::-1], {}),
-        (model, examples, {"dtype": "bfloat16"}),
+    for other, rows in (
+        (perturbed(policy(world)), examples),
+        (model, examples[::-1]),
+        (replace(model, dtype="bfloat16"), examples),
     ):
         save_file({key: marked}, cache)
-        fresh = method(world, other, rows, tmp_path, **changes)
+        fresh = method(world, other, rows, tmp_path)
         assert one_step(fresh)[0].item() == pytest.approx(LOG2, abs=1e-2)
         assert key not in load_file(cache)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +78,14 @@ def stored_types(folder: str) -> Counter[torch.dtype]:
     sizes: Counter[torch.dtype] = Counter()
     for file in Path(folder).glob("*.safetensors"):
         with open(file, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
+            start = handle.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > file.stat().st_size:
+                return Counter()  # broken: Transformers says so
+            try:
+                header = json.loads(handle.read(length))
+            except ValueError:
+                return Counter()
         for name, entry in header.items():
             if name != "__metadata__" and entry["dtype"] in TYPES:
                 first, last = entry["data_offsets"]
