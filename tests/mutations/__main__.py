@@ -88,7 +88,7 @@ BUGS = (
     ),
     Bug(
         "Python callers are not checked",
-        "training/loop.py",
+        "training/start.py",
         "    validate(config)\n",
         "",
         ("tests/test_config.py::test_python_callers_are_checked_too",),
@@ -123,7 +123,7 @@ BUGS = (
     ),
     Bug(
         "half a step is saved",
-        "training/loop.py",
+        "training/step.py",
         "        before_update()\n",
         "        pass\n",
         ("tests/training/test_keeper.py",),

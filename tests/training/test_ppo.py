@@ -27,6 +27,7 @@ from prefloop.models.load import load_scorer
 from prefloop.training import loop
 from prefloop.training.ppo import build
 from prefloop.training.rollout import RunningScores
+from prefloop.training.start import start
 from tests.parity.plain import token_log_probs
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import (
@@ -49,7 +50,7 @@ LENGTH = {"reward_function": f"{REWARDS}:by_length"}
 
 def built(world, tmp_path, **changes):
     settings = config("ppo", world, tmp_path / "built", **changes)
-    run, device = loop.start(settings, "ppo")
+    run, device = start(settings, "ppo")
     return build(settings, device, run)
 
 
@@ -494,7 +495,7 @@ def test_the_reward_model_and_the_reference_stay_as_they_were(world, tmp_path):
         name: tensor.clone() for name, tensor in ppo.sampler.reference.hf.state_dict().items()
     }
     settings = ppo.config
-    run, _ = loop.start(settings, "ppo")
+    run, _ = start(settings, "ppo")
     with run:
         loop.train(ppo, settings, run)
     after = ppo.sampler.reference.hf.state_dict()

@@ -19,9 +19,10 @@ from prefloop.losses.preference import kto_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.model import LoadedModel
-from prefloop.training import checkpoint, loop, rows
+from prefloop.training import checkpoint, rows
 from prefloop.training.method import LossSums, Step
 from prefloop.training.reference import Reference, mismatched
+from prefloop.training.step import evaluate
 
 
 class WithEstimate(NamedTuple):
@@ -130,7 +131,7 @@ class KTO:
         mine = distributed.mine(self.eval_examples)
         batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         items = [WithEstimate(batch, estimate) for batch in batches]
-        return loop.evaluate(self, items, self.policy.device)
+        return evaluate(self, items, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -39,6 +39,7 @@ from prefloop.training import checkpoint, loop
 from prefloop.training.method import LossSums, Step
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler, text_scorer, token_scorer
 from prefloop.training.rows import Prompts, order_of, read_demonstrations, read_prompts
+from prefloop.training.start import model_options, start
 
 
 class RolloutBatch(NamedTuple):
@@ -272,7 +273,7 @@ def build(
     """Loads the models and prompts that the settings name."""
     # 1. Policy and its frozen reference; where KL costs nothing, only one that is asked for.
     storage = storage_of(config)
-    policy = load_policy(config.model, device, **loop.model_options(config))
+    policy = load_policy(config.model, device, **model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     reference = None
     if config.ref_model is not None:
@@ -300,7 +301,7 @@ def build(
     # 3. The critic.
     critic = None
     if config.advantage == "gae":
-        critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
+        critic = load_scorer(value_start, device, seed=config.seed, **model_options(config))
         require_same_ids("--value-model", critic, policy)
     # 4. Prompts.
     prompts, eval_prompts = read_prompts(config, policy, run)
@@ -331,7 +332,7 @@ def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) 
 
 def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
     """`prefloop ppo`: trains and returns the finished run."""
-    run, device = loop.start(config, "ppo")
+    run, device = start(config, "ppo")
     with run:
         if run.finished:
             return run

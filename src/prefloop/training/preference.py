@@ -27,6 +27,8 @@ from prefloop.training import checkpoint, loop, rows
 from prefloop.training.kto import KTO
 from prefloop.training.method import LossSums, Step
 from prefloop.training.reference import Reference
+from prefloop.training.start import model_options, start
+from prefloop.training.step import evaluate
 
 
 class LogProbs(NamedTuple):
@@ -218,7 +220,7 @@ class Preference:
         """See Method."""
         mine = distributed.mine(self.eval_examples)
         batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
-        return loop.evaluate(self, batches, self.policy.device)
+        return evaluate(self, batches, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -241,11 +243,11 @@ class Preference:
 
 def run(config: DPOConfig) -> Run:
     """`prefloop dpo`: trains and returns the finished run."""
-    run, device = loop.start(config, "dpo")
+    run, device = start(config, "dpo")
     with run:
         if run.finished:
             return run
-        policy = load_policy(config.model, device, **loop.model_options(config))
+        policy = load_policy(config.model, device, **model_options(config))
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
         examples, held_out = rows.read_examples(config, kind, policy, run)
         rows.refuse_margins([*examples, *held_out], config.loss)
