@@ -29,10 +29,11 @@ from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.model import LoadedModel
 from prefloop.models.precision import Products
 from prefloop.records import RowCounts
+from prefloop.rewards.scorers import Scored
 from prefloop.training import ppo
 from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward
-from prefloop.training.rollout import Sampler, Scored
+from prefloop.training.rollout import Sampler
 from prefloop.training.rows import Prompts
 from prefloop.training.sft import SFT
 from prefloop.training.step import gradients
