@@ -12,7 +12,7 @@ import torch
 from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data.batches import to_batches
-from prefloop.data.encoder import ANSWERED, ASKED, PROBE
+from prefloop.data.encoder import ASKED, PROBE
 from prefloop.data.tokenize import Example, encode_answers, same_ids, with_answers
 from prefloop.errors import UserError, located
 from prefloop.models.heads import answer_scores
@@ -152,22 +152,28 @@ def reads_alike(model: LoadedModel, policy: LoadedModel, prompts: Sequence[Promp
     """
     if not same_ids(policy.tokenizer, model.tokenizer):
         return False
+    kinds = {not isinstance(row.prompt, str) for row in prompts}
     try:
+        answers = {chat: _probe(policy, chat) for chat in kinds}
         for row in prompts:
             chat = not isinstance(row.prompt, str)
-            stop = policy.encoder.turn.stop if chat else policy.tokenizer.eos_token_id
-            if stop is None:
-                return False
-            answer = [*policy.encoder.continued(PROBE), stop]
-            if chat and policy.encoder.answer(ASKED, ANSWERED) != answer:
-                return False
-            sampled = policy.encoder.prompt(row.prompt) + model.encoder.with_tail(answer, chat)
+            sampled = policy.encoder.prompt(row.prompt)
+            sampled += model.encoder.with_tail(answers[chat], chat)
             prompt, (scored,) = encoded(model, row.prompt, PROBE, True)
             if sampled != [*prompt, *scored]:
                 return False
     except UserError:  # a template that generates, and prints answers otherwise
         return False
     return True
+
+
+def _probe(policy: LoadedModel, chat: bool) -> list[int]:
+    """The probe as the policy samples it; UserError where its template prints more around it."""
+    _, (printed,) = encoded(policy, ASKED if chat else PROBE, PROBE, True)
+    stop = policy.encoder.turn.stop if chat else policy.tokenizer.eos_token_id
+    if stop is None or list(printed) != [*policy.encoder.continued(PROBE), stop]:
+        raise UserError("the template prints more around an answer than its stop token")
+    return list(printed)
 
 
 def token_scorer(scorer: LoadedModel, config: PPOConfig, stops: frozenset[int]) -> Scorer:
