@@ -1,4 +1,4 @@
-"""Settings of `prefloop label ...`, as config.py holds those of the other commands. No torch."""
+"""Settings of `prefloop label ...`, of the people who rank and of their store. No torch."""
 
 from __future__ import annotations
 

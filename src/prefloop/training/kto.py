@@ -50,21 +50,13 @@ class KTO:
         cache: Path,
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
+        self.trained = {"policy": policy}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_examples = eval_examples
         self.mismatched = mismatched(examples)
         self.eval_mismatched = mismatched(eval_examples)
         everything = [*examples, *eval_examples, *self.mismatched, *self.eval_mismatched]
         self.reference = Reference(config, policy, everything, cache)
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"policy": self.policy}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[WithEstimate]]:
         """See Method."""

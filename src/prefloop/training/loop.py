@@ -1,5 +1,5 @@
-"""THE loop. A method says which batches make a step and what their loss sums are; the loop does the
-rest: divides once by the counts of the whole step, clips, steps, logs, evaluates, saves, resumes.
+"""THE loop. A method says which batches make a step and what their loss sums are; `optimizer_step`
+makes a step of them; the loop does the rest: logs, evaluates, saves, resumes.
 """
 
 from __future__ import annotations

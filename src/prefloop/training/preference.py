@@ -113,21 +113,13 @@ class Preference:
         cache: Path,
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
+        self.trained = {"policy": policy}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_examples = eval_examples
         self.pair_loss = None if config.loss == "plackett-luce" else PAIR_LOSSES[config.loss]
         self.reference = None
         if self.pair_loss is None or self.pair_loss.needs_reference:
             self.reference = Reference(config, policy, [*examples, *eval_examples], cache)
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"policy": self.policy}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""

@@ -45,19 +45,11 @@ class Reward:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.scorer, self.examples = config, scorer, examples
+        self.trained = {"scorer": scorer}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_batches = pack_all(
             distributed.mine(eval_examples), config.micro_batch_tokens, not scorer.packed
         )
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"scorer": self.scorer}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""

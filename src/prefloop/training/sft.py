@@ -36,19 +36,11 @@ class SFT:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
+        self.trained = {"policy": policy}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_batches = pack_all(
             distributed.mine(eval_examples), config.micro_batch_tokens, not policy.packed
         )
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"policy": self.policy}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
