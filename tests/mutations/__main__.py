@@ -157,6 +157,27 @@ BUGS = (
         ("tests/models/test_score_position.py",),
     ),
     Bug(
+        "a reward model with another chat template scores the policy's tokens",
+        "rewards/scorers.py",
+        "    if reads_alike(model, policy, prompts):\n",
+        "    if same_ids(policy.tokenizer, model.tokenizer):\n",
+        ("tests/evaluation/test_judges_templates.py",),
+    ),
+    Bug(
+        "label score forgets a row's tools",
+        "evaluation/label_scores.py",
+        '{**(extra or {}), "prompt": stored}',
+        '{"prompt": stored}',
+        ("tests/evaluation/test_judges_templates.py",),
+    ),
+    Bug(
+        "a setting that came later counts as changed",
+        "resume.py",
+        "default_settings(config) | read_yaml",
+        "{} | read_yaml",
+        ("tests/training/test_going_back.py",),
+    ),
+    Bug(
         "a foreign role goes to the template as it is",
         "data/columns.py",
         '"human prompter".split()',
