@@ -266,7 +266,7 @@ def test_a_kl_that_costs_nothing_keeps_no_reference(world, tmp_path, capsys):
 def test_a_kl_that_costs_nothing_is_measured_where_adapters_give_the_reference(
     world, tmp_path, capsys
 ):
-    """As from the starting weights as a model of their own; it trains as without it."""
+    """As from the starting weights as a model of their own; training is the same."""
     changes = {"kl_coef": 0.0, "batch_size": 3, "ppo_epochs": 2, "lora_rank": 2, "lr": 1e-2}
     free = built(world, tmp_path, **changes, **LENGTH)
     assert free.sampler.reference is None
@@ -278,6 +278,7 @@ def test_a_kl_that_costs_nothing_is_measured_where_adapters_give_the_reference(
     assert abs(sampled[-1]["objective/kl"]) > 1e-2
     for row, named in zip(sampled, lines(tmp_path / "named")[::2], strict=True):
         assert row["objective/kl"] == pytest.approx(named["objective/kl"], abs=1e-5)
+        assert row["loss"] == pytest.approx(named["loss"], abs=1e-6)
         assert row["objective/non_score_reward"] == 0
         assert row["objective/rlhf_reward"] == row["objective/scores"]
 
