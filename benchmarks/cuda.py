@@ -36,9 +36,10 @@ from prefloop.losses.preference import sigmoid_loss
 from prefloop.models import adapters, selftest
 from prefloop.models.model import LoadedModel
 from prefloop.models.precision import autocast
-from prefloop.training import loop, optim
+from prefloop.training import optim
 from prefloop.training.preference import Preference
 from prefloop.training.sft import SFT
+from prefloop.training.step import optimizer_step
 
 engines: Any = prefloop.generation.engine
 CUDA = torch.device("cuda", 0)
@@ -180,7 +181,7 @@ def training(model: LoadedModel, shape: str, peak: float) -> dict[str, Any]:
 
         def step(method: Any = method, batches: Any = batches, config: Any = config) -> float:
             parameters = {"policy": model.trainable()}
-            return loop.step(method, batches, parameters, optimizer, config).losses["loss"]
+            return optimizer_step(method, batches, parameters, optimizer, config).losses["loss"]
 
         line: dict[str, Any] = report(f"{shape} {name}", seconds(step), tokens, flops, peak)
         if shape != "8B":

@@ -29,12 +29,14 @@ from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.model import LoadedModel
 from prefloop.models.precision import Products
 from prefloop.records import RowCounts
-from prefloop.training import loop, ppo
+from prefloop.rewards.scorers import Scored
+from prefloop.training import ppo
 from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward
-from prefloop.training.rollout import Sampler, Scored
+from prefloop.training.rollout import Sampler
 from prefloop.training.rows import Prompts
 from prefloop.training.sft import SFT
+from prefloop.training.step import gradients
 
 METHODS = {"sft": "sft", "reward": "dpo", "dpo": "dpo", "ppo": "sft"}  # and whose rows
 TOKENS = 512  # of a micro-batch
@@ -121,7 +123,7 @@ def gradient(
     parameters = {name: model.trainable() for name, model in trained.trained.items()}
     for model in trained.trained.values():
         model.dtype = dtype
-    loop.gradients(trained, [batches[number]], parameters, config)
+    gradients(trained, [batches[number]], parameters, config)
     found: Gradient = {}
     for name, group in parameters.items():
         found[name] = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]

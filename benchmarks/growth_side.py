@@ -24,8 +24,9 @@ from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import Storage
-from prefloop.training import loop, optim
+from prefloop.training import optim
 from prefloop.training.preference import Preference
+from prefloop.training.step import optimizer_step
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ def train(path: str, dtype: Any, shape: dict[str, int]) -> Callable[[], dict[str
     optimizer = optim.build_optimizer(parameters, config, {})
 
     def turn() -> dict[str, Any]:
-        loop.step(method, batches, parameters, optimizer, config)
+        optimizer_step(method, batches, parameters, optimizer, config)
         return {"tokens": sum(b.tokens for b in batches)}
 
     return turn

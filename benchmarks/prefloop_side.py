@@ -26,10 +26,11 @@ from prefloop.models.model import LoadedModel
 from prefloop.models.weights import Storage
 from prefloop.records import Demonstration, Ranking, RowCounts
 from prefloop.runs import Run
-from prefloop.training import loop, optim, ppo
+from prefloop.training import optim, ppo
 from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward
 from prefloop.training.sft import SFT
+from prefloop.training.step import optimizer_step
 
 CPU = torch.device("cpu")
 Turn = Callable[[], dict[str, Any]]
@@ -91,10 +92,10 @@ def step(work: Work, path: str, reference: str, settings: dict[str, Any], form: 
     def turn() -> dict[str, Any]:
         if fixed:
             sequence_log_probs(fixed, examples, method.config.micro_batch_tokens)
-        found = loop.step(method, batches, parameters, optimizer, method.config)
-        same = {"loss": found.losses["loss"]}
-        if "logps/chosen" in found.metrics:
-            same["logps"] = found.metrics["logps/chosen"]
+        outcome = optimizer_step(method, batches, parameters, optimizer, method.config)
+        same = {"loss": outcome.losses["loss"]}
+        if "logps/chosen" in outcome.metrics:
+            same["logps"] = outcome.metrics["logps/chosen"]
         return {"same": same, "tokens": tokens, "flops": flops}
 
     return turn
@@ -125,7 +126,7 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
         for _ in range(PPO_EPOCHS):
             part = next(steps)
             metrics |= part.metrics
-            loop.step(method, part.batches, parameters, optimizer, config)
+            optimizer_step(method, part.batches, parameters, optimizer, config)
         assert method.rollouts
         examples = method.rollouts.examples
         flops = 2 * forward(policy, examples)  # sampling, and log-probs as the trainer sees them

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.config import TrainingConfig
-from prefloop.config.resolve import as_dict, flag, read_yaml
+from prefloop.config.resolve import as_dict, default_settings, flag, read_yaml
 from prefloop.errors import UserError
 
 FREE_TO_CHANGE = frozenset(
@@ -65,13 +65,17 @@ def named_checkpoint(config: TrainingConfig, command: str) -> Path:
 def require_same(
     directory: Path, config: TrainingConfig, command: str, previous: dict[str, Any]
 ) -> None:
-    """UserError naming what differs between this run and the one that stands in `directory`."""
+    """UserError naming what differs between this run and the one that stands in `directory`.
+
+    A setting that did not exist when that run began had its default.
+    """
     if previous["command"] != command:
         raise UserError(
             f"{directory} holds a run of `{previous['command']}`, not of `{command}`; "
             "give another --output"
         )
-    settings, stored = as_dict(config), read_yaml(directory / "config.yaml")
+    settings = as_dict(config)
+    stored = default_settings(config) | read_yaml(directory / "config.yaml")
     named = config.resume not in ("auto", "never")
     differing = sorted(
         key
@@ -81,8 +85,10 @@ def require_same(
         and stored.get(key) != settings.get(key)
     )
     if differing:
-        told = ", ".join(f"{flag(k)} was {stored.get(k)}, now {settings.get(k)}" for k in differing)
+        changes = [f"{flag(k)} was {stored.get(k)}, now {settings.get(k)}" for k in differing]
         mend = "give the same ones or another --output"
         if APPLIED.issuperset(differing):
             mend = "give the same ones, another --output, or --resume CHECKPOINT to apply them"
-        raise UserError(f"{directory} holds a run with other settings ({told}); {mend}")
+        raise UserError(
+            f"{directory} holds a run with other settings ({', '.join(changes)}); {mend}"
+        )

@@ -15,7 +15,7 @@ from prefloop.models.heads import answer_scores
 from prefloop.models.load import load_scorer
 from prefloop.models.model import LoadedModel
 from prefloop.records import Message, Text
-from prefloop.rewards.judges import model_judge
+from prefloop.rewards.scorers import ModelJudge
 from tests.tiny import tiny_model, tiny_tokenizer
 
 NO_STOP = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}" + (
@@ -43,7 +43,7 @@ def test_a_cut_answer_is_scored_without_a_stop_token(tmp_path: Path) -> None:
     ids = encode_answer(model.tokenizer, "a:", "bc")
     expected = [by_hand(model, "a:", ids), by_hand(model, "a:", ids[:-1])]
     expected += [by_hand(model, "a:", ids[-1:]), by_hand(model, "a:", [])]
-    judge = model_judge(model, 100)
+    judge = ModelJudge(model, 100)
     told = judge(["a:"] * 4, ["bc", "bc", "", ""], [True, False, True, False])
     assert told == pytest.approx(expected, abs=1e-5)
 
@@ -52,7 +52,7 @@ def test_an_empty_answer_that_nothing_ends_is_scored_at_its_prompt(tmp_path: Pat
     model = scorer(tmp_path, NO_STOP)
     prompt = (Message("user", "a"),)
     assert encode_answer(model.tokenizer, prompt, (Message("assistant", ""),)) == []
-    told = model_judge(model, 100)([prompt], [""])
+    told = ModelJudge(model, 100)([prompt], [""])
     assert told == pytest.approx([by_hand(model, prompt, [])], abs=1e-5)
 
 

@@ -9,13 +9,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from prefloop import commands
 from prefloop.config import PPOConfig, RewardConfig
 from prefloop.data.batches import to_batches
-from prefloop.data.tokenize import stop_token_ids, tokenize
+from prefloop.data.tokenize import stop_token_ids, tokenize, with_answers
 from prefloop.errors import UserError
 from prefloop.models.heads import answer_scores
 from prefloop.models.load import load_scorer
 from prefloop.records import Message, Prompt, Ranking, RowCounts, text_to_json
 from prefloop.rewards.judges import load_judge
-from prefloop.training.rollout import token_scorer, with_answers
+from prefloop.rewards.scorers import token_scorer
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 from tests.training.small import CPU, write_rows
 

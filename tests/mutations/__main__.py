@@ -88,7 +88,7 @@ BUGS = (
     ),
     Bug(
         "Python callers are not checked",
-        "training/loop.py",
+        "training/start.py",
         "    validate(config)\n",
         "",
         ("tests/test_config.py::test_python_callers_are_checked_too",),
@@ -123,7 +123,7 @@ BUGS = (
     ),
     Bug(
         "half a step is saved",
-        "training/loop.py",
+        "training/step.py",
         "        before_update()\n",
         "        pass\n",
         ("tests/training/test_keeper.py",),
@@ -155,6 +155,27 @@ BUGS = (
         'getattr(config, SCORE_POSITION, "stop" if old else "rendered")',
         'getattr(config, SCORE_POSITION, "stop")',
         ("tests/models/test_score_position.py",),
+    ),
+    Bug(
+        "a reward model with another chat template scores the policy's tokens",
+        "rewards/scorers.py",
+        "    if reads_alike(model, policy, prompts):\n",
+        "    if same_ids(policy.tokenizer, model.tokenizer):\n",
+        ("tests/evaluation/test_judges_templates.py",),
+    ),
+    Bug(
+        "label score forgets a row's tools",
+        "evaluation/label_scores.py",
+        '{**(extra or {}), "prompt": stored}',
+        '{"prompt": stored}',
+        ("tests/evaluation/test_judges_templates.py",),
+    ),
+    Bug(
+        "a setting that came later counts as changed",
+        "resume.py",
+        "default_settings(config) | read_yaml",
+        "{} | read_yaml",
+        ("tests/training/test_going_back.py",),
     ),
     Bug(
         "a foreign role goes to the template as it is",

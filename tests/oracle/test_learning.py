@@ -15,6 +15,7 @@ from prefloop.models.load import load_policy
 from prefloop.runs import Run
 from prefloop.training import loop, ppo
 from prefloop.training.preference import Preference
+from prefloop.training.start import start
 from tests.oracle import world as w
 from tests.oracle.world import World, kl, world
 
@@ -104,7 +105,7 @@ def learn_dpo(folder: Path, beta: float, **settings: Any) -> Reached:
         **settings,
     )
     examples = rankings(here, count=config.max_steps * 256 // 4)  # each is seen once
-    run, device = loop.start(config, "dpo")
+    run, device = start(config, "dpo")
     with run:
         policy = load_policy(config.model, device)
         method = Preference(config, policy, examples, [], run.directory / "reference.safetensors")

@@ -153,7 +153,7 @@ def test_a_column_that_is_missing_is_told_before_the_work(models, recording, cas
     assert prefloop("label", "import", "--store", "s.db", "--data", "rows.jsonl").code == 0
     words = ["label", "score", "--store", "s.db", "--strategy", "gap"]
     told = prefloop(*words, "--reward-model", "recording:needs_more")
-    assert (told.code, f"s.db#main: {lacking}" in told.err) == (2, True)
+    assert (told.code, f"s.db#main: prompt 1: {lacking}" in told.err) == (2, True)
     assert recording.seen == []
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefloop.config import DPOConfig, DPOLoss, PPOConfig, RewardConfig, SFTConfig
 from prefloop.data.batches import pack_all, to_batches
 from prefloop.data.formats import load
-from prefloop.data.tokenize import Example, tokenize
+from prefloop.data.tokenize import Example, tokenize, with_answers
 from prefloop.generation.engine import Engine
 from prefloop.models.heads import answer_log_probs, answer_scores, token_values
 from prefloop.models.load import load_policy, load_scorer
@@ -30,7 +30,6 @@ from prefloop.training.rollout import (
     advantages_and_returns,
     padded,
     rollout_metrics,
-    with_answers,
 )
 from prefloop.training.rows import Prompts
 from tests.parity import models, rows

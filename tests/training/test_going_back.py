@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from prefloop.errors import UserError
 from prefloop.runs import newest_checkpoint
@@ -145,6 +146,28 @@ def test_less_memory_or_another_rhythm_is_no_other_run(world, whole, tmp_path):
     changes = {"micro_batch_tokens": 20, "gradient_checkpointing": True, "log_every": 1}
     train("sft", world, tmp_path / "run", **SFT | changes | {"save_every": 0})
     assert_close_runs(whole, tmp_path / "run")
+
+
+def test_a_setting_that_came_later_had_its_default(world, whole, tmp_path):
+    """It may be given as that; another value is a change, and so is one that has no default."""
+    run = tmp_path / "run"
+    only_checkpoint(whole, run, 2)
+    path = run / "config.yaml"
+    earlier = yaml.safe_load(path.read_text())
+    for name in ("train_on", "bad_rows", "lora_rank", "eval_data"):
+        del earlier[name]
+    path.write_text(yaml.safe_dump(earlier))
+    message = "--lora-rank was 0, now 2, --train-on was answer, now all"
+    with pytest.raises(UserError, match=message):
+        train("sft", world, run, **SFT | {"train_on": "all", "lora_rank": 2})
+    train("sft", world, run, **SFT | {"train_on": "answer"})
+    assert_same_run(whole, run)
+    assert yaml.safe_load(path.read_text())["train_on"] == "answer"
+    only_checkpoint(whole, tmp_path / "other", 2)
+    del earlier["model"]
+    (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(earlier))
+    with pytest.raises(UserError, match="--model was None, now"):
+        train("sft", world, tmp_path / "other", **SFT)
 
 
 # --- an earlier step ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from prefloop.models.load import load_policy
 from prefloop.runs import newest_checkpoint
 from prefloop.training import loop, ppo, rows
 from prefloop.training.sft import SFT
+from prefloop.training.start import start
 from tests.training.small import REWARDS, assert_same_run, config, lines, train
 
 # The reward draws from every generator that a run keeps; evaluating draws from them, too.
@@ -59,10 +60,10 @@ class Breaks:
             raise self._error
 
 
-def start(command, world, output, **changes):
+def begun(command, world, output, **changes):
     """The method of a run, and what `train` takes beside it."""
     settings = config(command, world, output, **changes)
-    run, device = loop.start(settings, command)
+    run, device = start(settings, command)
     if command == "ppo":
         return ppo.build(settings, device, run), settings, run
     policy = load_policy(settings.model, device)
@@ -71,7 +72,7 @@ def start(command, world, output, **changes):
 
 
 def broken_run(world, output, member, at, error, command="ppo", **changes):
-    method, settings, run = start(command, world, output, **changes)
+    method, settings, run = begun(command, world, output, **changes)
     with pytest.raises(BaseException) as caught, run:
         loop.train(Breaks(method, member, at, error), settings, run)
     return caught.value
@@ -132,7 +133,7 @@ def test_a_tracker_that_fails_costs_no_line(world, whole, tmp_path):
         def close(self):
             pass
 
-    method, settings, run = start("ppo", world, tmp_path / "run", **PPO)
+    method, settings, run = begun("ppo", world, tmp_path / "run", **PPO)
     run._tracker = Offline()
     with pytest.raises(ConnectionError), run:
         loop.train(method, settings, run)

@@ -14,8 +14,8 @@ from prefloop.models.heads import answer_log_probs, answer_scores
 from prefloop.models.load import load_scorer
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import computed_tokens, in_pieces, split_answers
-from prefloop.training import loop
 from prefloop.training.method import LossSums
+from prefloop.training.step import evaluate
 from tests.training.cases import CASES, run_case
 from tests.training.small import CPU, policy
 
@@ -111,5 +111,5 @@ class Noted:
 
 def test_a_step_is_put_on_the_device_a_micro_batch_at_a_time():
     notes = []
-    loop.evaluate(Noted(0, notes), [Noted(n, notes) for n in (1, 2, 3)], CPU)
+    evaluate(Noted(0, notes), [Noted(n, notes) for n in (1, 2, 3)], CPU)
     assert notes == [(what, n) for n in (1, 2, 3) for what in ("moved", "computed")]

@@ -27,6 +27,7 @@ from prefloop.models.load import load_scorer
 from prefloop.training import loop
 from prefloop.training.ppo import build
 from prefloop.training.rollout import RunningScores
+from prefloop.training.start import start
 from tests.parity.plain import token_log_probs
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import (
@@ -49,7 +50,7 @@ LENGTH = {"reward_function": f"{REWARDS}:by_length"}
 
 def built(world, tmp_path, **changes):
     settings = config("ppo", world, tmp_path / "built", **changes)
-    run, device = loop.start(settings, "ppo")
+    run, device = start(settings, "ppo")
     return build(settings, device, run)
 
 
@@ -239,21 +240,47 @@ def test_whitened_rewards_keep_their_mean(world, tmp_path):
     assert found[0].std().item() != pytest.approx(1, abs=1e-2)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_kl_that_costs_nothing_keeps_no_reference(rank, world, tmp_path):
-    """Its metrics are left out; a reference that is named is measured, and changes nothing."""
-    changes = {"kl_coef": 0.0, "batch_size": 3, "ppo_epochs": 2, "lora_rank": rank, **LENGTH}
+OF_KL = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"}
+
+
+def test_a_kl_that_costs_nothing_keeps_no_reference(world, tmp_path, capsys):
+    """Its metrics are left out, which is told; a reference that is named is measured, and changes
+    nothing.
+    """
+    changes = {"kl_coef": 0.0, "batch_size": 3, "ppo_epochs": 2, **LENGTH}
     assert built(world, tmp_path, **changes).sampler.reference is None
+    assert capsys.readouterr().err.count("no reference is kept") == 1
     train("ppo", world, tmp_path / "none", save_every=1, keep_checkpoints=99, **changes)
     only_checkpoint(tmp_path / "none", tmp_path / "again", 3)  # in mid-iteration
     train("ppo", world, tmp_path / "again", **changes)
     assert_same_run(tmp_path / "none", tmp_path / "again")
+    capsys.readouterr()
     train("ppo", world, tmp_path / "named", ref_model=str(world / "reference"), **changes)
-    of_kl = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"}
+    assert "no reference is kept" not in capsys.readouterr().err
     for none, named in zip(lines(tmp_path / "none"), lines(tmp_path / "named"), strict=True):
-        assert named.keys() - none.keys() == (of_kl if "objective/kl" in named else set())
+        assert named.keys() - none.keys() == (OF_KL if "objective/kl" in named else set())
         assert all(named[key] == value for key, value in none.items())
-    assert of_kl <= lines(tmp_path / "named")[0].keys()
+    assert lines(tmp_path / "named")[0].keys() >= OF_KL
+
+
+def test_a_kl_that_costs_nothing_is_measured_where_adapters_give_the_reference(
+    world, tmp_path, capsys
+):
+    """As from the starting weights as a model of their own; training is the same."""
+    changes = {"kl_coef": 0.0, "batch_size": 3, "ppo_epochs": 2, "lora_rank": 2, "lr": 1e-2}
+    free = built(world, tmp_path, **changes, **LENGTH)
+    assert free.sampler.reference is None
+    train("ppo", world, tmp_path / "free", **changes, **LENGTH)
+    assert "no reference is kept" not in capsys.readouterr().err
+    train("ppo", world, tmp_path / "named", ref_model=str(world / "model"), **changes, **LENGTH)
+    sampled = lines(tmp_path / "free")[::2]
+    assert sampled[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(sampled[-1]["objective/kl"]) > 1e-2
+    for row, named in zip(sampled, lines(tmp_path / "named")[::2], strict=True):
+        assert row["objective/kl"] == pytest.approx(named["objective/kl"], abs=1e-5)
+        assert row["loss"] == pytest.approx(named["loss"], abs=1e-6)
+        assert row["objective/non_score_reward"] == 0
+        assert row["objective/rlhf_reward"] == row["objective/scores"]
 
 
 def test_the_ptx_term_by_hand(world, tmp_path):
@@ -494,7 +521,7 @@ def test_the_reward_model_and_the_reference_stay_as_they_were(world, tmp_path):
         name: tensor.clone() for name, tensor in ppo.sampler.reference.hf.state_dict().items()
     }
     settings = ppo.config
-    run, _ = loop.start(settings, "ppo")
+    run, _ = start(settings, "ppo")
     with run:
         loop.train(ppo, settings, run)
     after = ppo.sampler.reference.hf.state_dict()

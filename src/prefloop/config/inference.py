@@ -182,6 +182,8 @@ class WinrateConfig(InferenceConfig):
     """The other side's answers to the same prompts, in the same form."""
     judge: str
     """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to a judge's chat template, such as '{"enable_thinking": false}'."""
     chat: bool = False
     """Take string prompts for the user's messages."""
     output: Path | None = None
@@ -203,6 +205,8 @@ class RewardQualityConfig(InferenceConfig):
 
     reward_model: str
     """Sequence-classification folder, run directory or hub id with one label."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     data: str
     """Held-out rankings or pairs."""
     chat: bool = False

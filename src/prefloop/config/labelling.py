@@ -1,4 +1,4 @@
-"""Settings of `prefloop label ...`, as config.py holds those of the other commands. No torch."""
+"""Settings of `prefloop label ...`, of the people who rank and of their store. No torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from prefloop.config.ranges import (
     OnlyWith,
     Seed,
     Settings,
+    TemplateArgs,
     Weights,
     Within,
     unread_by_functions,
@@ -98,6 +99,8 @@ class LabelScoreConfig(ProjectConfig):
 
     reward_model: tuple[str, ...]
     """Reward models: folders, run directories, hub ids, or Python functions (module:function)."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to their chat templates, such as '{"enable_thinking": false}'."""
     strategy: Literal["uncertainty", "gap"] = "uncertainty"
     """Which task comes first: the one the models disagree on, or the one of the largest gap."""
     device: Device = "auto"

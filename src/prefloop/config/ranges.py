@@ -113,11 +113,14 @@ def is_function(source: str) -> bool:
     return re.fullmatch(FUNCTION, source) is not None and not Path(source).exists()
 
 
+OF_MODELS = ("device", "dtype", "weights", "max_length", "micro_batch_tokens", "template_args")
+
+
 def unread_by_functions(config: Settings, of: str, judges: Sequence[str]) -> Iterator[str]:
     """The problems of settings for models where all judges are Python functions."""
     if not all(map(is_function, judges)):
         return
     for field in fields(config):  # type: ignore[arg-type]
-        unread = field.name in ("device", "dtype", "weights", "max_length", "micro_batch_tokens")
+        unread = field.name in OF_MODELS
         if unread and getattr(config, field.name) != field.default:
             yield f"{flag(field.name)} is read by models, and each {of} is a function; leave it out"

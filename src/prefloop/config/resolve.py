@@ -179,8 +179,16 @@ def _one_line(box: str) -> str:
 
 def as_dict(config: Any) -> dict[str, object]:
     """Every setting as plain values, for config.yaml."""
-    plain = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
-        for name, v in plain.items()
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def default_settings(config_class: Any) -> dict[str, object]:
+    """Every setting that has a default, as plain values; of a class or of one of its objects."""
+    return {f.name: _plain(f.default) for f in fields(config_class) if f.default is not MISSING}
+
+
+def _plain(value: object) -> object:
+    """A setting's value as YAML holds it."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -63,6 +63,12 @@ class Example:
     """Which of several weighted sources it comes from."""
 
 
+def with_answers(prompt: Example, answers: Sequence[Sequence[int]]) -> Example:
+    """A prompt with answers, all of whose tokens are in the loss."""
+    masks = tuple((True,) * len(answer) for answer in answers)
+    return replace(prompt, answers=tuple(map(tuple, answers)), answer_masks=masks)
+
+
 @dataclass(frozen=True)
 class TemplateAudit:
     """What a tokenizer and its chat template do to training: each a known way to spoil a model."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from prefloop.config import RewardQualityConfig
 from prefloop.config.checks import validate
+from prefloop.config.ranges import template_arguments
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
 from prefloop.labelling.agreement import ceiling
@@ -101,7 +102,9 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
 
     if config.output is not None:
         check_writable(config.output)
-    model = load_reward_model(config.reward_model, pick_device(config.device), storage_of(config))
+    arguments = template_arguments(config.template_args)
+    device, storage = pick_device(config.device), storage_of(config)
+    model = load_reward_model(config.reward_model, device, storage, arguments)
     records = sources.load(config.data, "preference", counts := RowCounts(), config.chat)
     examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
     print(counts.summary(), file=sys.stderr)

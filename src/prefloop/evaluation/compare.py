@@ -30,7 +30,7 @@ from prefloop.models.load import is_scorer_folder, load_policy, pick_device
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import storage_of
 from prefloop.records import Prompt, RowCounts, Text, text_to_json
-from prefloop.rewards.functions import FunctionJudge, columns_of
+from prefloop.rewards.functions import columns_of
 from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
 from prefloop.rewards.judges import Judge, load_judge
 
@@ -123,6 +123,7 @@ def _named_models(models: Sequence[str]) -> dict[str, str]:
 
 
 def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
+    arguments = template_arguments(config.template_args)
     judge, proxy = (
         load_judge(
             source,
@@ -130,13 +131,13 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
             dtype=config.dtype,
             weights=config.weights,
             max_length=config.max_length,
+            template_args=arguments,
         )
         if source
         else None
         for source in (config.judge, config.reward_model)
     )
     assert judge is not None
-    arguments = template_arguments(config.template_args)
     sft = load_policy(
         config.sft, pick_device(config.device), storage_of(config), template_args=arguments
     )
@@ -148,9 +149,8 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     for example in examples:
         sft.check_example(example, config.max_new_tokens)
     prompts = [records[example.record] for example in examples]
-    for function in (judge, proxy):
-        if isinstance(function, FunctionJudge):
-            function.require((row.where, row.extra) for row in prompts)
+    for one in (judge, proxy) if proxy else (judge,):
+        one.require(prompts)
     if note := sources.strings_note(records, bool(sft.tokenizer.chat_template)):
         print(note, file=sys.stderr)
     prompt_ids = [list(example.prompt) for example in examples]

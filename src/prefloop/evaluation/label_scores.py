@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefloop.config.checks import validate
 from prefloop.config.labelling import LabelScoreConfig
-from prefloop.config.ranges import is_function
+from prefloop.config.ranges import is_function, template_arguments
+from prefloop.data.formats import parse_row
 from prefloop.errors import UserError
 from prefloop.labelling.export import project_id_of
 from prefloop.labelling.imports import uncertainty_and_gap
 from prefloop.labelling.store import Store
 from prefloop.labelling.store.reading import prompts_of, responses_of
 from prefloop.labelling.store.scoring import put_scores, set_strategy, tasks_of
-from prefloop.records import Message, Text
+from prefloop.records import Prompt
 from prefloop.rewards.functions import columns_of, function_judge
-from prefloop.rewards.judges import Judge, load_judge
+from prefloop.rewards.judges import load_judge, require_read
 
 
 def run(config: LabelScoreConfig) -> dict[str, Any]:
@@ -33,15 +35,15 @@ def run(config: LabelScoreConfig) -> dict[str, Any]:
         if not answers:
             raise UserError(f"{config.store}#{config.project}: no answers to score; import some")
         # 2. Their scores, one model after the other.
-        rows = [asked[answer["prompt_id"]] for answer in answers]
-        prompts, extras = [_text(prompt) for prompt, _ in rows], [extra for _, extra in rows]
+        place = f"{config.store}#{config.project}"
+        parsed = {n: _prompt(*stored, f"{place}: prompt {n}") for n, stored in asked.items()}
+        rows = [parsed[answer["prompt_id"]] for answer in answers]
         for source in filter(is_function, config.reward_model):
-            place = f"{config.store}#{config.project}"
-            function_judge(source).require((place, extra) for extra in extras)
+            function_judge(source).require(rows)
+        require_read(template_arguments(config.template_args), config.reward_model)
         texts = [_one_turn(answer["completion"]) for answer in answers]
         ended = [answer["finish_reason"] != "length" for answer in answers]
-        columns = columns_of(extras)
-        given = [_judge(config, s)(prompts, texts, ended, columns) for s in config.reward_model]
+        given = [_scores(config, source, rows, texts, ended) for source in config.reward_model]
         ids = [answer["id"] for answer in answers]
         scores = dict(zip(ids, zip(*given, strict=True), strict=True))
         # 3. What hand-out goes by.
@@ -61,21 +63,33 @@ def run(config: LabelScoreConfig) -> dict[str, Any]:
     return told
 
 
-def _judge(config: LabelScoreConfig, source: str) -> Judge:
-    return load_judge(
+def _scores(
+    config: LabelScoreConfig,
+    source: str,
+    rows: Sequence[Prompt],
+    texts: Sequence[str],
+    ended: Sequence[bool],
+) -> list[float]:
+    """One judge's scores of the answers; `rows` are their prompts."""
+    judge = load_judge(
         source,
         device=config.device,
         dtype=config.dtype,
         weights=config.weights,
         max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens,
+        template_args=template_arguments(config.template_args),
     )
+    judge.require(rows)
+    columns = columns_of([row.extra for row in rows])
+    return judge([row.prompt for row in rows], texts, ended, columns)
 
 
-def _text(stored: Any) -> Text:
-    if isinstance(stored, str):
-        return stored
-    return tuple(Message(message["role"], message["content"]) for message in stored)
+def _prompt(stored: object, extra: Mapping[str, Any] | None, where: str) -> Prompt:
+    """A stored prompt as its row said it, with the row's tools."""
+    prompt = parse_row({**(extra or {}), "prompt": stored}, where, "prompt")[0]
+    assert isinstance(prompt, Prompt)
+    return prompt
 
 
 def _one_turn(completion: Any) -> str:

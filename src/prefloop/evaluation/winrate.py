@@ -12,13 +12,14 @@ import numpy as np
 
 from prefloop.config import WinrateConfig
 from prefloop.config.checks import validate
+from prefloop.config.ranges import template_arguments
 from prefloop.data.formats import load
 from prefloop.data.sampled import samples, samples_of_list
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
 from prefloop.intervals import Grouped, Interval, bootstrap, mean_score
-from prefloop.records import Prompt, RowCounts, text_to_json
-from prefloop.rewards.functions import FunctionJudge, columns_of
+from prefloop.records import Prompt, RowCounts, text_to_json, tools_of
+from prefloop.rewards.functions import columns_of
 
 
 def prompt_win_rate(scores: Sequence[float], baseline: Sequence[float]) -> float:
@@ -40,7 +41,7 @@ def win_rate(scores: Grouped, baseline: Grouped, seed: int = 0) -> Interval:
 
 def run(config: WinrateConfig) -> dict[str, Any]:
     """`prefloop evaluate winrate`: judge two files of answers to the same prompts."""
-    from prefloop.rewards.judges import load_judge
+    from prefloop.rewards.judges import load_judge, require_read
 
     # 1. The answers of both sides, by prompt, in the order of the first file.
     validate(config)
@@ -54,6 +55,8 @@ def run(config: WinrateConfig) -> dict[str, Any]:
             f"{config.baseline}: no answer to the prompt {missing[0][:80]} of {config.answers}; "
             "both files must answer the same prompts"
         )
+    arguments = template_arguments(config.template_args)
+    require_read(arguments, [config.judge])
     judge = load_judge(
         config.judge,
         device=config.device,
@@ -61,14 +64,9 @@ def run(config: WinrateConfig) -> dict[str, Any]:
         weights=config.weights,
         max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens,
+        template_args=arguments,
     )
-    if isinstance(judge, FunctionJudge):
-        judge.require(
-            (row.where, row.extra)
-            for side in (answers, baseline)
-            for said in side.values()
-            for *_, row in said
-        )
+    judge.require(row for side in (answers, baseline) for said in side.values() for *_, row in said)
     # 2. Scores.
     sides = []
     for side in (answers, {key: baseline[key] for key in answers}):
@@ -108,7 +106,7 @@ def _read_answers(path: Path, chat: bool = False) -> dict[str, list[tuple[str, b
         else:
             how = samples(row.extra, row.where, "completion")
         others = {k: v for k, v in row.extra.items() if k not in ("completion", "completions")}
-        said = found.setdefault(json.dumps(text_to_json(row.prompt)), [])
+        said = found.setdefault(json.dumps([text_to_json(row.prompt), tools_of(row.prompt)]), [])
         own = replace(row, extra=others)
         said += [(text, how[i].ended if how else True, own) for i, text in enumerate(texts)]
     return found

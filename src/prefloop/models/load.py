@@ -66,12 +66,19 @@ def load_tokenizer(
             f"{path}: no tokenizer found ({first_line(error)}); save the tokenizer into the "
             "model's folder with tokenizer.save_pretrained"
         ) from error
-    for name in template_args or ():
-        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
-            raise UserError(
-                f"--template-args: the chat template of {path} reads no `{name}`; leave it out"
-            )
+    for name in unread_arguments(tokenizer, template_args or {}):
+        raise UserError(
+            f"--template-args: the chat template of {path} reads no `{name}`; leave it out"
+        )
     return tokenizer
+
+
+def unread_arguments(
+    tokenizer: PreTrainedTokenizerBase, template_args: Mapping[str, Any]
+) -> list[str]:
+    """Those of the arguments that the chat template does not name."""
+    template = str(tokenizer.chat_template or "")
+    return [n for n in template_args if not re.search(rf"\b{re.escape(n)}\b", template)]
 
 
 def embedding_rows(path: str) -> int | None:
@@ -147,13 +154,18 @@ def load_scorer(
     return replace(model, template_args=template_args)
 
 
-def load_reward_model(path: str, device: torch.device, storage: Storage = FLOAT32) -> LoadedModel:
+def load_reward_model(
+    path: str,
+    device: torch.device,
+    storage: Storage = FLOAT32,
+    template_args: Mapping[str, Any] | None = None,
+) -> LoadedModel:
     """A trained reward model to score with; UserError for a language model."""
     if not is_scorer_folder(path):
         raise UserError(
             f"{path}: a language model, not a reward model; train one with prefloop reward"
         )
-    return load_scorer(path, device, storage)
+    return load_scorer(path, device, storage, template_args=template_args)
 
 
 def require_same_ids(flag: str, model: LoadedModel, policy: LoadedModel) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.errors import UserError, first_line
-from prefloop.records import Text, text_to_json
+from prefloop.records import Prompt, Text, text_to_json
 
 LARGEST = 1e30  # scores are float32
 Columns = Mapping[str, Sequence[object]]
@@ -114,14 +114,14 @@ class FunctionJudge:
         """See Judge."""
         return self.weighted(self.parts(prompts, completions, columns))
 
-    def require(self, rows: Iterable[tuple[str, Mapping[str, object]]]) -> None:
-        """Before the work: UserError at the first row (where, columns) that lacks a needed one."""
-        for where, columns in rows:
+    def require(self, rows: Iterable[Prompt]) -> None:
+        """See Judge: each row must have the columns that a function needs."""
+        for row in rows:
             for function in self.functions:
                 for name in function.needed:
-                    if name not in columns:
+                    if name not in row.extra:
                         raise UserError(
-                            f"{where}: no column `{name}`, which {function.source} has as an "
+                            f"{row.where}: no column `{name}`, which {function.source} has as an "
                             "argument; add it, or give the argument a default"
                         )
 

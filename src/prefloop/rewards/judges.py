@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from prefloop.config.ranges import DType, Weights, is_function
 from prefloop.errors import UserError
-from prefloop.records import Message, Sampled, Text
+from prefloop.records import Prompt, Text
 from prefloop.rewards.functions import Columns, function_judge
-
-if TYPE_CHECKING:
-    from prefloop.models.model import LoadedModel
 
 
 class Judge(Protocol):
@@ -30,6 +27,10 @@ class Judge(Protocol):
         """
         ...
 
+    def require(self, rows: Iterable[Prompt]) -> None:
+        """Before the work: UserError at the first row whose answers it could not score."""
+        ...
+
 
 def load_judge(
     source: str,
@@ -39,55 +40,33 @@ def load_judge(
     weights: Weights = "auto",
     max_length: int = 1024,
     micro_batch_tokens: int = 8192,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Judge:
-    """The judge that `source` names: `module:function`, or a reward model's folder or hub id."""
+    """The judge that `source` names: `module:function`, or a reward model's folder or hub id.
+
+    A reward model's chat template is given those of the `template_args` that it reads.
+    """
     if is_function(source):
         return function_judge(source)
     from prefloop.models.load import load_reward_model, pick_device
     from prefloop.models.weights import Storage
+    from prefloop.rewards.scorers import ModelJudge, with_template_args
 
     model = load_reward_model(source, pick_device(device), Storage(dtype, weights))
-    return model_judge(model, micro_batch_tokens, max_length)
+    model = with_template_args(model, template_args or {})
+    return ModelJudge(model, micro_batch_tokens, max_length)
 
 
-def model_judge(
-    model: LoadedModel, micro_batch_tokens: int, max_length: int | None = None
-) -> Judge:
-    """A reward model as judge, with its own tokenizer."""
-    import torch
+def require_read(template_args: Mapping[str, Any], judges: Sequence[str]) -> None:
+    """Where judges alone take `template_args`: UserError for one that no judge's template reads."""
+    if not template_args:
+        return
+    from prefloop.models.load import load_tokenizer, unread_arguments
 
-    from prefloop.data.batches import micro_batches, pack
-    from prefloop.data.tokenize import Example, encode_answers
-    from prefloop.models.heads import answer_scores
-
-    def encode(prompt: Text, completion: str, ended: bool, index: int) -> Example:
-        said = completion if isinstance(prompt, str) else (Message("assistant", completion),)
-        head, (answer,) = encode_answers(model.encoder, prompt, [said], [Sampled(ended)])
-        if not answer:  # it says nothing and did not end: the score is that of what there is
-            head, answer = head[:-1], head[-1:]
-        if max_length is not None and len(head) + len(answer) > max_length:
+    models = [load_tokenizer(source) for source in judges if not is_function(source)]
+    for name in template_args:
+        if all(name in unread_arguments(model, template_args) for model in models):
             raise UserError(
-                f"{model.source}: answer {index} with its prompt has {len(head) + len(answer)} "
-                f"tokens, more than --max-length {max_length}; raise it"
+                f"--template-args: no chat template of {', '.join(judges)} reads `{name}`; leave "
+                "it out"
             )
-        masks = ((True,) * len(answer),)
-        example = Example(head, (answer,), masks, index=index, where=f"answer {index}")
-        model.check_example(example)
-        return example
-
-    def judge(
-        prompts: Sequence[Text],
-        completions: Sequence[str],
-        ended: Sequence[bool] | None = None,
-        columns: Columns | None = None,
-    ) -> list[float]:
-        ends = [True] * len(completions) if ended is None else ended
-        rows = enumerate(zip(prompts, completions, ends, strict=True))
-        examples = [encode(prompt, completion, end, i) for i, (prompt, completion, end) in rows]
-        scores: list[float] = []
-        with torch.no_grad():
-            for group in micro_batches(examples, micro_batch_tokens, not model.packed):
-                scores += answer_scores(model, pack(group).to(model.device)).tolist()
-        return scores
-
-    return judge

@@ -1,1 +1,1 @@
-"""The one loop, and the four methods that it serves."""
+"""The one loop, and the five methods that it serves."""

@@ -19,9 +19,10 @@ from prefloop.losses.preference import kto_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.model import LoadedModel
-from prefloop.training import checkpoint, loop, rows
+from prefloop.training import checkpoint, rows
 from prefloop.training.method import LossSums, Step
 from prefloop.training.reference import Reference, mismatched
+from prefloop.training.step import evaluate
 
 
 class WithEstimate(NamedTuple):
@@ -49,21 +50,13 @@ class KTO:
         cache: Path,
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
+        self.trained = {"policy": policy}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_examples = eval_examples
         self.mismatched = mismatched(examples)
         self.eval_mismatched = mismatched(eval_examples)
         everything = [*examples, *eval_examples, *self.mismatched, *self.eval_mismatched]
         self.reference = Reference(config, policy, everything, cache)
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"policy": self.policy}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[WithEstimate]]:
         """See Method."""
@@ -130,7 +123,7 @@ class KTO:
         mine = distributed.mine(self.eval_examples)
         batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         items = [WithEstimate(batch, estimate) for batch in batches]
-        return loop.evaluate(self, items, self.policy.device)
+        return evaluate(self, items, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:

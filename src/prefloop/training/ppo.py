@@ -7,6 +7,7 @@ An iteration samples answers with the newest weights, scores them, and takes
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -33,12 +34,13 @@ from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
 from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.rewards.functions import function_judge
-from prefloop.rewards.judges import model_judge
+from prefloop.rewards.scorers import model_scorer, text_scorer, with_template_args
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
 from prefloop.training.method import LossSums, Step
-from prefloop.training.rollout import Rollouts, RunningScores, Sampler, text_scorer, token_scorer
+from prefloop.training.rollout import Rollouts, RunningScores, Sampler
 from prefloop.training.rows import Prompts, order_of, read_demonstrations, read_prompts
+from prefloop.training.start import model_options, start
 
 
 class RolloutBatch(NamedTuple):
@@ -270,47 +272,63 @@ def build(
     config: PPOConfig, device: torch.device, run: Run, make_engine: MakeEngine = in_process
 ) -> PPO:
     """Loads the models and prompts that the settings name."""
-    # 1. Policy and its frozen reference; where KL costs nothing, only one that is asked for.
-    storage = storage_of(config)
-    policy = load_policy(config.model, device, **loop.model_options(config))
+    # 1. Policy and its frozen reference.
+    policy = load_policy(config.model, device, **model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
-    reference = None
-    if config.ref_model is not None:
-        reference = load_policy(config.ref_model, device, storage)
-        require_same_ids("--ref-model", reference, policy)
-        reference.module.requires_grad_(False)
-    elif config.kl_coef and not config.lora_rank:
-        frozen = frozen_copy(policy.module, kept(storage, device, trained=False))
-        reference = replace(policy, module=frozen)
+    reference = _reference(config, policy)
     fixed = [policy.module, *([reference.module] if reference else [])]
-    # 2. What scores.
-    functions = function_judge(*config.reward_function, weights=config.reward_weights)
-    value_start = config.value_model or config.model
-    if config.reward_model is not None:
-        reward_model = load_reward_model(config.reward_model, device, storage)
-        fixed.append(reward_model.module.requires_grad_(False))
-        if same_ids(policy.tokenizer, reward_model.tokenizer):
-            scorer = token_scorer(reward_model, config, stops)
-            value_start = config.value_model or config.reward_model
-        else:
-            judge = model_judge(reward_model, config.micro_batch_tokens)
-            scorer = text_scorer(judge, stops)
-    else:
-        scorer = text_scorer(functions, stops)
-    # 3. The critic.
-    critic = None
-    if config.advantage == "gae":
-        critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
-        require_same_ids("--value-model", critic, policy)
-    # 4. Prompts.
+    # 2. Prompts.
     prompts, eval_prompts = read_prompts(config, policy, run)
-    functions.require((p.where, p.extra) for p in (*prompts.records, *eval_prompts.records))
     _require_enough(config, prompts, eval_prompts)
+    asked = (*prompts.records, *eval_prompts.records)
     ptx: list[Example] = []
     if config.sft_data is not None:
         ptx = read_demonstrations(config.sft_data, config, policy, run)
+    # 3. What scores.
+    options = model_options(config)
+    value_start = config.value_model or config.model
+    if config.reward_model is not None:
+        reward_model = load_reward_model(config.reward_model, device, storage_of(config))
+        reward_model = with_template_args(reward_model, options["template_args"])
+        fixed.append(reward_model.module.requires_grad_(False))
+        scorer = model_scorer(reward_model, policy, asked, config, stops)
+        if same_ids(policy.tokenizer, reward_model.tokenizer):
+            value_start = config.value_model or config.reward_model
+    else:
+        functions = function_judge(*config.reward_function, weights=config.reward_weights)
+        functions.require(asked)
+        scorer = text_scorer(functions, stops)
+    # 4. The critic; it reads tokens alone, so no chat template.
+    critic = None
+    if config.advantage == "gae":
+        options = options | {"template_args": {}}
+        critic = load_scorer(value_start, device, seed=config.seed, **options)
+        require_same_ids("--value-model", critic, policy)
     sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
     return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
+
+
+def _reference(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None:
+    """What KL is measured from: the model that is named, or else a frozen copy of the policy.
+
+    With adapters no copy is needed; where KL costs nothing none is kept.
+    """
+    if config.ref_model is not None:
+        reference = load_policy(config.ref_model, policy.device, storage_of(config))
+        require_same_ids("--ref-model", reference, policy)
+        reference.module.requires_grad_(False)
+        return reference
+    if config.lora_rank:
+        return None
+    if config.kl_coef:
+        plan = kept(storage_of(config), policy.device, trained=False)
+        return replace(policy, module=frozen_copy(policy.module, plan))
+    if distributed.rank() == 0:
+        print(
+            "--kl-coef 0: no reference is kept, so no KL is logged; name a --ref-model to see it",
+            file=sys.stderr,
+        )
+    return None
 
 
 def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:
@@ -331,7 +349,7 @@ def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) 
 
 def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
     """`prefloop ppo`: trains and returns the finished run."""
-    run, device = loop.start(config, "ppo")
+    run, device = start(config, "ppo")
     with run:
         if run.finished:
             return run

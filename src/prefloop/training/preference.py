@@ -27,6 +27,8 @@ from prefloop.training import checkpoint, loop, rows
 from prefloop.training.kto import KTO
 from prefloop.training.method import LossSums, Step
 from prefloop.training.reference import Reference
+from prefloop.training.start import model_options, start
+from prefloop.training.step import evaluate
 
 
 class LogProbs(NamedTuple):
@@ -111,21 +113,13 @@ class Preference:
         cache: Path,
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
+        self.trained = {"policy": policy}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_examples = eval_examples
         self.pair_loss = None if config.loss == "plackett-luce" else PAIR_LOSSES[config.loss]
         self.reference = None
         if self.pair_loss is None or self.pair_loss.needs_reference:
             self.reference = Reference(config, policy, [*examples, *eval_examples], cache)
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"policy": self.policy}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
@@ -218,7 +212,7 @@ class Preference:
         """See Method."""
         mine = distributed.mine(self.eval_examples)
         batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
-        return loop.evaluate(self, batches, self.policy.device)
+        return evaluate(self, batches, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -241,11 +235,11 @@ class Preference:
 
 def run(config: DPOConfig) -> Run:
     """`prefloop dpo`: trains and returns the finished run."""
-    run, device = loop.start(config, "dpo")
+    run, device = start(config, "dpo")
     with run:
         if run.finished:
             return run
-        policy = load_policy(config.model, device, **loop.model_options(config))
+        policy = load_policy(config.model, device, **model_options(config))
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
         examples, held_out = rows.read_examples(config, kind, policy, run)
         rows.refuse_margins([*examples, *held_out], config.loss)

@@ -25,6 +25,8 @@ from prefloop.models.pieces import in_pieces, split_answers
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
 from prefloop.training.method import LossSums, Step
+from prefloop.training.start import model_options, start
+from prefloop.training.step import evaluate
 
 LEARN_FROM_TIES = ("rao-kupper", "davidson")  # losses to which ties are pairs, too
 STATISTICS_PROMPTS = 512  # training prompts whose answers give the stored mean and deviation
@@ -43,19 +45,11 @@ class Reward:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.scorer, self.examples = config, scorer, examples
+        self.trained = {"scorer": scorer}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_batches = pack_all(
             distributed.mine(eval_examples), config.micro_batch_tokens, not scorer.packed
         )
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"scorer": self.scorer}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
@@ -107,7 +101,7 @@ class Reward:
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""
-        return loop.evaluate(self, self.eval_batches, self.scorer.device)
+        return evaluate(self, self.eval_batches, self.scorer.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,11 +143,11 @@ def _strict_pairs(example: Example) -> int:
 
 def run(config: RewardConfig) -> Run:
     """`prefloop reward`: trains and returns the finished run."""
-    run, device = loop.start(config, "reward")
+    run, device = start(config, "reward")
     with run:
         if run.finished:
             return run
-        scorer = load_scorer(config.model, device, seed=config.seed, **loop.model_options(config))
+        scorer = load_scorer(config.model, device, seed=config.seed, **model_options(config))
         # What is trained now is scored as Transformers does, whatever it began from.
         setattr(scorer.config, SCORE_POSITION, "rendered")
         scorer.encoder.trains = True

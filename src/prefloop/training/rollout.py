@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,33 +16,22 @@ from torch.nn.utils.rnn import pad_sequence
 from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data.batches import to_batches
-from prefloop.data.tokenize import Example
+from prefloop.data.tokenize import Example, with_answers
 from prefloop.generation.protocol import RolloutEngine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.losses.kl import k1
 from prefloop.models import adapters
-from prefloop.models.heads import answer_log_probs, answer_scores, token_values
+from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
-from prefloop.records import Prompt, text_to_json
-from prefloop.rewards.functions import FunctionJudge, columns_of
+from prefloop.records import text_to_json
 from prefloop.rewards.health import distinct_n
-from prefloop.rewards.judges import Judge
+from prefloop.rewards.scorers import Scorer
 from prefloop.training.rows import Prompts
 
 LOGGED_SAMPLES = 4  # of each iteration, in samples.jsonl
 TENSORS = ("mask", "log_probs", "ref_log_probs", "advantages", "values", "returns")
-
-
-class Scored(NamedTuple):
-    """A score an answer, and where several functions make it, each one's own, by its name."""
-
-    scores: list[float]
-    parts: Mapping[str, list[float]]
-
-
-Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Example]], Scored]
 
 
 @dataclass(frozen=True)
@@ -87,62 +76,10 @@ class Rollouts:
         return cls(examples, *columns)  # type: ignore[arg-type]
 
 
-def with_answers(prompt: Example, answers: Sequence[Sequence[int]]) -> Example:
-    """A prompt with answers, all of whose tokens are in the loss."""
-    return Example(
-        prompt.prompt,
-        tuple(tuple(answer) for answer in answers),
-        tuple((True,) * len(answer) for answer in answers),
-        index=prompt.index,
-        where=prompt.where,
-    )
-
-
 def padded(flat: Tensor, examples: Sequence[Example]) -> Tensor:
     """Values of answer tokens [N], in order, as [B, T] with zeros behind."""
     lengths = [len(answer) for example in examples for answer in example.answers]
     return pad_sequence(list(flat.split(lengths)), batch_first=True)
-
-
-def token_scorer(scorer: LoadedModel, config: PPOConfig, stops: frozenset[int]) -> Scorer:
-    """Scores of the sampled tokens themselves, by a reward model with the policy's tokenizer.
-
-    In a chat what its template prints after an answer follows those that stopped, if it reads so.
-    """
-
-    @torch.no_grad()
-    def score(
-        prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
-    ) -> Scored:
-        scores: list[float] = []
-        read = []
-        for example, prompt in zip(examples, prompts[:: config.samples_per_prompt], strict=True):
-            chat = not isinstance(prompt.prompt, str)
-            tails = [chat and answer[-1] in stops for answer in example.answers]
-            whole = map(scorer.encoder.with_tail, example.answers, tails)
-            read.append(with_answers(example, list(whole)))
-        most, wide = config.micro_batch_tokens, not scorer.packed
-        for batch in to_batches(split_answers(read, most, wide), most, scorer.device, wide):
-            scores += answer_scores(scorer, batch).tolist()
-        return Scored(scores, {})
-
-    return score
-
-
-def text_scorer(judge: Judge, stop_token_ids: frozenset[int]) -> Scorer:
-    """Scores of the answers' text, by Python functions or a model with another tokenizer."""
-
-    def score(
-        prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
-    ) -> Scored:
-        asked, columns = [p.prompt for p in prompts], columns_of([p.extra for p in prompts])
-        if isinstance(judge, FunctionJudge):
-            parts = judge.parts(asked, completions, columns)
-            return Scored(judge.weighted(parts), parts if len(parts) > 1 else {})
-        ended = [answer[-1] in stop_token_ids for e in examples for answer in e.answers]
-        return Scored(judge(asked, completions, ended, columns), {})
-
-    return score
 
 
 @dataclass
@@ -212,7 +149,7 @@ class Sampler:
     config: PPOConfig
     policy: LoadedModel
     critic: LoadedModel | None
-    reference: LoadedModel | None  # None: the policy without adapters, if it has any and KL costs
+    reference: LoadedModel | None  # None: the policy without its adapters, if it has any
     scorer: Scorer
     stop_token_ids: frozenset[int]
     engine: RolloutEngine
@@ -279,7 +216,7 @@ class Sampler:
 
     def _forward_passes(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None, Tensor]:
         config, device = self.config, self.policy.device
-        without_adapters = config.kl_coef > 0 and adapters.has_adapters(self.policy.module)
+        without_adapters = adapters.has_adapters(self.policy.module)
         new: list[Tensor] = []
         old: list[Tensor] = []
         values: list[Tensor] = []

@@ -19,6 +19,8 @@ from prefloop.models.model import LoadedModel
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, rows
 from prefloop.training.method import LossSums, Step
+from prefloop.training.start import model_options, start
+from prefloop.training.step import evaluate
 
 
 class SFT:
@@ -34,19 +36,11 @@ class SFT:
         eval_examples: list[Example],
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
+        self.trained = {"policy": policy}
+        self.total_steps = rows.total_steps(config, len(examples))
         self.eval_batches = pack_all(
             distributed.mine(eval_examples), config.micro_batch_tokens, not policy.packed
         )
-
-    @property
-    def trained(self) -> Mapping[str, LoadedModel]:
-        """See Method."""
-        return {"policy": self.policy}
-
-    @property
-    def total_steps(self) -> int:
-        """See Method."""
-        return rows.total_steps(self.config, len(self.examples))
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
@@ -66,7 +60,7 @@ class SFT:
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""
-        return loop.evaluate(self, self.eval_batches, self.policy.device)
+        return evaluate(self, self.eval_batches, self.policy.device)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,11 +81,11 @@ class SFT:
 
 def run(config: SFTConfig) -> Run:
     """`prefloop sft`: trains and returns the finished run."""
-    run, device = loop.start(config, "sft")
+    run, device = start(config, "sft")
     with run:
         if run.finished:
             return run
-        policy = load_policy(config.model, device, **loop.model_options(config))
+        policy = load_policy(config.model, device, **model_options(config))
         examples, held_out = rows.read_examples(
             config, "demonstration", policy, run, config.train_on
         )

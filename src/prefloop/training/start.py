@@ -1,0 +1,47 @@
+"""How a training command begins: checks, ranks, seeds, the run directory, the model's options."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from prefloop import distributed
+from prefloop.config import TrainingConfig
+from prefloop.config.checks import validate
+from prefloop.config.ranges import template_arguments
+from prefloop.models.load import pick_device
+from prefloop.models.model import ModelOptions
+from prefloop.models.weights import storage_of
+from prefloop.runs import Run
+
+
+def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
+    """Checks settings, joins the ranks, seeds, opens the run directory, says where to compute."""
+    validate(config)
+    device = pick_device(distributed.local_device(config.device))
+    distributed.start(device)
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)  # ours take none of these two; a user's reward function may
+    np.random.seed(config.seed % 2**32)
+    if distributed.world() > 1:  # every rank sees the directory as it was before the first writes
+        run = Run.open(config, command, writes=False)
+        distributed.barrier()
+        if distributed.rank() > 0:
+            return run, device
+    run = Run.open(config, command)
+    run.record["device"] = str(device)
+    return run, device
+
+
+def model_options(config: TrainingConfig) -> ModelOptions:
+    """What of the settings concerns the loading of a trained model."""
+    return {
+        "storage": storage_of(config),
+        "trained": True,
+        "lora_rank": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "template_args": template_arguments(config.template_args),
+    }
