@@ -267,6 +267,7 @@ def _prepare_training(
     module, source = model.hf, model.source
     if gradient_checkpointing:
         _enable_checkpointing(module)
+        model.lean = replace(model.lean, recompute=True) if model.lean else None
     if lora_rank:
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
         model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
