@@ -216,13 +216,14 @@ def _decode(
 
 
 def _cast_by_autocast(module: nn.Module, packed: Packed) -> list[nn.Parameter]:
-    """Frozen parameters in float32, but for those of packed layers."""
-    known = {id(p) for layer in packed.layers for p in layer.parameters(recurse=False)}
-    return [
-        p
-        for p in module.parameters()
-        if p.dtype == torch.float32 and not p.requires_grad and id(p) not in known
-    ]
+    """Frozen float32 parameters of the layers that multiply by them, but for packed ones."""
+    found: list[nn.Parameter] = []
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if part in packed.layers or isinstance(part, nn.Embedding) or all(p.ndim < 2 for p in own):
+            continue
+        found += [p for p in own if p.dtype == torch.float32 and not p.requires_grad]
+    return found
 
 
 def in_process(config: EngineConfig, model: LoadedModel) -> RolloutEngine:
