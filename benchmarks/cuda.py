@@ -127,10 +127,9 @@ def load(shape: str) -> LoadedModel:
     with torch.no_grad():
         selftest.choose_path(model)
     model.dtype = "bfloat16"
-    lean = sum("forward" in vars(m) for m in module.modules())
     spent = time.perf_counter() - start
     print(
-        f"{shape}: packed {model.packed}, FlashAttention {model.varlen}, {lean} lean parts; "
+        f"{shape}: packed {model.packed}, FlashAttention {model.varlen}, {model.lean}; "
         f"self-test {spent:.1f} s",
         flush=True,
     )
@@ -287,11 +286,8 @@ def generate(model: LoadedModel, prompts: list[list[int]]) -> None:
 def as_it_came(hf: Any) -> Iterator[None]:
     """Within it, the model computes as Transformers does, with sdpa."""
     before = hf.config._attn_implementation
-    lean = {part: vars(part).pop("forward") for part in hf.modules() if "forward" in vars(part)}
     hf.set_attn_implementation("sdpa")
     try:
         yield
     finally:
         hf.set_attn_implementation(before)
-        for part, forward in lean.items():
-            part.forward = forward

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from prefloop.data.batches import pack
@@ -209,6 +211,43 @@ def test_bfloat16_stays_near_and_leaves_nothing_behind() -> None:
     assert first[0] != first[1]
     assert not torch.is_autocast_enabled("cpu")
     assert all(p.dtype == torch.float32 for p in model.module.parameters())
+
+
+def asked_for_gradients(model: LoadedModel, dtype: Any) -> set[str]:
+    """Parameters that require one only while answers are written."""
+    before = {n for n, p in model.module.named_parameters() if p.requires_grad}
+    meanwhile: set[str] = set()
+
+    def look(_: Tensor) -> None:
+        meanwhile.update(n for n, p in model.module.named_parameters() if p.requires_grad)
+
+    Engine(replace(model, dtype=dtype), 4).generate(PROMPTS, 1, GREEDY, seed=0, on_tokens=look)
+    assert before == {n for n, p in model.module.named_parameters() if p.requires_grad}
+    return meanwhile - before
+
+
+def test_autocast_keeps_the_casts_of_frozen_weights_that_are_not_packed() -> None:
+    """Those are GPT-2's, which are no linear layers of torch's; nothing is cast in float32."""
+    packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for arch, count in (("llama", 0 if packs else 15), ("gpt2", 16 if packs else 17)):
+        model = policy(arch, lora_rank=2)  # type: ignore[arg-type]
+        assert asked_for_gradients(model, "float32") == set()
+        assert len(asked_for_gradients(model, "bfloat16")) == count
+
+
+def test_weights_kept_in_bfloat16() -> None:
+    """They give the answers of float32 weights that autocast would round to them, and no casts."""
+    kept, rounded = policy(), policy()
+    for short, masters in zip(kept.module.modules(), rounded.module.modules(), strict=True):
+        if isinstance(short, nn.Linear | nn.Embedding):
+            short.to(torch.bfloat16).requires_grad_(False)
+            masters.weight.data = short.weight.data.float()  # type: ignore[union-attr]
+    rows = [
+        Engine(replace(m, dtype="bfloat16"), 4).generate(PROMPTS, 2, WARM, seed=0)
+        for m in (kept, rounded)
+    ]
+    assert rows[0] == rows[1]
+    assert asked_for_gradients(kept, "bfloat16") == set()
 
 
 def test_told_of_each_answer_as_it_ends() -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from prefloop.generation import engine, graphs
-from prefloop.generation.cache import DecodePlan, SlotCache
+from prefloop.generation.cache import SlotCache
 from prefloop.generation.engine import Engine
 from prefloop.generation.graphs import Graphs
 from prefloop.generation.sampler import Sampling
@@ -104,44 +104,36 @@ def test_answers_are_the_same(
         torch.testing.assert_close(probs[0], probs[1], atol=1e-5 if exact else 0.1, rtol=0)
 
 
-def test_steps_are_replayed(used: list[Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_replayed(used: list[Graphs]) -> None:
     """A graph for 4 slots and one more when the room has grown serve all steps but those two."""
     model = policy()
-    engine = Engine(model, 4)
-    runs = 0
-    base = engine._base
-
-    def counted(*args: Any) -> Tensor:
-        nonlocal runs
-        runs += 1
-        return base(*args)
-
-    monkeypatch.setattr(engine, "_base", counted)
-    engine.generate([PROMPTS[0]], 4, Sampling(max_new_tokens=60), seed=0)
-    assert runs == 1 + 2 * 2  # a prefill; each graph's first step, plain and recorded
+    runs: list[int] = []
+    model.base.embed_tokens.register_forward_pre_hook(lambda *_: runs.append(1))
+    Engine(model, 4).generate([PROMPTS[0]], 4, Sampling(max_new_tokens=60), seed=0)
+    assert len(runs) == 1 + 2 * 2  # a prefill; each graph's first step, plain and recorded
 
 
 @pytest.mark.parametrize("why", ["reads a number", "gives other numbers"])
 def test_what_cannot_be_recorded_is_not(
-    why: str, used: list[Graphs], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    why: str, used: list[Graphs], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The steps are then taken one by one, and the answers are the same."""
     model = policy()
     expected = Engine(model, 4).generate(PROMPTS, 2, WARM, seed=3)
     used.clear()
-    plain, runs = Engine._base, 0
+    runs: list[int] = []
 
-    def base(self: Engine, tokens: Tensor, positions: Tensor, plan: Any) -> Tensor:
-        nonlocal runs
-        runs += isinstance(plan, DecodePlan)
-        if why == "gives other numbers" and runs == 2:  # while it is recorded
-            tokens = tokens + 1
-        hidden = plain(self, tokens, positions, plan)
-        if why == "reads a number":
-            assert bool(hidden.isfinite().all())
-        return hidden
+    def others(part: Any, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        runs.append(1)  # the prefill, a step, and that step recorded
+        return (args[0] + 1,) if len(runs) == 3 else None
 
-    monkeypatch.setattr(Engine, "_base", base)
+    def reads(part: Any, args: Any, output: Tensor) -> None:
+        assert bool(output.isfinite().all())
+
+    if why == "reads a number":
+        model.base.norm.register_forward_hook(reads)
+    else:
+        model.base.embed_tokens.register_forward_pre_hook(others)
     assert Engine(model, 4).generate(PROMPTS, 2, WARM, seed=3) == expected
     assert not used[0].works
     assert not used[0].recorded

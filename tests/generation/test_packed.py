@@ -1,13 +1,19 @@
-"""Linear layers packed for generation: the same products, and plain layers again afterwards."""
+"""Linear layers packed for generation: the same products as by the layers themselves."""
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from prefloop.data.batches import pack
-from prefloop.generation.packed import packed_linears
+from prefloop.generation.engine import Engine
+from prefloop.generation.packed import Packed, pack_linears
+from prefloop.generation.sampler import Sampling
 from prefloop.models import adapters, heads
+from prefloop.models.attention.plan import PackedPlan
+from prefloop.models.lean import Stack, forward_of
 from tests.models.plain import (
+    CPU,
     assert_close,
     loaded,
     plain_log_probs,
@@ -17,67 +23,108 @@ from tests.models.plain import (
 from tests.tiny import tiny_model
 
 
-def hidden(model, ids):
-    """Through the norms and MLPs of all layers, without attention."""
-    x = model.hf.get_input_embeddings()(ids)
-    for layer in model.base.layers:
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.hf.lm_head(x)
+def logits(model, packed=None):
+    """Of a stream, as an engine computes them."""
+    packed, batch = packed or Packed(), pack(random_examples())
+    forward = forward_of(model.base, model.lean, packed.linears)
+    head = packed.linears.of(model.hf.get_output_embeddings())
+    with packed.among_others():
+        plan = PackedPlan(batch.segments, CPU)
+        hidden = forward(batch.input_ids, batch.position_ids, plan)
+        return heads.logits(model, hidden, head)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+def counts(packed):
+    """Layers joined, handed to the stack on their own, and multiplied for whoever calls them."""
+    linears = packed.linears
+    return [len(linears.joined), len(linears.single), len(packed.others)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    {"llama": [4, 5, 0], "qwen3": [4, 5, 0], "gemma3": [0, 1, 14], "gpt2": [0, 1, 0]}.items(),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_products_are_the_same(arch, dtype):
+def test_products_are_the_same(arch, expected, dtype):
+    """Two layers: q, k, v and gate, up joined; o, down and the head alone. GPT-2 has no others."""
     model = loaded(tiny_model(arch))
-    ids = torch.arange(7)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        plain = hidden(model, ids)
-        with packed_linears(model.hf, dtype):
-            packed = hidden(model, ids)
-        again = hidden(model, ids)
-    assert packed.dtype == plain.dtype
+        packed = pack_linears(model, dtype)
+        assert counts(packed) == expected
+        plain, ours = logits(model), logits(model, packed)
+        again = logits(model)
     bound = 0.05 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(packed, plain, atol=bound, rtol=bound)
+    assert_close(ours, plain, bound)
     assert torch.equal(again, plain)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@torch.no_grad()
+def test_nothing_else_multiplies(arch):
+    """In a stack, in modules that are called, in the head: the layers' own weights are unread."""
+    model = loaded(tiny_model(arch, tie_word_embeddings=False))
+    packed = pack_linears(model, torch.float32)
+    expected = logits(model, packed)
+    for layer in packed.layers:
+        layer.weight.fill_(torch.nan)
+    assert torch.equal(logits(model, packed), expected)
 
 
 @torch.no_grad()
 def test_changed_weights_are_packed_anew():
     model = loaded(tiny_model("llama"))
-    ids = torch.arange(7)
-    with packed_linears(model.hf, torch.float32):
-        before = hidden(model, ids)
+    before = logits(model, pack_linears(model, torch.float32))
     for parameter in model.trainable():
         parameter.mul_(1.1)
-    with packed_linears(model.hf, torch.float32):
-        after = hidden(model, ids)
-    torch.testing.assert_close(after, hidden(model, ids), atol=1e-5, rtol=1e-5)
+    after = logits(model, pack_linears(model, torch.float32))
+    assert_close(after, logits(model), 1e-5)
     assert not torch.allclose(before, after, rtol=1e-2)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
 @torch.no_grad()
-def test_adapters_still_count():
-    """Only plain layers are joined; an adapter's base is packed on its own."""
-    model = loaded(tiny_model("llama"))
-    model.module = adapters.add_lora(model.hf, 4, 8.0)
-    for name, parameter in model.module.named_parameters():
+def test_adapters_still_count(arch):
+    """The one that is on when the layers are packed, over the packed base; off, the base alone."""
+    model = loaded(tiny_model(arch))
+    module = model.module = adapters.add_lora(model.hf, 4, 8.0)
+    module.add_adapter("other", module.peft_config["default"])
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    ids = torch.arange(7)
-    plain = hidden(model, ids)
-    with adapters.without_adapters(model.module):
-        base = hidden(model, ids)
-    with packed_linears(model.module, torch.float32):
-        packed = hidden(model, ids)
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(base, plain, rtol=1e-2)
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+    found = []
+    for name in ("default", "other"):
+        module.set_adapter(name)
+        packed = pack_linears(model, torch.float32)
+        found.append(logits(model, packed))
+        assert_close(found[-1], logits(model), 1e-5)
+    with adapters.without_adapters(module):
+        packed = pack_linears(model, torch.float32)
+        found.append(logits(model, packed))
+        assert_close(found[-1], logits(model), 1e-5)
+    assert len(packed.linears.single) == (15 if arch == "llama" else 1)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(found[i], found[j], rtol=1e-2)
+
+
+@torch.no_grad()
+def test_adapters_of_another_kind_are_called():
+    """DoRA scales what it adds to: its layers compute themselves."""
+    model = loaded(tiny_model("llama"))
+    config = LoraConfig(r=4, target_modules=["v_proj", "up_proj"], use_dora=True)
+    with adapters.quiet():
+        model.module = get_peft_model(model.hf, config)
+    for name, parameter in model.module.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter += 0.1
+    packed = pack_linears(model, torch.float32)
+    assert counts(packed)[:2] == [0, 11]  # 2 x (q, k, o, gate, down) and the head
+    assert_close(logits(model, packed), logits(model), 1e-5)
 
 
 def test_other_types_are_left_alone():
-    model = loaded(tiny_model("llama"))
-    with packed_linears(model.hf, torch.float64):
-        assert "forward" not in vars(model.hf.lm_head)
+    assert pack_linears(loaded(tiny_model("llama")), torch.float64) == Packed()
 
 
 PARTS = [
@@ -110,11 +157,43 @@ def test_hooked_parts_are_called(name, before):
     for hf in (model.hf, plain):
         part = hf.model.layers[1].get_submodule(name)
         part.register_forward_pre_hook(halved) if before else part.register_forward_hook(halved)
-    batch = pack(random_examples())
-    with packed_linears(model.hf, torch.float32):
-        ours = heads.answer_log_probs(model, batch)
+    ours = logits(model, pack_linears(model, torch.float32))
     assert seen
+    rows = pack(random_examples()).paths()
+    ids = pack(random_examples()).input_ids
+    for path in rows:
+        assert_close(ours[path], plain(input_ids=ids[path][None]).logits[0], 1e-4)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_hooked_parts_are_called_in_training(trains):
+    model, plain = with_plain_twin(tiny_model("llama"))
+    for hf in (model.hf, plain):
+        hf.model.layers[1].mlp.register_forward_hook(lambda part, args, output: output / 2)
+    assert not isinstance(forward_of(model.base, model.lean), Stack)
+    with torch.set_grad_enabled(trains):
+        ours = heads.answer_log_probs(model, pack(random_examples()))
     assert_close(ours, plain_log_probs(plain, random_examples()), 1e-4)
+
+
+def test_an_engine_looks_for_hooks_once():
+    """At the start of a generation, not in each of its steps."""
+    model = loaded(tiny_model("llama"))
+    looks = []
+
+    class Looked(dict):
+        def __bool__(self):
+            looks.append(1)
+            return False
+
+    model.base.layers[0]._forward_hooks = Looked()
+    counted = []
+    for tokens in (2, 20):
+        looks.clear()
+        sampling = Sampling(max_new_tokens=tokens, temperature=1.0, stop_token_ids=frozenset())
+        Engine(model, 2).generate([(5, 6, 7), (8,)], 1, sampling, seed=0)
+        counted.append(len(looks))
+    assert counted[0] == counted[1] > 0
 
 
 @torch.no_grad()
@@ -128,8 +207,9 @@ def test_weights_of_other_kinds_are_left_alone():
     part = model.hf.model.layers[0]
     part.mlp.up_proj.weight = Sharded(part.mlp.up_proj.weight.data)
     part.input_layernorm.weight = Sharded(part.input_layernorm.weight.data)
-    with packed_linears(model.hf, torch.float32):
-        assert "joined" not in vars(part.mlp) and "forward" not in vars(part.mlp.up_proj)
-        assert "joined" in vars(part.self_attn)
-        ours = heads.answer_log_probs(model, pack(random_examples()))
+    packed = pack_linears(model, torch.float32)
+    assert part.mlp.up_proj not in packed.layers and part.mlp not in packed.linears.joined
+    assert part.self_attn in packed.linears.joined and part.mlp.gate_proj in packed.layers
+    assert_close(logits(model, packed), logits(model), 1e-5)
+    ours = heads.answer_log_probs(model, pack(random_examples()))
     assert_close(ours, plain_log_probs(plain, random_examples()), 1e-4)

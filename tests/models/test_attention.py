@@ -18,8 +18,10 @@ from tests.models.plain import (
     assert_close,
     assert_same_gradients,
     gradients,
+    loaded,
     plain_log_probs,
     random_examples,
+    tiny_scorer,
     varlen_by_hand,
     with_plain_twin,
 )
@@ -226,3 +228,29 @@ def test_the_cache_keeps_every_layers_keys():
     assert list(plan.cache) == [5]
     assert torch.equal(plan.cache[5][0], k)
     assert torch.equal(plan.cache[5][1], v)
+
+
+def test_the_plan_of_a_batch_is_made_once():
+    """For all models and passes that read it; anew where the batch is moved."""
+    policy, critic = loaded(tiny_model("llama")), loaded(tiny_scorer("qwen3"))
+    batch = pack(random_examples())
+    numbers = [heads.answer_log_probs(policy, batch)]
+    (plan,) = batch.plans.values()
+    numbers += [heads.token_values(critic, batch), heads.answer_log_probs(policy, batch)]
+    assert list(batch.plans.values()) == [plan]
+    assert attention.plan_of(batch, varlen=False) is plan
+    moved = batch.to("cpu")
+    assert moved.plans == {}
+    assert torch.equal(heads.token_values(critic, moved), numbers[1])
+    assert torch.equal(numbers[0], numbers[2])
+
+
+def test_each_form_of_attention_has_a_plan():
+    """FlashAttention under autocast where the model may take it, and other attention beside it."""
+    batch = pack(random_examples())
+    plain = attention.plan_of(batch, varlen=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        flash = attention.plan_of(batch, varlen=True)
+        assert attention.plan_of(batch, varlen=False) is plain
+        assert attention.plan_of(batch, varlen=True) is flash
+    assert isinstance(flash.form, Varlen) and not isinstance(plain.form, Varlen)

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    MixtralConfig,
+    OlmoConfig,
+    Phi3Config,
+)
 
 from prefloop.data.batches import pack
 from prefloop.models import heads, lean
@@ -54,10 +61,12 @@ def test_rotation_by_hand():
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3"])
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_models_keep_their_numbers(arch, bfloat16):
-    """Forward the same bits as with the plain modules in their places, and the same gradients."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_models_keep_their_numbers(arch, bfloat16, recompute):
+    """Forward the same bits as by Transformers' modules, and the same gradients."""
     model, _ = with_plain_twin(tiny_model(arch))
-    assert lean_modules(model.hf)
+    assert model.lean == lean.Lean()
+    model.lean = lean.Lean(recompute=recompute)
     batch = pack(random_examples())
 
     def run():
@@ -68,34 +77,98 @@ def test_models_keep_their_numbers(arch, bfloat16):
     by_ours = gradients(model.hf, ours)
     with torch.no_grad():
         assert torch.equal(run(), ours)
-    parts = lean.lean_parts(model.hf)
-    lean.make_plain(parts + lean.lean_models(model.hf, parts))
-    assert not lean_modules(model.hf)
+    model.lean = None
     theirs = run()
     assert torch.equal(ours, theirs)
     assert_same_gradients(by_ours, gradients(model.hf, theirs), 2e-2 if bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "gpt2"])
-def test_models_with_other_parts_keep_them(arch):
-    """Gemma's norms add one to their weights and feed the residual; GPT-2 has neither part."""
-    model, _ = with_plain_twin(tiny_model(arch))
-    assert lean_modules(model.hf) == []
+def test_layers_are_recomputed():
+    """Of a layer's activations nothing is kept: the backward pass calls its linear layers again."""
+    model = loaded(tiny_model("llama"))
+    calls = []
+    model.base.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    for recompute, after_forward, after_backward in ((False, 1, 1), (True, 1, 2)):
+        calls.clear()
+        model.lean = replace(model.lean, recompute=recompute)
+        numbers = heads.answer_log_probs(model, pack(random_examples()))
+        assert len(calls) == after_forward
+        numbers.sum().backward()
+        assert len(calls) == after_backward
 
 
-def test_a_stack_that_adds_otherwise_keeps_its_own_forward():
-    """Granite weighs what a layer adds; its parts are Llama's."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "residual_multiplier": 0.5}
-    tokens = {"vocab_size": 268, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = loaded(GraniteForCausalLM(GraniteConfig(**shape, **heads, **tokens)).eval())
-    assert "forward" in vars(loaded(tiny_model("llama")).base)
-    assert "forward" not in vars(model.base)
-    assert len(lean_modules(model.hf)) == 8
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 268}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+SHAPE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+PARTLY = {
+    "granite": (GraniteConfig(**SHAPE, residual_multiplier=0.5, embedding_multiplier=2.0), "all"),
+    "mixtral": (MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1), "attention"),
+    "phi3": (Phi3Config(**SHAPE), "norms"),
+    "olmo": (OlmoConfig(**SHAPE), "attention, mlp"),
+    "gemma3": (tiny_model("gemma3").config, "nothing"),
+    "gpt2": (tiny_model("gpt2").config, "nothing"),
+}
+"""Granite weighs what a layer adds. Experts, fused projections and layer norms are called. Gemma 3
+has norms behind its parts, too; GPT-2 has no such part."""
 
 
-def lean_modules(hf):
-    return [part for part in hf.modules() if "forward" in vars(part)]
+@pytest.mark.parametrize(("config", "what"), PARTLY.values(), ids=PARTLY)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_models_are_lean_where_they_can_be(config, what, bfloat16):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = loaded(module.eval())
+    assert found_lean(model) == what
+    batch = pack(random_examples())
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return heads.answer_log_probs(model, batch)
+
+    ours = run()
+    by_ours = gradients(model.hf, ours)
+    with torch.no_grad():
+        assert torch.equal(run(), ours)
+    model.lean = None
+    theirs = run()
+    assert torch.equal(ours, theirs)
+    assert_same_gradients(by_ours, gradients(model.hf, theirs), 2e-2 if bfloat16 else 1e-5)
+
+
+def found_lean(model):
+    """What the stack of a model computes itself."""
+    forward = lean.forward_of(model.base, model.lean)
+    if not isinstance(forward, lean.Stack):
+        return "nothing"
+    layer = forward.layers[0]
+    parts = {
+        "norms": getattr(layer.norms[0], "func", None) is lean._rms_norm,
+        "attention": isinstance(layer.attention, lean.Attention),
+        "mlp": isinstance(layer.mlp, lean.MLP),
+    }
+    names = [name for name, ours in parts.items() if ours]
+    if names == ["norms", "attention"]:  # a norm is that of the attention behind it
+        names = ["attention"]
+    return "all" if len(names) == 3 else ", ".join(names)
+
+
+def test_weights_kept_in_bfloat16():
+    """Linear layers and embeddings as autocast would round them give autocast's bits."""
+    model = loaded(tiny_model("llama"))
+    kept, rounded = (copy.deepcopy(model.module) for _ in range(2))
+    for masters, short in zip(rounded.modules(), kept.modules(), strict=True):
+        if isinstance(short, nn.Linear | nn.Embedding):
+            short.to(torch.bfloat16)
+            masters.weight.data = short.weight.data.float()
+    batch = pack(random_examples())
+    for form in (lean.Lean(), None):
+        found = []
+        for module in (rounded, kept):
+            how = replace(model, module=module, lean=form, dtype="bfloat16")
+            found.append(heads.hidden_states(how, batch))
+        assert found[1].dtype == torch.float32
+        assert torch.equal(*found)
 
 
 def test_a_saved_model_has_the_names_of_the_plain_one(tmp_path):

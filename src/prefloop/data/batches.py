@@ -10,8 +10,9 @@ in the stream once however many answers it has:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class TokenBatch:
     answer_example: Tensor  # [A] the example each answer belongs to
     answer_segment: tuple[int, ...]  # [A] segment of each answer
     examples: tuple[Example, ...]
+    plans: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Attention plans by their form, made once for all that read the batch."""
 
     @property
     def tokens(self) -> int:
@@ -94,13 +97,16 @@ class TokenBatch:
         return margins.view(-1, 1, 1).to(self.input_ids.device)
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`.
+
+        Plans stay behind, so that they live no longer than what was moved for the computation.
+        """
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return TokenBatch(**{**vars(self), **moved})
+        return TokenBatch(**{**vars(self), **moved, "plans": {}})
 
 
 def rows_of_path(segments: Sequence[Segment], index: int) -> list[int]:

@@ -9,25 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefloop.data.batches import Segment
 from prefloop.errors import UserError
 from prefloop.generation.cache import GPU_GROWTH, GROWTH, DecodePlan, SlotCache
 from prefloop.generation.graphs import as_graphs
-from prefloop.generation.packed import packed_linears
+from prefloop.generation.packed import Packed, pack_linears
 from prefloop.generation.protocol import EngineConfig, Prompts, RolloutEngine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.generation.scheduler import Request, Scheduler
 from prefloop.generation.slots import Drawn, Prefill, Slots
 from prefloop.models.attention.plan import PackedPlan
 from prefloop.models.heads import logits
+from prefloop.models.lean import Forward, forward_of
 from prefloop.models.model import LoadedModel
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as Transformers' models call theirs
+
+
+class Live(NamedTuple):
+    """The model as one generation runs it."""
+
+    forward: Forward
+    logits: Callable[[Tensor], Tensor]  # of hidden states [N, D]
 
 
 class Engine:
@@ -62,8 +70,8 @@ class Engine:
             Drawn, sampling, seed, numbers or range(len(prompts)), self.model.device, on_tokens
         )
         loop = self._packed if self.model.packed else self._padless
-        with self._inference():
-            for sample in loop(prompts, n, new_drawn):
+        with self._inference() as live:
+            for sample in loop(live, prompts, n, new_drawn):
                 done[sample.prompt_index, sample.sample_index] = sample
                 if on_done is not None:
                     on_done(sample)
@@ -82,46 +90,33 @@ class Engine:
             self.model.check_length(len(prompt) + sampling.max_new_tokens)
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients, the module's mode put back afterwards.
+    def _inference(self) -> Iterator[Live]:
+        """The model in evaluation mode without gradients, its mode put back afterwards.
 
         One autocast around it all, so that each weight is cast once and not once a step; autocast
-        keeps the casts only of parameters that require a gradient, so all do meanwhile.
+        keeps the casts only of parameters that require a gradient, so those that it casts do
+        meanwhile.
         """
-        module, training = self.model.module, self.model.module.training
-        products = torch.bfloat16 if self.model.dtype == "bfloat16" else self.model.hf.dtype
-        frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
+        model, module, training = self.model, self.model.module, self.model.module.training
+        enabled, head = model.dtype == "bfloat16", model.hf.get_output_embeddings()
         module.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        cast: list[nn.Parameter] = []
         try:
-            with (
-                torch.no_grad(),
-                self.model.computing(),
-                packed_linears(module, products),
-            ):
-                yield
+            with torch.no_grad(), model.computing():
+                packed = pack_linears(model, torch.bfloat16 if enabled else model.hf.dtype)
+                cast += _cast_by_autocast(module, packed) if enabled else []
+                for parameter in cast:
+                    parameter.requires_grad_(True)
+                with packed.among_others():
+                    forward = forward_of(model.base, model.lean, packed.linears)
+                    yield Live(forward, partial(logits, model, head=packed.linears.of(head)))
         finally:
-            for parameter in frozen:
+            for parameter in cast:
                 parameter.requires_grad_(False)
             module.train(training)
 
-    def _base(self, rows: Tensor, positions: Tensor, plan: PackedPlan | DecodePlan) -> Tensor:
-        """Last hidden states [T, D] of a stream of tokens [T]."""
-        output = self.model.base(
-            input_ids=rows.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            attention_plan=plan,
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
-
-    def _decode(self, cache: SlotCache, tokens: Tensor, positions: Tensor, length: int) -> Tensor:
-        """See graphs.Step."""
-        return self._base(tokens, positions, DecodePlan(cache, positions, length))
-
     def _packed(
-        self, prompts: Prompts, n: int, new_drawn: Callable[[int], Drawn]
+        self, live: Live, prompts: Prompts, n: int, new_drawn: Callable[[int], Drawn]
     ) -> Iterator[Sample]:
         """Continuous batching over packed prompts and slots."""
         device = self.model.device
@@ -136,24 +131,24 @@ class Engine:
             Scheduler([len(p) for p in prompts], n, count, self.prefill_tokens),
             cache,
             new_drawn(count),
-            as_graphs(partial(self._decode, cache), cache, device),
+            as_graphs(partial(_decode, live.forward, cache), cache, device),
             lengths=torch.zeros(count, dtype=torch.long, device=device),
         )
         while slots.scheduler.unfinished:
-            yield from self._step(slots)
+            yield from self._step(live, slots)
 
-    def _step(self, slots: Slots) -> list[Sample]:
+    def _step(self, live: Live, slots: Slots) -> list[Sample]:
         """One token for every slot; the answers that end with it."""
         scheduler = slots.scheduler
         # 1. Free slots take the next samples; their prompts are computed when none is ready.
         while scheduler.free:
             if group := scheduler.next_prefill():
-                slots.prefill = self._prefill(group, [slots.prompts[i] for i in group])
+                slots.prefill = self._prefill(live, group, [slots.prompts[i] for i in group])
             if not (admitted := scheduler.admit()):
                 break
             slots.admit(admitted)
         # 2. Every slot draws a token; the answers that end with it are handed out.
-        tokens, ended = slots.drawn.step(logits(self.model, torch.cat(slots.hidden)))
+        tokens, ended = slots.drawn.step(live.logits(torch.cat(slots.hidden)))
         done = [
             slots.drawn.sample(slot, scheduler.active[slot], self.weights_version) for slot in ended
         ]
@@ -168,7 +163,7 @@ class Engine:
             slots.lengths[:count] += 1
         return done
 
-    def _prefill(self, indices: Sequence[int], prompts: Prompts) -> Prefill:
+    def _prefill(self, live: Live, indices: Sequence[int], prompts: Prompts) -> Prefill:
         """Computes these prompts as one packed stream."""
         device = self.model.device
         segments: list[Segment] = []
@@ -177,14 +172,14 @@ class Engine:
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         positions = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
         plan = PackedPlan(segments, device, keep_cache=True, varlen=self.model.varlen)
-        hidden = self._base(tokens, positions, plan)
+        hidden = live.forward(tokens, positions, plan)
         assert plan.cache is not None
         starts, lengths = torch.tensor([(s.start, s.length) for s in segments], device=device).T
         order = {prompt: number for number, prompt in enumerate(indices)}
         return Prefill(plan.cache, order, starts, lengths, hidden[starts + lengths - 1])
 
     def _padless(
-        self, prompts: Prompts, n: int, new_drawn: Callable[[int], Drawn]
+        self, live: Live, prompts: Prompts, n: int, new_drawn: Callable[[int], Drawn]
     ) -> Iterator[Sample]:
         """For models that packing does not suit: one prompt at a time, with Transformers' cache.
 
@@ -204,11 +199,29 @@ class Engine:
                     past = {name: output[name] for name in CACHE_NAMES if name in output}
                     assert past, "the model keeps no cache that we know of"
                     hidden = output.last_hidden_state[:, -1]
-                    tokens, ended = drawn.step(logits(self.model, hidden))
+                    tokens, ended = drawn.step(live.logits(hidden))
                     inputs = tokens.unsqueeze(-1)
                     for slot in sorted(left.intersection(ended)):
                         yield drawn.sample(slot, active[slot], self.weights_version)
                     left.difference_update(ended)
+
+
+def _decode(
+    forward: Forward, cache: SlotCache, tokens: Tensor, positions: Tensor, length: int
+) -> Tensor:
+    """See graphs.Step."""
+    return forward(tokens, positions, DecodePlan(cache, positions, length))
+
+
+def _cast_by_autocast(module: nn.Module, packed: Packed) -> list[nn.Parameter]:
+    """Frozen float32 parameters of the layers that multiply by them, but for packed ones."""
+    found: list[nn.Parameter] = []
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if part in packed.layers or isinstance(part, nn.Embedding) or all(p.ndim < 2 for p in own):
+            continue
+        found += [p for p in own if p.dtype == torch.float32 and not p.requires_grad]
+    return found
 
 
 def in_process(config: EngineConfig, model: LoadedModel) -> RolloutEngine:

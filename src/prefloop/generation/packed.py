@@ -5,45 +5,77 @@ A decode step multiplies a few rows by every weight, and is bound by how fast th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
-from prefloop.models.lean import LEAN_NAMES, Joined, has_plain_weight, is_hooked
+from prefloop.models import adapters
+from prefloop.models.lean import (
+    Joined,
+    Linear,
+    Linears,
+    Stack,
+    forward_of,
+    has_plain_weight,
+    must_be_called,
+)
+from prefloop.models.model import LoadedModel
+
+FEW = 0.05  # of all weights: below, to look at every operation costs more than it saves
 
 
-@contextmanager
-def packed_linears(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, the CPU's plain linear layers compute in `dtype` from a packed copy.
+@dataclass(frozen=True)
+class Packed:
+    """The packed layers of a model: those handed to a Stack, and others that modules call.
 
-    Weights must not change meanwhile. Other devices and types, and processors that oneDNN does not
-    serve, keep the layers as they are.
+    They hold while weights stand still.
     """
-    linears: list[Any] = [part for part in module.modules() if _is_plain(part)]
-    if not linears or linears[0].weight.device.type != "cpu" or not _serves(dtype):
-        yield
-        return
-    joined = [part for part in module.modules() if _joinable(part)]
-    for part in joined:
-        layers = _layers(part)
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        sizes = tuple(layer.out_features for layer in layers)
-        vars(part)["joined"] = Joined(_packed(weight, bias, dtype), sizes)
-    inside = {layer for part in joined for layer in _layers(part)}
-    single = [linear for linear in linears if linear not in inside]
-    for linear in single:
-        vars(linear)["forward"] = _packed(linear.weight, linear.bias, dtype)
-    try:
-        yield
-    finally:
-        for linear in single:
-            del vars(linear)["forward"]
-        for part in joined:
-            del vars(part)["joined"]
+
+    linears: Linears = field(default_factory=Linears)
+    others: Mapping[int, Linear] = field(default_factory=dict)  # by the id of the weight
+    layers: frozenset[nn.Module] = frozenset()  # all of them
+
+    def among_others(self) -> AbstractContextManager[Any]:
+        """Within it, layers that no Stack is handed multiply by their packed weights, too."""
+        return _Products(self.others) if self.others else nullcontext()
+
+
+def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
+    """Packed copies of the model's plain linear layers, which compute in `dtype`.
+
+    On other devices, for other types, and on processors that oneDNN does not serve, there are none.
+    """
+    plain: list[Any] = [part for part in model.module.modules() if _is_plain(part)]
+    if not plain or model.device.type != "cpu" or not _serves(dtype):
+        return Packed()
+    forward = forward_of(model.base, model.lean)
+    groups = forward.groups if isinstance(forward, Stack) else []
+    done: set[nn.Module] = set()
+    joined, single = {}, {}
+    alone: list[Any] = [model.hf.get_output_embeddings()]
+    for group in groups:
+        layers = [getattr(group.part, name) for name in group.together]
+        alone.append(getattr(group.part, group.after))
+        if _joinable(layers):
+            joined[group.part] = _joined(layers, dtype)
+            done.update(layers)
+        else:
+            alone += layers
+    for layer in alone:
+        if (found := _single(layer, dtype)) is not None:
+            single[layer] = found
+            done.update(layer.modules())
+    left = [part for part in plain if part not in done]
+    if sum(map(_size, left)) < FEW * sum(map(torch.numel, model.module.parameters())):
+        left = []
+    others = {id(part.weight): _packed(part.weight, part.bias, dtype) for part in left}
+    return Packed(Linears(single, joined), others, frozenset({*done, *left}))
 
 
 def _serves(dtype: torch.dtype) -> bool:
@@ -53,22 +85,49 @@ def _serves(dtype: torch.dtype) -> bool:
     return bool(halves or dtype == torch.float32)
 
 
-def _layers(part: nn.Module) -> list[Any]:
-    """The layers that a lean part lets read the same input."""
-    names = LEAN_NAMES.get(getattr(vars(part).get("forward"), "__func__", None), ())
-    return [getattr(part, name) for name in names]
-
-
 def _is_plain(part: nn.Module) -> bool:
     """A linear layer that is neither quantised nor sharded."""
     return type(part) is nn.Linear and has_plain_weight(part)
 
 
-def _joinable(part: nn.Module) -> bool:
+def _size(layer: Any) -> int:
+    return int(layer.weight.numel())
+
+
+def _joinable(layers: list[Any]) -> bool:
     """Whether they are plain and without hooks: adapters add to each on its own."""
-    layers = _layers(part)
-    plain = bool(layers) and all(_is_plain(layer) and not is_hooked(layer) for layer in layers)
+    plain = all(_is_plain(layer) and not must_be_called(layer) for layer in layers)
     return plain and len({layer.bias is None for layer in layers}) == 1
+
+
+def _joined(layers: list[Any], dtype: torch.dtype) -> Joined:
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return Joined(_packed(weight, bias, dtype), tuple(layer.out_features for layer in layers))
+
+
+def _single(layer: Any, dtype: torch.dtype) -> Linear | None:
+    """What stands for this layer, with adapters or without; None where it must be called."""
+    if must_be_called(layer):
+        return None
+    if _is_plain(layer):
+        return _packed(layer.weight, layer.bias, dtype)
+    found = adapters.low_rank(layer)
+    if found is None:
+        return None
+    layers: list[Any] = [found.base, *found.halves]
+    if not all(_is_plain(part) and not must_be_called(part) for part in layers):
+        return None
+    base, *halves = (_packed(x.weight, x.bias, dtype) for x in layers)
+    added = list(zip(halves[::2], halves[1::2], found.scales, strict=True))
+
+    def forward(x: Tensor) -> Tensor:
+        output = base(x)
+        for down, up, scale in added:
+            output = output + up(down(x)) * scale
+        return output
+
+    return forward
 
 
 @torch.no_grad()
@@ -83,3 +142,19 @@ def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable
         return output
 
     return forward
+
+
+class _Products(TorchFunctionMode):
+    """Within it, `linear` multiplies by the packed form of a weight that has one."""
+
+    def __init__(self, packed: Mapping[int, Linear]) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every operation passes here; `nn.Linear` gives input and weight by position."""
+        if func is linear and len(args) > 1:
+            instead = self.packed.get(id(args[1]))
+            if instead is not None:
+                return instead(args[0])
+        return func(*args, **(kwargs or {}))

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.config import PeftConfig
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
@@ -84,6 +85,14 @@ def active(module: nn.Module, names: tuple[str, ...] | None) -> Iterator[None]:
             layer._active_adapter = name
 
 
+def now_and_again(
+    module: nn.Module,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a part's forward pass and of its recomputation: with the same adapters on."""
+    names = {tuple(layer.active_adapters) for layer in tuner_layers(module)}
+    return nullcontext(), active(module, names.pop()) if len(names) == 1 else nullcontext()
+
+
 def tuner_layers(module: nn.Module) -> list[Any]:
     """The layers that have adapters."""
     return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
@@ -92,6 +101,29 @@ def tuner_layers(module: nn.Module) -> list[Any]:
 def has_adapters(module: nn.Module) -> bool:
     """Whether the model is trained through adapters."""
     return isinstance(module, PeftModel)
+
+
+class LowRank(NamedTuple):
+    """What a layer with plain LoRA computes: base(x), and up(down(x)) * scale of each adapter."""
+
+    base: nn.Module
+    halves: tuple[nn.Module, ...]  # down and up of each
+    scales: tuple[float, ...]
+
+
+def low_rank(layer: nn.Module) -> LowRank | None:
+    """That of a layer, of the adapters that are on; None where it computes anything else."""
+    if type(layer) is not LoraLinear or layer.merged:
+        return None
+    active = [] if layer.disable_adapters else layer.active_adapters
+    names = [name for name in active if name in layer.lora_A]
+    drops = [layer.lora_dropout[name] for name in names]
+    if any(isinstance(drop, nn.Dropout) and drop.training and drop.p for drop in drops):
+        return None
+    if any(name in layer.lora_variant for name in names):
+        return None
+    halves = tuple(half[name] for name in names for half in (layer.lora_A, layer.lora_B))
+    return LowRank(layer.base_layer, halves, tuple(layer.scaling[name] for name in names))
 
 
 def is_adapter_folder(path: str) -> bool:

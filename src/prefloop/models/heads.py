@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
-from prefloop.models.attention.plan import PackedPlan
+from prefloop.models.attention.plan import plan_of
+from prefloop.models.lean import Linear, forward_of
 from prefloop.models.pieces import split_answers
+from prefloop.models.precision import autocast
 
 if TYPE_CHECKING:
     from prefloop.models.model import LoadedModel
@@ -32,14 +34,8 @@ def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
 
 
 def _packed_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
-    plan = PackedPlan(batch.segments, model.device, varlen=model.varlen)
-    output = model.base(
-        input_ids=batch.input_ids.unsqueeze(0),
-        position_ids=batch.position_ids.unsqueeze(0),
-        attention_plan=plan,
-        use_cache=False,
-    )
-    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+    forward = forward_of(model.base, model.lean, again=model.computing)
+    return forward(batch.input_ids, batch.position_ids, plan_of(batch, model.varlen))
 
 
 def _padded_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
@@ -114,12 +110,15 @@ def head_log_probs(
     )
 
 
-def logits(model: LoadedModel, hidden: Tensor) -> Tensor:
-    """The model's own logits [N, V] of hidden states [N, D], in float32."""
-    return at_least_float32(_head(model, hidden))
+def logits(model: LoadedModel, hidden: Tensor, head: Linear | None = None) -> Tensor:
+    """The model's own logits [N, V] of hidden states [N, D], in float32.
+
+    `head` multiplies in place of the model's own.
+    """
+    return at_least_float32(_head(model, hidden, head))
 
 
-def _head(model: LoadedModel, hidden: Tensor) -> Tensor:
+def _head(model: LoadedModel, hidden: Tensor, head: Linear | None = None) -> Tensor:
     """Logits as the head gives them, in bfloat16 too; if scaled or capped, then in float32."""
     config = model.hf.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)  # Granite
@@ -127,8 +126,8 @@ def _head(model: LoadedModel, hidden: Tensor) -> Tensor:
     multiplier = getattr(config, "lm_head_multiplier", None)  # Falcon-H1
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     cap = cap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
-    with model.computing():
-        output: Tensor = model.hf.get_output_embeddings()(hidden)
+    with autocast(model.device, model.dtype):
+        output: Tensor = (head or model.hf.get_output_embeddings())(hidden)
     if scaling or scale or multiplier or cap:
         output = at_least_float32(output) / (scaling or 1.0) * (scale or 1.0) * (multiplier or 1.0)
     return torch.tanh(output / cap) * cap if cap else output

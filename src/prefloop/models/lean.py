@@ -1,30 +1,101 @@
-"""A decoder layer's parts with fewer operations and less kept for the backward pass.
+"""A decoder's layers with fewer operations and less kept for the backward pass.
 
 Their numbers are the same bits as those of Transformers' own modules: RMSNorm gives the linear
 layers what autocast would make of it, once instead of once for each; rotary positions keep nothing
-but themselves; a gated MLP keeps two of its three wide activations.
+but themselves; a gated MLP keeps two of its three wide activations. Without gradients queries and
+keys turn together.
+
+`Lean` says what of a model this suits. `forward_of` gives what computes hidden states, for one
+forward pass or one generation: a `Stack`, which reads the modules' weights, or where one of those
+modules must be called, Transformers' own forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import silu
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from torch.utils.checkpoint import checkpoint
 
+from prefloop.models.attention.plan import AttentionPlan
 from prefloop.models.precision import product_dtype
 
-Part = tuple[nn.Module, Callable[..., Any]]
+Linear = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor, AttentionPlan], Tensor]
+"""Token ids [T], positions [T] and the plan of their attention -> last hidden states [T, D]."""
+
+MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
+LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+HEADS, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+AFTER = {HEADS: "o_proj", GATED: "down_proj"}
 
 
-def is_hooked(part: nn.Module) -> bool:
-    """Somebody asks to see its calls (as sharding does), so it must be called."""
-    return bool(part._forward_hooks or part._forward_pre_hooks)
+@dataclass(frozen=True)
+class Lean:
+    """What of a model's layers is computed here; the rest is called.
+
+    It holds no part of a model, and so goes for copies of it, for the model with adapters, and for
+    models that share its layers.
+    """
+
+    mlp: bool = True
+    norms: bool = True  # also those before attention and MLPs that are called
+    recompute: bool = False  # a layer's activations, in the backward pass
+
+
+class Group(NamedTuple):
+    """The linear layers of an attention or MLP by their names."""
+
+    part: nn.Module
+    together: tuple[str, ...]  # those that read its input
+    after: str
+
+
+class Joined(NamedTuple):
+    """Several linear layers of one input as one."""
+
+    layer: Linear
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Linears:
+    """What multiplies in place of linear layers, for as long as their weights stand still."""
+
+    single: Mapping[nn.Module, Linear] = field(default_factory=dict)
+    joined: Mapping[nn.Module, Joined] = field(default_factory=dict)  # by the part they are of
+
+    def of(self, layer: nn.Module) -> Linear:
+        """What computes this layer: it itself where nothing stands for it."""
+        return self.single.get(layer, layer)
+
+
+def forward_of(
+    model: Any,
+    lean: Lean | None,
+    linears: Linears | None = None,
+    again: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Forward:
+    """What computes the model (a Transformers model without its head) as it stands now.
+
+    Within `again()` layers are recomputed, for which the model may stand otherwise by then.
+    """
+    if lean is None or any(map(must_be_called, _passed_over(model, lean))):
+        return partial(_by_transformers, model)
+    return Stack(model, lean, linears or Linears(), again)
+
+
+def must_be_called(part: nn.Module) -> bool:
+    """Whether its calls are seen by somebody, as by sharding, or its forward is another's."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+    return any(hooks) or bool(part._backward_pre_hooks) or "forward" in vars(part)
 
 
 def has_plain_weight(part: nn.Module) -> bool:
@@ -32,11 +103,150 @@ def has_plain_weight(part: nn.Module) -> bool:
     return type(part.weight) in (nn.Parameter, Tensor)
 
 
-def norm_forward(norm: Any, x: Tensor) -> Tensor:
+def _by_transformers(
+    model: Any, input_ids: Tensor, positions: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """See Forward; what a layer adds to is kept in float32 at least, as in a Stack."""
+    read: dict[str, Tensor] = {"input_ids": input_ids.unsqueeze(0)}
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.dtype in (torch.bfloat16, torch.float16):
+        read = {"inputs_embeds": embeddings(read["input_ids"]).float()}
+    output = model(
+        **read, position_ids=positions.unsqueeze(0), attention_plan=plan, use_cache=False
+    )
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def looks_lean(model: nn.Module) -> bool:
+    """Whether it has the parts of a stack; what it does with them is for the caller to see."""
+    if model._modules.keys() != MODEL:
+        return False
+    layers: Any = model.layers
+    return all(
+        name in LAYER or isinstance(part, nn.Dropout | nn.Identity)
+        for layer in layers
+        for name, part in layer._modules.items()
+    ) and all(layer._modules.keys() >= LAYER for layer in layers)
+
+
+def _passed_over(model: Any, lean: Lean) -> Iterator[nn.Module]:
+    """The modules that a Stack computes without calling them."""
+    yield model
+    for layer in model.layers:
+        yield layer
+        yield from (layer.input_layernorm, layer.post_attention_layernorm)
+        yield from (p for p in (layer.self_attn, layer.mlp) if _names(p, lean))
+
+
+def _names(part: nn.Module, lean: Lean) -> tuple[str, ...]:
+    """The linear layers that read one input, in an attention or MLP that is computed here."""
+    if set(HEADS) <= part._modules.keys():
+        return HEADS
+    return GATED if lean.mlp and set(GATED) <= part._modules.keys() else ()
+
+
+class Tables(NamedTuple):
+    """How far heads turn at each token."""
+
+    cos: Tensor  # [T, 1, D]
+    sin: Tensor
+    signed: Tensor  # sin with the sign of the half that it meets
+    whole: tuple[Tensor, Tensor]  # [1, T, D], as Transformers gives them
+
+
+class Stack:
+    """A decoder's layers, ready to run; see Forward."""
+
+    def __init__(
+        self,
+        model: Any,
+        lean: Lean,
+        linears: Linears,
+        again: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.embed, self.rotary, self.norm = model.embed_tokens, model.rotary_emb, model.norm
+        self.scale = getattr(model, "embedding_multiplier", None)  # Granite
+        self.recompute, self.again = lean.recompute, again
+        self.layers = [_layer(layer, lean, linears) for layer in model.layers]
+        self.groups = [
+            Group(part, names, AFTER[names])
+            for layer in model.layers
+            for part in (layer.self_attn, layer.mlp)
+            if (names := _names(part, lean))
+        ]
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """See Forward."""
+        x = self.embed(input_ids)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # embeddings may be kept in half
+        if self.scale is not None:
+            x = x * self.scale
+        whole = self.rotary(x, positions.unsqueeze(0))
+        cos, sin = (table[0].unsqueeze(1) for table in whole)
+        left, right = sin.chunk(2, -1)
+        tables = Tables(cos, sin, torch.cat((-left, right), -1), whole)
+        recompute = self.recompute and torch.is_grad_enabled()
+        for layer in self.layers:
+            if recompute:
+                x = checkpoint(
+                    layer, x, tables, plan, use_reentrant=False, context_fn=self._contexts
+                )
+            else:
+                x = layer(x, tables, plan)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Of a layer's forward pass, and of its recomputation."""
+        return nullcontext(), self.again()
+
+
+class Layer(NamedTuple):
+    """Attention and an MLP, each behind a norm and added to what came in."""
+
+    norms: tuple[Linear, Linear]
+    attention: Callable[[Tensor, Tables, AttentionPlan], Tensor]
+    mlp: Linear
+    scale: float | None  # of what is added
+
+    def __call__(self, x: Tensor, tables: Tables, plan: AttentionPlan) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        added = self.attention(self.norms[0](x), tables, plan)
+        x = x + (added if self.scale is None else added * self.scale)
+        added = self.mlp(self.norms[1](x))
+        return x + (added if self.scale is None else added * self.scale)
+
+
+def _layer(layer: Any, lean: Lean, linears: Linears) -> Layer:
+    part, mlp = layer.self_attn, layer.mlp
+    ours = [bool(_names(x, lean)) for x in (part, mlp)]
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    first, second = (_norm(x, y or lean.norms) for x, y in zip(norms, ours, strict=True))
+    return Layer(
+        (first, second),
+        Attention.of(part, linears) if ours[0] else partial(_call_attention, part),
+        MLP.of(mlp, linears) if ours[1] else partial(_call_mlp, mlp),
+        getattr(layer, "residual_multiplier", None),  # Granite
+    )
+
+
+def _call_attention(part: Any, x: Tensor, tables: Tables, plan: AttentionPlan) -> Tensor:
+    args = {"position_embeddings": tables.whole, "attention_mask": None, "attention_plan": plan}
+    return part(hidden_states=x.unsqueeze(0), **args)[0].squeeze(0)  # type: ignore[no-any-return]
+
+
+def _call_mlp(mlp: Any, x: Tensor) -> Tensor:
+    return mlp(x.unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]
+
+
+def _norm(norm: Any, lean: bool) -> Linear:
     """weight * x / sqrt(mean(x^2) + eps) (arXiv 1910.07467, equation 4) of x [..., D]."""
-    if not has_plain_weight(norm):
-        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
-    args = (x, norm.weight, norm.variance_epsilon, product_dtype(x))
+    if not lean or "variance_epsilon" not in vars(norm) or not has_plain_weight(norm):
+        return norm  # type: ignore[no-any-return]
+    return partial(_rms_norm, norm.weight, norm.variance_epsilon)
+
+
+def _rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
+    args = (x, weight, eps, product_dtype(x))
     if not torch.is_grad_enabled():
         return _normed(*args)[0]
     return _RMSNorm.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
@@ -70,12 +280,48 @@ class _RMSNorm(torch.autograd.Function):
         return grad.sub_(normed.mul_(along)).mul_(inverse), by_weight, None, None
 
 
-def mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Linear layers that read one input."""
+
+    layers: tuple[Linear, ...]
+    joined: Joined | None
+
+    @staticmethod
+    def of(part: Any, names: tuple[str, ...], linears: Linears) -> Together:
+        """The part's layers of these names."""
+        layers = tuple(linears.of(getattr(part, name)) for name in names)
+        return Together(layers, linears.joined.get(part))
+
+    def apart(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each makes of x."""
+        if self.joined is not None:
+            return torch.split(self.joined.layer(x), list(self.joined.sizes), -1)
+        return tuple(layer(x) for layer in self.layers)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The same in one tensor."""
+        return self.joined.layer(x) if self.joined is not None else torch.cat(self.apart(x), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
     """down(silu(gate(x)) * up(x)) of x [..., D]."""
-    gate, up = projected(mlp, GATED, x)
-    if not torch.is_grad_enabled():
-        return mlp.down_proj(silu(gate).mul_(up))  # type: ignore[no-any-return]
-    return mlp.down_proj(_Gated.apply(gate, up))  # type: ignore[no-any-return,no-untyped-call]
+
+    gated: Together
+    down: Linear
+
+    @staticmethod
+    def of(mlp: Any, linears: Linears) -> MLP:
+        """Of a module of Transformers."""
+        return MLP(Together.of(mlp, GATED, linears), linears.of(mlp.down_proj))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        gate, up = self.gated.apart(x)
+        if not torch.is_grad_enabled():
+            return self.down(silu(gate).mul_(up))
+        return self.down(_Gated.apply(gate, up))  # type: ignore[no-untyped-call]
 
 
 class _Gated(torch.autograd.Function):
@@ -94,44 +340,64 @@ class _Gated(torch.autograd.Function):
         return by_gate, silu(gate).mul_(grads[0])
 
 
-def attention_forward(
-    part: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_plan: Any = None,
-    **others: Any,
-) -> tuple[Tensor, Any]:
-    """Attention over a packed stream [1, T, D] whose heads turn with their positions."""
-    if attention_plan is None:  # somebody uses the model as any of Transformers'
-        own_forward = type(part).forward
-        return own_forward(part, hidden_states, position_embeddings, **others)  # type: ignore[no-any-return]
-    x = hidden_states[0]
-    q, k, v = (y.unflatten(-1, (-1, part.head_dim)) for y in projected(part, HEADS, x))
-    if hasattr(part, "q_norm"):
-        q, k = part.q_norm(q), part.k_norm(k)
-    cos, sin = (table[0].unsqueeze(1) for table in position_embeddings)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    heads = (y.transpose(0, 1) for y in (q, k, v))
-    output = attention_plan.attend(part.layer_idx, *heads, part.scaling, _window(part))
-    return part.o_proj(output.flatten(1)).unsqueeze(0), None
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Attention over a packed stream whose heads turn with their positions."""
+
+    heads: Together
+    output: Linear
+    norms: tuple[Linear, Linear] | None  # of queries and keys
+    layer: int
+    width: int  # of a head
+    groups: int  # heads of keys
+    scaling: float
+    window: int | None
+
+    @staticmethod
+    def of(part: Any, linears: Linears) -> Attention:
+        """Of a module of Transformers."""
+        holder = part if hasattr(part, "sliding_window") else part.config  # this layer's, or all's
+        return Attention(
+            heads=Together.of(part, HEADS, linears),
+            output=linears.of(part.o_proj),
+            norms=(part.q_norm, part.k_norm) if hasattr(part, "q_norm") else None,
+            layer=part.layer_idx,
+            width=part.head_dim,
+            groups=part.k_proj.out_features // part.head_dim,
+            scaling=part.scaling,
+            window=getattr(holder, "sliding_window", None),
+        )
+
+    def __call__(self, x: Tensor, tables: Tables, plan: AttentionPlan) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        turned = self._each_turned if torch.is_grad_enabled() else self._both_turned
+        q, k, v = (y.transpose(0, 1) for y in turned(x, tables))
+        output = plan.attend(self.layer, q, k, v, self.scaling, self.window)
+        return self.output(output.flatten(1))
+
+    def _each_turned(self, x: Tensor, tables: Tables) -> tuple[Tensor, ...]:
+        """q [T, H, D], k and v [T, G, D]; the backward pass needs nothing but the tables."""
+        q, k, v = (y.unflatten(-1, (-1, self.width)) for y in self.heads.apart(x))
+        if self.norms is not None:
+            q, k = self.norms[0](q), self.norms[1](k)
+        return _rotate(q, tables), _rotate(k, tables), v
+
+    def _both_turned(self, x: Tensor, tables: Tables) -> tuple[Tensor, ...]:
+        """The same with little between them."""
+        heads = self.heads.whole(x).unflatten(-1, (-1, self.width))  # [T, H + 2 G, D]
+        both, v = heads[:, : -self.groups], heads[:, -self.groups :]
+        if self.norms is not None:
+            q, k = both[:, : -self.groups], both[:, -self.groups :]
+            both = torch.cat((self.norms[0](q), self.norms[1](k)), 1)
+        left, right = both.chunk(2, -1)
+        both = both * tables.cos + torch.cat((right, left), -1) * tables.signed
+        both = both.to(product_dtype(x))
+        return both[:, : -self.groups], both[:, -self.groups :], v
 
 
-def _window(part: Any) -> int | None:
-    """Of this layer, or of all layers."""
-    holder = part if hasattr(part, "sliding_window") else part.config
-    return getattr(holder, "sliding_window", None)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads [T, N, D] by tables [T, 1, D] (arXiv 2104.09864, equation 34), in autocast's type."""
-    if not torch.is_grad_enabled():
-        return _turned(x, cos, sin).to(product_dtype(x))
-    return _Rotated.apply(x, cos, sin, product_dtype(x))  # type: ignore[no-untyped-call,no-any-return]
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
+def _rotate(x: Tensor, tables: Tables) -> Tensor:
+    """Heads [T, N, D] turned (arXiv 2104.09864, equation 34), in autocast's type."""
+    return _Rotated.apply(x, tables.cos, tables.sin, product_dtype(x))  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _Rotated(torch.autograd.Function):
@@ -141,7 +407,8 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return _turned(x, cos, sin).to(dtype)
+        left, right = x.chunk(2, -1)
+        return (x * cos + torch.cat((-right, left), -1) * sin).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -150,113 +417,3 @@ class _Rotated(torch.autograd.Function):
         left, right = (grads[0] * sin).chunk(2, -1)
         by_x = (grads[0] * cos).add_(torch.cat((right, -left), -1))
         return by_x.to(ctx.dtype), None, None, None
-
-
-def model_forward(model: Any, input_ids: Tensor, attention_plan: Any = None, **others: Any) -> Any:
-    """A stack of layers of lean parts: without gradients with little between them.
-
-    Queries and keys turn together, by a sine that bears the sign of the half it meets.
-    """
-    if attention_plan is None or torch.is_grad_enabled() or _any_hooked(model.layers):
-        own_forward = type(model).forward
-        return own_forward(model, input_ids, attention_plan=attention_plan, **others)
-    x = model.embed_tokens(input_ids)
-    cos, sin = (t[0].unsqueeze(1) for t in model.rotary_emb(x, others["position_ids"]))
-    left, right = sin.chunk(2, -1)
-    sin, x, dtype = torch.cat((-left, right), -1), x[0], product_dtype(x)
-    for layer in model.layers:
-        part = layer.self_attn
-        heads = _together(part, HEADS, norm_forward(layer.input_layernorm, x))
-        heads = heads.unflatten(-1, (-1, part.head_dim))  # [T, H + 2 G, D]
-        groups = part.k_proj.out_features // part.head_dim
-        both, v = heads[:, :-groups], heads[:, -groups:]
-        if hasattr(part, "q_norm"):
-            both = torch.cat((part.q_norm(both[:, :-groups]), part.k_norm(both[:, -groups:])), 1)
-        left, right = both.chunk(2, -1)
-        both = (both * cos + torch.cat((right, left), -1) * sin).to(dtype).transpose(0, 1)
-        q, k, v = both[:-groups], both[-groups:], v.transpose(0, 1)
-        args = (part.layer_idx, q, k, v, part.scaling, _window(part))
-        x = x + part.o_proj(attention_plan.attend(*args).flatten(1))
-        x = x + mlp_forward(layer.mlp, norm_forward(layer.post_attention_layernorm, x))
-    return BaseModelOutputWithPast(last_hidden_state=model.norm(x).unsqueeze(0))
-
-
-def _any_hooked(layers: nn.ModuleList) -> bool:
-    """Whether a part that `model_forward` computes without calling it must be called."""
-    each = layers._modules.values()
-    parts = (part for layer in each for part in (layer, *layer._modules.values()))
-    return any(map(is_hooked, parts))  # type: ignore[arg-type]
-
-
-class Joined(NamedTuple):
-    """Several linear layers of one input as one, for the time of a generation."""
-
-    layer: Callable[[Tensor], Tensor]
-    sizes: tuple[int, ...]
-
-
-MODEL = {"embed_tokens", "layers", "norm", "rotary_emb"}
-LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-GATED, HEADS = ("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")
-
-
-def projected(part: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """What the part's linear layers of these names make of x."""
-    joined: Joined | None = vars(part).get("joined")
-    if joined is not None:
-        return torch.split(joined.layer(x), list(joined.sizes), -1)
-    return tuple(getattr(part, name)(x) for name in names)
-
-
-def _together(part: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
-    """The same in one tensor."""
-    joined: Joined | None = vars(part).get("joined")
-    if joined is not None:
-        return joined.layer(x)
-    return torch.cat(projected(part, names, x), -1)
-
-
-LEAN_NAMES: dict[Any, tuple[str, ...]] = {mlp_forward: GATED, attention_forward: HEADS}
-"""Linear layers that read one input, by the forward that calls them."""
-
-
-def lean_parts(hf: nn.Module) -> list[Part]:
-    """Parts of decoder layers that look as if they had a lean forward, with it.
-
-    Whether a model computes the same with them is for the caller to see: architectures differ.
-    """
-    found: list[Part] = []
-    for layer in hf.modules():
-        children = dict(layer.named_children())
-        if not {"self_attn", "mlp"} <= children.keys():
-            continue
-        if set(GATED) <= children["mlp"]._modules.keys():
-            found.append((children["mlp"], mlp_forward))
-        if set(HEADS) <= children["self_attn"]._modules.keys():
-            found.append((children["self_attn"], attention_forward))
-        found += [(p, norm_forward) for p in children.values() if hasattr(p, "variance_epsilon")]
-    return found
-
-
-def lean_models(hf: nn.Module, parts: list[Part]) -> list[Part]:
-    """Stacks of layers that look as if they were made of these parts alone."""
-    lean = {part for part, _ in parts}
-    return [
-        (model, model_forward)
-        for model in hf.modules()
-        if model._modules.keys() == MODEL
-        and all(layer._modules.keys() == LAYER for layer in model.layers)  # type: ignore[union-attr]
-        and all(part in lean for layer in model.layers for part in layer.children())  # type: ignore[union-attr]
-    ]
-
-
-def make_lean(parts: list[Part]) -> None:
-    """Lets the parts compute by their lean forwards."""
-    for part, forward in parts:
-        part.forward = MethodType(forward, part)
-
-
-def make_plain(parts: list[Part]) -> None:
-    """Lets the parts compute as their classes say."""
-    for part, _ in parts:
-        vars(part).pop("forward", None)

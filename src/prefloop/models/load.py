@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,7 @@ def _prepare_training(
     module, source = model.hf, model.source
     if gradient_checkpointing:
         _enable_checkpointing(module)
+        model.lean = replace(model.lean, recompute=True) if model.lean else None
     if lora_rank:
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
         model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
@@ -289,7 +291,7 @@ def _enable_checkpointing(module: PreTrainedModel) -> None:
     """Recomputes each layer's activations in the backward pass."""
     new_name = "activation_checkpointing_enable"  # since Transformers 5.20 or so
     enable = getattr(module, new_name, None) or module.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": partial(adapters.now_and_again, module)})
 
 
 def _mend_generation_config(module: PreTrainedModel) -> None:

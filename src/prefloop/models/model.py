@@ -16,6 +16,7 @@ from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import Example, check_ids
 from prefloop.errors import UserError, located
 from prefloop.models import adapters
+from prefloop.models.lean import Lean
 from prefloop.models.precision import Products, autocast
 from prefloop.models.weights import Storage
 
@@ -34,6 +35,7 @@ class LoadedModel:
     source: str
     dtype: Products = "float32"  # of the products
     max_length: int | None = None  # longest sequence with exact positions, where there is a bound
+    lean: Lean | None = None  # what of its layers is computed here; None: nothing, or padded
     varlen: bool = False  # bfloat16 attention may be one call of FlashAttention
     dropout: Sequence[tuple[Any, str, float]] = ()  # the configuration's own rates, all off here
     template_args: Mapping[str, Any] | None = None  # of the chat template

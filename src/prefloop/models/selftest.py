@@ -58,24 +58,23 @@ def choose_path(model: LoadedModel) -> None:
             )
             _check_padded(model, batch, alone)
         else:
-            _take_lean_parts(model, batch)
+            _take_lean(model, batch)
             _take_varlen(model, batch)
 
 
-def _take_lean_parts(model: LoadedModel, batch: TokenBatch) -> None:
-    """Keeps lean parts where the model, in float32, gives the same bits with them."""
-    if model.hf.dtype == torch.float64:
+def _take_lean(model: LoadedModel, batch: TokenBatch) -> None:
+    """Keeps lean layers where the model gives the same bits with them."""
+    if model.hf.dtype == torch.float64 or not lean.looks_lean(model.base):
         return
-    parts = lean.lean_parts(model.hf)
-    plain = _both_precisions(model, batch)
-    for chosen in (parts + lean.lean_models(model.hf, parts), parts):
-        lean.make_lean(chosen)
+    plain = list(_both_precisions(model, batch))
+    for form in (lean.Lean(), lean.Lean(norms=False), lean.Lean(mlp=False, norms=False)):
+        model.lean = form
         try:
             if all(map(torch.equal, _both_precisions(model, batch), plain)):
                 return
         except Exception as error:  # an architecture may differ in any way
-            log.debug("lean parts: %r", error)
-        lean.make_plain(chosen)
+            log.debug("lean layers: %r", error)
+    model.lean = None
 
 
 def _take_varlen(model: LoadedModel, batch: TokenBatch) -> None:
@@ -95,8 +94,8 @@ def _take_varlen(model: LoadedModel, batch: TokenBatch) -> None:
         log.warning("%s: FlashAttention does not serve it; a slower form is used", model.source)
 
 
-def _both_precisions(model: LoadedModel, batch: TokenBatch) -> list[Tensor]:
-    return [_states(model, batch, dtype) for dtype in get_args(Products)]
+def _both_precisions(model: LoadedModel, batch: TokenBatch) -> Iterator[Tensor]:
+    return (_states(model, batch, dtype) for dtype in get_args(Products))
 
 
 def _states(model: LoadedModel, batch: TokenBatch, dtype: Products) -> Tensor:

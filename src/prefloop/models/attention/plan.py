@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from prefloop.data.batches import Segment
+from prefloop.data.batches import Segment, TokenBatch
 from prefloop.models.attention.blocks import Blocks
 from prefloop.models.attention.rectangles import Rectangles
 from prefloop.models.attention.varlen import Varlen
@@ -92,3 +92,14 @@ class PackedPlan:
         if self.cache is not None:
             self.cache[layer] = (k, v)
         return self.form.attend(q, k, v, scaling, window)
+
+
+def plan_of(batch: TokenBatch, varlen: bool) -> PackedPlan:
+    """The batch's plan: made once for all the models and passes that read the batch."""
+    device = batch.input_ids.device
+    flash = varlen and torch.is_autocast_enabled(device.type)
+    form = "varlen" if flash else "plain"
+    if form not in batch.plans:
+        batch.plans[form] = PackedPlan(batch.segments, device, varlen=flash)
+    plan: PackedPlan = batch.plans[form]
+    return plan
