@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM
 
 from prefloop.data.batches import pack
@@ -19,7 +19,7 @@ from prefloop.models.adapters import unwrap
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import FLOAT32, _ready
 from prefloop.models.model import LoadedModel
-from prefloop.models.weights import kept
+from prefloop.models.weights import Storage, kept, settle
 from tests.generation.naive import CPU, PROMPTS, greedy, policy, unpacked
 from tests.tiny import ARCHS, Arch, tiny_model, tiny_tokenizer
 
@@ -221,7 +221,8 @@ def asked_for_gradients(model: LoadedModel, dtype: Any) -> set[str]:
     def look(_: Tensor) -> None:
         meanwhile.update(n for n, p in model.module.named_parameters() if p.requires_grad)
 
-    Engine(replace(model, dtype=dtype), 4).generate(PROMPTS, 1, GREEDY, seed=0, on_tokens=look)
+    model = replace(model, dtype=dtype)
+    Engine(model, 4).generate(PROMPTS, 1, GREEDY, seed=0, on_tokens=look)
     assert before == {n for n, p in model.module.named_parameters() if p.requires_grad}
     return meanwhile - before
 
@@ -237,17 +238,16 @@ def test_autocast_keeps_the_casts_of_frozen_weights_that_are_not_packed() -> Non
 
 def test_weights_kept_in_bfloat16() -> None:
     """They give the answers of float32 weights that autocast would round to them, and no casts."""
-    kept, rounded = policy(), policy()
-    for short, masters in zip(kept.module.modules(), rounded.module.modules(), strict=True):
-        if isinstance(short, nn.Linear | nn.Embedding):
-            short.to(torch.bfloat16).requires_grad_(False)
-            masters.weight.data = short.weight.data.float()  # type: ignore[union-attr]
-    rows = [
-        Engine(replace(m, dtype="bfloat16"), 4).generate(PROMPTS, 2, WARM, seed=0)
-        for m in (kept, rounded)
-    ]
+    short = kept(Storage("bfloat16", "bfloat16"), CPU, trained=False)
+    ready = [replace(policy(tie_word_embeddings=False), dtype="bfloat16") for _ in range(2)]
+    settle(ready[0].module, CPU, short)
+    settle(ready[1].module, CPU, short)
+    ready[1].module.float()
+    rows = [Engine(model, 4).generate(PROMPTS, 2, WARM, seed=0) for model in ready]
+    assert ready[0].hf.dtype == torch.bfloat16 and ready[1].hf.dtype == torch.float32
     assert rows[0] == rows[1]
-    assert asked_for_gradients(kept, "bfloat16") == set()
+    ready[0].module.requires_grad_(False)
+    assert asked_for_gradients(ready[0], "bfloat16") == set()
 
 
 def test_told_of_each_answer_as_it_ends() -> None:

@@ -28,7 +28,7 @@ def logits(model, packed=None):
     packed, batch = packed or Packed(), pack(random_examples())
     forward = forward_of(model.base, model.lean, packed.linears)
     head = packed.linears.of(model.hf.get_output_embeddings())
-    with packed.among_others():
+    with model.autocast(), packed.among_others():
         plan = PackedPlan(batch.segments, CPU)
         hidden = forward(batch.input_ids, batch.position_ids, plan)
         return heads.logits(model, hidden, head)
@@ -49,11 +49,11 @@ def counts(packed):
 def test_products_are_the_same(arch, expected, dtype):
     """Two layers: q, k, v and gate, up joined; o, down and the head alone. GPT-2 has no others."""
     model = loaded(tiny_model(arch))
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        packed = pack_linears(model, dtype)
-        assert counts(packed) == expected
-        plain, ours = logits(model), logits(model, packed)
-        again = logits(model)
+    model.dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    packed = pack_linears(model, dtype)
+    assert counts(packed) == expected
+    plain, ours = logits(model), logits(model, packed)
+    again = logits(model)
     bound = 0.05 if dtype == torch.bfloat16 else 1e-5
     assert_close(ours, plain, bound)
     assert torch.equal(again, plain)

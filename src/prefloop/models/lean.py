@@ -106,13 +106,12 @@ def has_plain_weight(part: nn.Module) -> bool:
 def _by_transformers(
     model: Any, input_ids: Tensor, positions: Tensor, plan: AttentionPlan
 ) -> Tensor:
-    """See Forward; what a layer adds to is kept in float32 at least, as in a Stack."""
-    read: dict[str, Tensor] = {"input_ids": input_ids.unsqueeze(0)}
-    embeddings = model.get_input_embeddings()
-    if embeddings.weight.dtype in (torch.bfloat16, torch.float16):
-        read = {"inputs_embeds": embeddings(read["input_ids"]).float()}
+    """See Forward."""
     output = model(
-        **read, position_ids=positions.unsqueeze(0), attention_plan=plan, use_cache=False
+        input_ids=input_ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        attention_plan=plan,
+        use_cache=False,
     )
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -178,7 +177,6 @@ class Stack:
     def __call__(self, input_ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
         """See Forward."""
         x = self.embed(input_ids)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # embeddings may be kept in half
         if self.scale is not None:
             x = x * self.scale
         whole = self.rotary(x, positions.unsqueeze(0))
