@@ -280,7 +280,7 @@ def _prompt_and_answers(row: Row, where: str, *names: str) -> list[Text]:
     texts = [text(row[name], name, where) for name in ("prompt", *names)]
     texts = _same_form(texts, ["prompt", *names], where)
     for name, said in zip(names, texts[1:], strict=True):
-        sampled = row.get(f"{name}_finish_reason") is not None
+        sampled = any(row.get(f"{name}_{of}") is not None for of in ("finish_reason", "ids"))
         if not sampled and not (said if isinstance(said, str) else said[0].content).strip():
             raise UserError(f"{where}: `{name}` is an empty answer; remove the row or fill it")
     return texts

@@ -317,7 +317,8 @@ def encode_answers(
         return tuple(asked), tuple(map(tuple, answers))
     pairs = zip(texts, sampled, strict=True)
     own = (
-        encoder.own_ids(prompt, t, how) or encoder.answer(prompt, t, how.ended) for t, how in pairs
+        encoder.own_ids(prompt, t, how) or encoder.answer(prompt, t, not how.cut)
+        for t, how in pairs
     )
     return tuple(encoder.prompt(prompt)), tuple(map(tuple, own))
 
