@@ -210,8 +210,9 @@ def _reason(told: str) -> str:
     >>> _reason("`messages[3]` is an empty answer; remove or fill it")
     '`messages[N]` is an empty answer'
     """
+    told = re.sub(r"^token .* \(\d+\)", "token", told)  # a token may hold anything
     told = re.sub(r"\([^()]*\)|\[\[.*\]\]|'[^']*'", "...", told.partition("; ")[0])
-    return re.sub(r"\d+", "N", told)
+    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "N", told)
 
 
 # --- records as JSON -----------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list
     an empty one, are dropped and counted. `chat` takes strings for the user's and the
     assistant's messages.
     """
+    require_kind(kind)
     records: list[Record] = []
 
     def bad(where: str, error: UserError) -> None:
@@ -86,6 +87,12 @@ def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list
         why = counts.summary() if counts.dropped else "it holds no rows"
         raise UserError(f"{source}: nothing to use: {why}; give rows of {ACCEPTED[kind]}")
     return records
+
+
+def require_kind(kind: str) -> None:
+    """UserError for rows of a kind that there is not."""
+    if kind not in ACCEPTED:
+        raise UserError(f"no kind {kind!r} of rows; give one of {', '.join(ACCEPTED)}")
 
 
 def parse_row(row: Row, where: str, kind: Kind, chat: bool = False) -> Sequence[Record | str]:

@@ -151,7 +151,7 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     for function in (judge, proxy):
         if isinstance(function, FunctionJudge):
             function.require((row.where, row.extra) for row in prompts)
-    if note := sources.strings_note(records, bool(sft.tokenizer.chat_template)):
+    if note := sources.strings_note(records, bool(sft.tokenizer.chat_template), arguments):
         print(note, file=sys.stderr)
     prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy, make_engine)

@@ -38,7 +38,7 @@ from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
 from prefloop.training.method import LossSums, Step
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler, text_scorer, token_scorer
-from prefloop.training.rows import Prompts, order_of, read_demonstrations, read_prompts
+from prefloop.training.rows import Prompts, order_of, read_for_ppo
 
 
 class RolloutBatch(NamedTuple):
@@ -126,7 +126,7 @@ class PPO:
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
         count = len(self.prompts.examples)
         size = min(self._prompts_per_iteration, count)
-        drawn = order_of(self.prompts.examples, self.config)
+        drawn = order_of(self.prompts.examples, self.config.data, self.config.seed)
         order = stream.step_rows(count, size, 1.0, iterations, self.config.seed, iteration, drawn)
         mine = distributed.mine(next(order))
         seed = self.config.seed * 1_000_003 + iteration
@@ -162,7 +162,9 @@ class PPO:
         if self.ptx_examples:
             step = iteration * self._steps_per_iteration + number
             count, size = len(self.ptx_examples), self.config.batch_size
-            rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step))
+            assert self.config.sft_data is not None
+            drawn = order_of(self.ptx_examples, self.config.sft_data, self.config.seed)
+            rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step, drawn))
             mine = [self.ptx_examples[row] for row in distributed.mine(rows)]
             batches += pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         return batches
@@ -302,13 +304,9 @@ def build(
     if config.advantage == "gae":
         critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
         require_same_ids("--value-model", critic, policy)
-    # 4. Prompts.
-    prompts, eval_prompts = read_prompts(config, policy, run)
-    functions.require((p.where, p.extra) for p in (*prompts.records, *eval_prompts.records))
+    # 4. Rows.
+    prompts, eval_prompts, ptx = read_for_ppo(config, policy, run, functions)
     _require_enough(config, prompts, eval_prompts)
-    ptx: list[Example] = []
-    if config.sft_data is not None:
-        ptx = read_demonstrations(config.sft_data, config, policy, run)
     sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
     return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
 
