@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load_unanswered(source: str, counts: RowCounts, chat: bool = False) -> list[
         return load(source, "prompt", counts, chat)
     found = unanswered(source)
     counts.read += len(found)
-    return [as_chat(prompt) for prompt in found] if chat else found
+    return _as_chats(found, counts) if chat else found
 
 
 def addresses_and_weights(
@@ -101,7 +101,17 @@ def _load(source: str, kind: Kind, counts: RowCounts, chat: bool) -> list[Any]:
         records = read_prompts(source, counts)
     else:
         records = read_records(source, kind, counts)
-    return [as_chat(record) for record in records] if chat else list(records)
+    return _as_chats(records, counts) if chat else list(records)
+
+
+def _as_chats(records: Iterable[Record], counts: RowCounts) -> list[Any]:
+    chats = []
+    for record in records:
+        try:
+            chats.append(as_chat(record))
+        except UserError as error:
+            counts.bad_row(record.where, error)
+    return chats
 
 
 def strings_note(

@@ -217,8 +217,8 @@ def _input_files(text: str) -> Iterator[Path]:
             yield Path(found.origin)
         return
     source = re.sub(r"=[\d.]+$", "", text)
-    folder = source.partition("#")[0]  # of a store it is what is worked in: see STORES
-    names = [text, text.partition("=")[2], source, folder if Path(folder).is_dir() else ""]
+    place = source.partition("#")[0]  # of a store it is what is worked in: see STORES
+    names = [text, text.partition("=")[2], source, place if Path(place).is_dir() else ""]
     for path in map(Path, filter(None, names)):
         if path.is_file():
             yield path
