@@ -32,9 +32,19 @@ Text = str | tuple[Message, ...]
 class Sampled:
     """What is known of an answer that a model wrote, beside its text."""
 
-    ended: bool = True  # False: cut at the length limit, so that no stop token ends it
+    ended: bool | None = None  # False: cut at the length limit; None: not known, read as ended
     ids: tuple[int, ...] = ()  # its tokens, the stop token included; empty: not known
     tokenizer: str = ""  # whose tokens they are (Encoder.fingerprint)
+
+    @property
+    def cut(self) -> bool:
+        """Whether it is known that no stop token ends the answer."""
+        return self.ended is False
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop`, `length`, or None where nobody said."""
+        return None if self.ended is None else "stop" if self.ended else "length"
 
 
 @dataclass(frozen=True)
@@ -200,8 +210,9 @@ def _reason(told: str) -> str:
     >>> _reason("`messages[3]` is an empty answer; remove or fill it")
     '`messages[N]` is an empty answer'
     """
+    told = re.sub(r"^token .* \(\d+\)", "token", told)  # a token may hold anything
     told = re.sub(r"\([^()]*\)|\[\[.*\]\]|'[^']*'", "...", told.partition("; ")[0])
-    return re.sub(r"\d+", "N", told)
+    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "N", told)
 
 
 # --- records as JSON -----------------------------------------------------------------------------
@@ -239,8 +250,9 @@ def ranking_to_json(ranking: Ranking) -> dict[str, object]:
 def sampled_to_json(sampled: Sequence[Sampled], names: tuple[str, str]) -> dict[str, object]:
     """Finish reasons, and token ids with their tokenizer, under these two names."""
     row: dict[str, object] = {}
-    if sampled:
-        row[names[0]] = ["stop" if one.ended else "length" for one in sampled]
+    reasons = [one.finish_reason for one in sampled]
+    if any(reasons):
+        row[names[0]] = reasons
     if whose := next((one.tokenizer for one in sampled if one.ids), ""):
         row |= {names[1]: [list(one.ids) or None for one in sampled], "tokenizer": whose}
     return row
@@ -250,7 +262,8 @@ def pair_to_json(sampled: Sequence[Sampled], names: Sequence[str]) -> dict[str, 
     """The same of single answers: `NAME_finish_reason` and `NAME_ids` of each name."""
     row: dict[str, object] = {}
     for name, one in zip(names, sampled, strict=bool(sampled)):
-        row[f"{name}_finish_reason"] = "stop" if one.ended else "length"
+        if one.finish_reason:
+            row[f"{name}_finish_reason"] = one.finish_reason
         if one.ids:
             row |= {f"{name}_ids": list(one.ids), "tokenizer": one.tokenizer}
     return row

@@ -11,9 +11,10 @@ Where several are given, each may end in `=WEIGHT`: see `prefloop.data.stream.mi
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,25 @@ from prefloop.records import Conversation, Record, RowCounts
 Data = str | Sequence[str]
 
 
-def load(data: Data, kind: Kind, counts: RowCounts, chat: bool = False) -> list[Any]:
-    """The records of one or more sources; `chat` takes strings for messages."""
-    return [record for part in load_parts(data, kind, counts, chat) for record in part]
+def load(
+    data: Data, kind: Kind, counts: RowCounts, chat: bool = False, of: str = "--data"
+) -> list[Any]:
+    """The records of one or more sources, all used alike; `chat` takes strings for messages."""
+    for source in (data,) if isinstance(data, str) else data:
+        if _weighted(source)[1] is not None:
+            raise UserError(
+                f"{of} {source}: weights share out the rows of training, and here all are used; "
+                "leave them out"
+            )
+    return [record for part in load_parts(data, kind, counts, chat, of) for record in part]
 
 
-def load_parts(data: Data, kind: Kind, counts: RowCounts, chat: bool = False) -> list[list[Any]]:
-    """The records of each source by itself."""
-    addresses, _ = addresses_and_weights(data)
+def load_parts(
+    data: Data, kind: Kind, counts: RowCounts, chat: bool = False, of: str = "--data"
+) -> list[list[Any]]:
+    """The records of each source by itself, weighted or not; `of` is the setting's flag."""
+    formats.require_kind(kind)
+    addresses, _ = addresses_and_weights(data, of)
     return [_load(address, kind, counts, chat) for address in addresses]
 
 
@@ -44,10 +56,12 @@ def load_unanswered(source: str, counts: RowCounts, chat: bool = False) -> list[
         return load(source, "prompt", counts, chat)
     found = unanswered(source)
     counts.read += len(found)
-    return [as_chat(prompt) for prompt in found] if chat else found
+    return _as_chats(found, counts) if chat else found
 
 
-def addresses_and_weights(data: Data) -> tuple[tuple[str, ...], tuple[float, ...]]:
+def addresses_and_weights(
+    data: Data, of: str = "--data"
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """Where the rows are, and the weight of each source; no weights where none is given.
 
     >>> addresses_and_weights(("a.jsonl=0.7", "x/y#main:train=0.3"))
@@ -60,13 +74,13 @@ def addresses_and_weights(data: Data) -> tuple[tuple[str, ...], tuple[float, ...
     weights = tuple(weight for _, weight in pairs if weight is not None)
     told = " ".join((data,) if isinstance(data, str) else data)
     if not addresses:
-        raise UserError("--data is empty; give rows")
+        raise UserError(f"{of} is empty; give rows")
     if twice := [address for address in addresses if addresses.count(address) > 1]:
-        raise UserError(f"--data {told}: {twice[0]} is given twice; give it once, with a weight")
+        raise UserError(f"{of} {told}: {twice[0]} is given twice; give it once")
     if weights and len(weights) < len(pairs):
-        raise UserError(f"--data {told}: give each source a weight, as NAME=0.7, or none")
+        raise UserError(f"{of} {told}: give each source a weight, as NAME=0.7, or none")
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise UserError(f"--data {told}: weights must be above 0; leave a source of 0 out")
+        raise UserError(f"{of} {told}: weights must be above 0; leave a source of 0 out")
     return addresses, weights if len(weights) > 1 else ()
 
 
@@ -87,12 +101,33 @@ def _load(source: str, kind: Kind, counts: RowCounts, chat: bool) -> list[Any]:
         records = read_prompts(source, counts)
     else:
         records = read_records(source, kind, counts)
-    return [as_chat(record) for record in records] if chat else list(records)
+    return _as_chats(records, counts) if chat else list(records)
 
 
-def strings_note(records: Sequence[Record], has_template: bool) -> str | None:
-    """What is to be told where a chat model is given strings."""
+def _as_chats(records: Iterable[Record], counts: RowCounts) -> list[Any]:
+    chats = []
+    for record in records:
+        try:
+            chats.append(as_chat(record))
+        except UserError as error:
+            counts.bad_row(record.where, error)
+    return chats
+
+
+def strings_note(
+    records: Sequence[Record], has_template: bool, template_args: Mapping[str, object] | None = None
+) -> str | None:
+    """What is to be told where a chat model is given strings.
+
+    UserError for `template_args` that nothing would read, for there are strings alone.
+    """
     strings = sum(is_string(record) for record in records)
+    if template_args and 0 < strings == len(records):
+        raise UserError(
+            f"--template-args {json.dumps(dict(template_args))} is read by the chat template, and "
+            "all rows are strings, to which it is not applied; give --chat to take them for "
+            "messages, or leave --template-args out"
+        )
     if not strings or not has_template:
         return None
     which = "the rows are" if strings == len(records) else f"{strings} of {len(records)} rows are"

@@ -61,9 +61,10 @@ def test_winrate_reads_finish_reasons(tmp_path: Path) -> None:
         {"prompt": "p", "completions": ["a", "b"], "finish_reasons": ["stop", "length"]},
         {"prompt": "p", "completion": "c", "completion_finish_reason": "length"},
         {"prompt": "p", "completion": "d"},
+        {"prompt": "p", "completions": ["e", "f"], "finish_reasons": [None, "length"]},
     ]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (said,) = winrate._read_answers(tmp_path / "a.jsonl").values()
     assert [(text, ended) for text, ended, _ in said] == [
-        *(("a", True), ("b", False), ("c", False), ("d", True)),
+        *(("a", True), ("b", False), ("c", False), ("d", True), ("e", True), ("f", False)),
     ]

@@ -205,6 +205,7 @@ def test_ids_of_another_tokenizer_give_way_to_the_text() -> None:
     how = (Sampled(True, (9, 2), name), Sampled(False, (8,), name))
     ab, c = (tuple(encode_answer(ours, "a:", text)) for text in ("ab", "c"))
     assert ranking(ours, how) == (ab, c[:-1])
+    assert ranking(ours, (Sampled(None, (9,), name), how[1])) == (ab, c[:-1])  # nobody said: ended
 
 
 @pytest.mark.parametrize("ids", [(300,), (2**70,), (7, 4)])
@@ -231,12 +232,14 @@ def test_a_demonstration_without_a_finish_reason_ends(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "completion": "bc"},
         {"prompt": "a", "completion": "bc", "completion_finish_reason": "length"},
+        {"prompt": "a", "completion": "bc", "completion_finish_reason": None},
     ]
     write_jsonl(tmp_path / "d.jsonl", rows)
     records: list[Any] = formats.load(str(tmp_path / "d.jsonl"), "demonstration", RowCounts())
     assert all(isinstance(record, Demonstration) for record in records)
-    whole, cut = tokenize(records, tokenizer, 100, "error", RowCounts())
+    whole, cut, unsaid = tokenize(records, tokenizer, 100, "error", RowCounts())
     assert whole.answers[0] == (*cut.answers[0], tokenizer.eos_token_id)
+    assert unsaid.answers == whole.answers
 
 
 def test_answers_without_ids_stand_beside_those_with_them(tmp_path: Path) -> None:

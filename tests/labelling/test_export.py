@@ -268,3 +268,46 @@ def test_equal_answers_ranked_apart_give_no_pair(tmp_path):
     result, found = run(tmp_path, form="dpo")
     assert result["left_out"] == {"pair of equal answers": 1}
     assert [(row["chosen"], row["rejected"]) for row in found] == [("a", "b"), ("a", "b")]
+
+
+UNSAID = {
+    "prompt": "p",
+    "completions": ["a", "b", ""],
+    "finish_reasons": ["length", None, None],
+    "tiers": [[1], [0], [2]],
+}
+
+
+def test_a_finish_reason_that_nobody_said_stays_unsaid(tmp_path):
+    put(tmp_path, [UNSAID])
+    _, (row,) = run(tmp_path)
+    assert row["finish_reasons"] == ["length", None, None]
+    _, log = run(tmp_path, form="audit")
+    assert [one["finish_reason"] for one in log[0]["responses"]] == ["length", None, None]
+    # The empty answer may have been typed: training takes one only where it was sampled.
+    result, pairs = run(tmp_path, form="dpo")
+    assert pairs == [
+        {"prompt": "p", "chosen": "b", "rejected": "a", "rejected_finish_reason": "length"}
+    ]
+    assert result["left_out"] == {"empty answer that nothing says was sampled": 2}
+    assert len(load(str(tmp_path / "out.jsonl"), "preference", RowCounts())) == 1
+    result, found = run(tmp_path, form="kto")
+    assert found == [{"prompt": "p", "completion": "b", "label": True}]
+    assert result["left_out"]["empty answer that nothing says was sampled"] == 1
+
+
+def test_an_empty_answer_with_its_tokens_alone_was_sampled(tmp_path):
+    ids = {"completion_ids": [[5], [6], [2]], "tokenizer": "0123456789abcdef"}
+    put(tmp_path, [UNSAID | ids | {"finish_reasons": None}])
+    result, pairs = run(tmp_path, form="dpo")
+    assert (len(pairs), result["left_out"]) == (3, {})
+    assert pairs[1] == {
+        "prompt": "p",
+        "chosen": "b",
+        "rejected": "",
+        "chosen_ids": [6],
+        "rejected_ids": [2],
+        "tokenizer": "0123456789abcdef",
+    }
+    records = load(str(tmp_path / "out.jsonl"), "preference", RowCounts())
+    assert [one.ended for one in records[1].sampled] == [None, None]

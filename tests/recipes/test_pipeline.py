@@ -9,7 +9,7 @@ import pytest
 from prefloop.config import RunConfig
 from prefloop.config.ranges import Seed
 from prefloop.errors import UserError
-from prefloop.recipes.pipeline import run
+from prefloop.recipes.pipeline import Stage, fingerprint, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,20 @@ def test_changed_contents_run_what_depends_on_them(go, copier):
     assert copier.calls == ["one", "two", "one", "two"]
     assert Path("runs/p/two/copy").read_text() == "b05"
     assert Path("runs/p/two.old-1/copy").read_text() == "a05"
+
+
+@pytest.mark.parametrize(
+    ("source", "file"), [("rows.txt=0.5", "rows.txt"), ("set#main:train=.5", "set/rows.txt")]
+)
+def test_contents_of_weighted_sources_and_splits_count(tmp_path, monkeypatch, source, file):
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    stage = Stage("one", "copy", CopyConfig(data=source, output=Path("out")))
+    prints = []
+    for text in "aba":
+        Path(file).write_text(text)
+        prints.append(fingerprint(stage))
+    assert prints[0] == prints[2] != prints[1]
 
 
 def test_changed_settings_run_that_stage_only(go, copier):

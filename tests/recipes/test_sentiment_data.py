@@ -162,6 +162,31 @@ def test_rankings_are_records_that_training_reads(cached: Path, tmp_path: Path) 
         data.rank_samples(samples, output, 0, 0, noise)
 
 
+def test_rankings_keep_the_tokens_and_finish_reasons_of_their_answers(
+    cached: Path, tmp_path: Path
+) -> None:
+    samples, output = tmp_path / "samples.jsonl", tmp_path / "rankings.jsonl"
+    row = {
+        "prompt": "The film is",
+        "completions": [" fine, rich.", " dull, weak.", " fine, rich.", " fine, dull."],
+        "completion_ids": [[7, 2], [8], [9, 2], [6, 6]],
+        "finish_reasons": ["stop", "length", "stop", None],
+        "tokenizer": "0123456789abcdef",
+    }
+    write_jsonl(samples, [row])
+    data.rank_samples(samples, output, 5, 0, data.measure_noise(toy_sentences()))
+    (told,) = [json.loads(line) for line in output.read_text().splitlines()]
+    # The third answer says what the first one says: it is left out with its tokens.
+    assert told["completions"] == [" fine, rich.", " dull, weak.", " fine, dull."]
+    assert told["completion_ids"] == [[7, 2], [8], [6, 6]]
+    assert told["finish_reasons"] == ["stop", "length", None]
+    assert told["tokenizer"] == row["tokenizer"]
+    (ranking,) = formats.load(str(output), "preference", RowCounts())
+    assert [(one.ids, one.ended) for one in ranking.sampled] == [
+        *(((7, 2), True), ((8,), False), ((6, 6), None)),
+    ]
+
+
 @pytest.mark.slow
 def test_the_real_data_are_as_documented() -> None:
     sentences = fetch_movie_ratings()

@@ -43,3 +43,7 @@ def one_too_few(prompts, completions):
 
 def not_a_number(prompts, completions):
     return [float("nan")] * len(completions)
+
+
+def near_wanted(prompts, completions, wanted):
+    return [-abs(len(said) - length) for said, length in zip(completions, wanted, strict=True)]

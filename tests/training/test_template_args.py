@@ -109,3 +109,62 @@ def test_wrong_ones_are_one_line(args, message, model):
     with pytest.raises(UserError, match=message) as error:
         commands.check(CheckConfig(model=str(model), template_args=args))
     assert "\n" not in str(error.value)
+
+
+STRINGS = {"prompt": "Hi", "completion": " a", "chosen": " a", "rejected": " b"}
+IN_VAIN = r"^--template-args .*enable_thinking.* give --chat .* leave --template-args out"
+
+
+def answering(tmp_path, command):
+    """Settings of a command that answers or trains, but for its rows."""
+    if command in CONFIGS:
+        more = {"reward_function": f"{REWARDS}:by_length"} if command == "ppo" else {}
+        return {"output": tmp_path / "out", "batch_size": 1, "max_steps": 1, **more}
+    named = {"models": (f"x={tmp_path / 'm'}",), "judge": f"{REWARDS}:by_length"}
+    return {
+        "check": {"kind": "prompt"},
+        "generate": {"output": tmp_path / "out.jsonl", "max_new_tokens": 2},
+        "sample": {"output": tmp_path / "out.jsonl", "max_new_tokens": 2},
+        "compare": {"output": tmp_path / "out", "max_new_tokens": 2, **named},
+    }[command]
+
+
+@pytest.mark.parametrize("command", [*CONFIGS, "check", "generate", "sample", "compare"])
+def test_with_strings_alone_they_are_in_vain(command, model, tmp_path, capsys):
+    keys = {"sft": ("prompt", "completion"), "reward": ("prompt", "chosen", "rejected")}
+    keys["dpo"] = keys["reward"]
+    row = {key: STRINGS[key] for key in keys.get(command, ("prompt",))}
+    chat = {key: ROW[key] for key in row}
+    same = answering(tmp_path, command)
+    config = commands.COMMANDS[command].config
+    same |= {"sft" if command == "compare" else "model": str(model), "template_args": ARGS}
+    same |= {} if command == "check" else {"device": "cpu"}
+
+    def run(rows, **more):
+        data = str(write_rows(tmp_path / "rows.jsonl", rows))
+        getattr(commands, command)(config(data=data, **same, **more))
+
+    with pytest.raises(UserError, match=IN_VAIN):
+        run([row, row])
+    assert not list(tmp_path.glob("out*"))
+    run([row, row], chat=True)
+    if command in CONFIGS:
+        same["output"] = tmp_path / "out2"
+    run([row, chat])  # something reads them
+
+
+def test_a_prompt_of_the_command_line_is_a_string(model):
+    with pytest.raises(UserError, match=IN_VAIN):
+        commands.generate(GenerateConfig(model=str(model), prompt=("Hi",), template_args=ARGS))
+
+
+def test_ppos_demonstrations_may_be_what_reads_them(model, tmp_path):
+    shown = {"prompt": CHAT, "completion": SAID[0]}
+    config = {"ptx_coef": 0.5, "template_args": ARGS, "device": "cpu", "max_new_tokens": 2}
+    config |= answering(tmp_path, "ppo") | {"model": str(model)}
+    config["data"] = str(write_rows(tmp_path / "p.jsonl", [{"prompt": "Hi"}]))
+    config["sft_data"] = str(write_rows(tmp_path / "s.jsonl", [shown]))
+    commands.ppo(CONFIGS["ppo"](**config))
+    config["sft_data"] = str(write_rows(tmp_path / "s.jsonl", [STRINGS]))
+    with pytest.raises(UserError, match=IN_VAIN):
+        commands.ppo(CONFIGS["ppo"](**config | {"output": tmp_path / "other"}))

@@ -59,8 +59,8 @@ class TrainingConfig(Settings):
     listed in the run's bad_rows.jsonl."""
     chat: bool = False
     """Take string rows for the user's and the assistant's messages."""
-    eval_data: str | None = None
-    """Held-out rows, in the same forms as --data."""
+    eval_data: str | tuple[str, ...] | None = None
+    """Held-out rows, in the same forms as --data; several sources, without weights."""
     eval_fraction: Annotated[float, Within(0, 1, with_high=False)] = 0.0
     """Share of the prompts of --data held out for evaluation when --eval-data is not given."""
     resume: str = "auto"
@@ -129,8 +129,10 @@ class TrainingConfig(Settings):
 
     def __post_init__(self) -> None:
         """One source is told alike, however it was given: in YAML, Python or flags."""
-        if isinstance(self.data, tuple) and len(self.data) == 1:
-            object.__setattr__(self, "data", self.data[0])
+        for name in ("data", "eval_data", "sft_data"):
+            given = getattr(self, name, None)
+            if isinstance(given, tuple) and len(given) == 1:
+                object.__setattr__(self, name, given[0])
 
     def problems(self) -> Iterator[str]:
         """See Settings."""
@@ -254,8 +256,8 @@ class PPOConfig(TrainingConfig):
     """Scale per-token rewards to unit variance (their mean is kept)."""
     target_kl: Annotated[float, AtLeast(0)] = 0.0
     """Leave an iteration's other passes beyond this KL to its sampler (nats a token); 0: never."""
-    sft_data: str | None = None
-    """Rows of the PPO-ptx term."""
+    sft_data: str | tuple[str, ...] | None = None
+    """Demonstrations of the PPO-ptx term, in the same forms as --data, weights included."""
     ptx_coef: Annotated[float, AtLeast(0)] = 0.0
     """Weight of the PPO-ptx term (SFT loss on --sft-data)."""
     max_concurrent: Annotated[int, Above(0)] = 64

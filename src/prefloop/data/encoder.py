@@ -235,9 +235,9 @@ class Encoder:
             _ = self.turn
         asked = self.prompt(prompt)
         texts = [
-            asked + self.with_tail(own, chat=not isinstance(prompt, str) and how.ended)
+            asked + self.with_tail(own, chat=not isinstance(prompt, str) and not how.cut)
             if (own := self.own_ids(prompt, answer, how))
-            else self._whole(prompt, answer, how.ended)
+            else self._whole(prompt, answer, not how.cut)
             for answer, how in zip(answers, sampled, strict=True)
         ]
         columns = zip(asked, *(text[:-1] for text in texts), strict=False)  # the shortest's length

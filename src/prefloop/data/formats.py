@@ -8,8 +8,8 @@
 | prompt | `prompt`; or `chosen`, `rejected` |
 
 Texts are strings or message lists; next to a message list, a string prompt is the user's message
-and a string answer the assistant's. An implicit prompt is what both answers begin with: up to the
-last "Assistant:" of an HH transcript, or the common first messages.
+(a transcript its turns) and a string answer the assistant's. An implicit prompt is what both
+answers begin with: up to the last "Assistant:" of an HH transcript, or the common first messages.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
+from prefloop.data import transcripts
 from prefloop.data.columns import CHATS, HEADS, check_columns, form_of
 from prefloop.data.messages import decoded, head, notes, text, with_head
 from prefloop.data.messages import messages as messages_of
@@ -33,6 +34,7 @@ from prefloop.records import (
     Ranking,
     Record,
     RowCounts,
+    Sampled,
     Text,
     Unpaired,
 )
@@ -49,7 +51,6 @@ ACCEPTED: dict[Kind, str] = {
     "unpaired": f"`prompt`+`completion`+`label`, or {PAIR}",
     "prompt": f"`prompt`, or {PAIR}",
 }
-HH_HUMAN, HH_ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list[Any]:
@@ -60,6 +61,7 @@ def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list
     an empty one, are dropped and counted. `chat` takes strings for the user's and the
     assistant's messages.
     """
+    require_kind(kind)
     records: list[Record] = []
 
     def bad(where: str, error: UserError) -> None:
@@ -88,6 +90,12 @@ def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list
     return records
 
 
+def require_kind(kind: str) -> None:
+    """UserError for rows of a kind that there is not."""
+    if kind not in ACCEPTED:
+        raise UserError(f"no kind {kind!r} of rows; give one of {', '.join(ACCEPTED)}")
+
+
 def parse_row(row: Row, where: str, kind: Kind, chat: bool = False) -> Sequence[Record | str]:
     """The records of one row; a string is the reason why the row gives none."""
     check_columns(row, kind, where)
@@ -107,20 +115,28 @@ def _placed(item: Record | str, before: tuple[Message, ...], where: str) -> Reco
 
 
 def as_chat(record: AnyRecord) -> AnyRecord:
-    """The record with strings as the user's and the assistant's messages."""
+    """The record with strings as the user's and the assistant's messages, transcripts as turns.
 
-    def said(role: str, text: Text) -> Text:
-        return (Message(role, text),) if isinstance(text, str) else text
-
-    if isinstance(record, Conversation):
+    UserError for a transcript that cannot be told apart.
+    """
+    if isinstance(record, Conversation) or not isinstance(record.prompt, str):
         return record
-    changed: dict[str, Any] = {"prompt": said("user", record.prompt)}
+    prompt, where = record.prompt, record.where
+    turns = transcripts.is_transcript(prompt)
+
+    def answer(text: Text) -> Text:
+        assert isinstance(text, str)
+        return transcripts.said(text, where) if turns else (Message("assistant", text),)
+
+    changed: dict[str, Any] = {"prompt": transcripts.asked(prompt, where)}
     if isinstance(record, Ranking):
-        changed["completions"] = tuple(said("assistant", text) for text in record.completions)
+        changed["completions"] = tuple(map(answer, record.completions))
     elif isinstance(record, Comparison):
-        changed |= {n: said("assistant", getattr(record, n)) for n in ("chosen", "rejected")}
+        changed |= {name: answer(getattr(record, name)) for name in ("chosen", "rejected")}
     elif not isinstance(record, Prompt):
-        changed["completion"] = said("assistant", record.completion)
+        changed["completion"] = answer(record.completion)
+    if turns and not isinstance(record, Prompt):  # stripped texts are not those of the tokens
+        changed["sampled"] = tuple(Sampled(one.ended) for one in record.sampled)
     return replace(record, **changed)
 
 
@@ -220,16 +236,16 @@ def _pair(row: Row, where: str) -> Comparison | str:
     if isinstance(chosen, str) and isinstance(rejected, str):
         differs = (at for at, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
         shared = next(differs, min(len(chosen), len(rejected)))
-        cut = chosen.rfind(HH_ASSISTANT, 0, shared)
+        cut = chosen.rfind(transcripts.ASSISTANT, 0, shared)
         if cut < 0:
             raise UserError(
                 f'{where}: no `prompt`, and `chosen` and `rejected` do not share a "Human: ... '
                 'Assistant:" beginning; add a `prompt` column'
             )
-        cut += len(HH_ASSISTANT)
+        cut += len(transcripts.ASSISTANT)
         pair = Comparison(chosen[:cut], chosen[cut:], rejected[cut:], where)
         answers = chosen[cut:] + rejected[cut:]
-        if HH_HUMAN in answers or HH_ASSISTANT in answers:
+        if transcripts.HUMAN in answers or transcripts.ASSISTANT in answers:
             return "transcripts that differ before the last answer"
         if not chosen[cut:].strip() or not rejected[cut:].strip():
             return "transcript with an empty answer"
@@ -267,12 +283,12 @@ def _says_the_prompt(row: Row, chosen: Text, rejected: Text, where: str) -> bool
     prompt = text(row["prompt"], "prompt", where)
     if isinstance(chosen, str) or isinstance(rejected, str):
         both = all(str(side).startswith(str(prompt)) for side in (chosen, rejected))
-        return isinstance(prompt, str) and prompt.endswith(HH_ASSISTANT) and both
+        return isinstance(prompt, str) and prompt.endswith(transcripts.ASSISTANT) and both
     if min(len(chosen), len(rejected)) < 2:
         return False
-    asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    chat = transcripts.asked(prompt, where) if isinstance(prompt, str) else prompt
     before = [{(m.role, m.content.strip()) for m in side[:-1]} for side in (chosen, rejected)]
-    return all((m.role, m.content.strip()) in side for m in asked for side in before)
+    return all((m.role, m.content.strip()) in side for m in chat for side in before)
 
 
 def _prompt_and_answers(row: Row, where: str, *names: str) -> list[Text]:
@@ -280,7 +296,7 @@ def _prompt_and_answers(row: Row, where: str, *names: str) -> list[Text]:
     texts = [text(row[name], name, where) for name in ("prompt", *names)]
     texts = _same_form(texts, ["prompt", *names], where)
     for name, said in zip(names, texts[1:], strict=True):
-        sampled = row.get(f"{name}_finish_reason") is not None
+        sampled = any(row.get(f"{name}_{of}") is not None for of in ("finish_reason", "ids"))
         if not sampled and not (said if isinstance(said, str) else said[0].content).strip():
             raise UserError(f"{where}: `{name}` is an empty answer; remove the row or fill it")
     return texts
@@ -291,7 +307,7 @@ def _same_form(texts: Sequence[Text], names: Sequence[str], where: str) -> list[
     prompt, *answers = texts
     if all(isinstance(text, str) for text in texts):
         return list(texts)
-    chat = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    chat = transcripts.asked(prompt, where) if isinstance(prompt, str) else prompt
     _check_asked(chat, where)
     formed: list[Text] = [chat]
     for name, answer in zip(names[1:], answers, strict=True):

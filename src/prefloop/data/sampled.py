@@ -47,5 +47,6 @@ def _samples(reasons: list[Any], ids: list[Any], row: Row, where: str) -> tuple[
         if tokens is not None and not right:
             raise UserError(f"{where}: token ids must be a list of whole numbers an answer")
         known = tuple(tokens) if tokens and FINGERPRINT.fullmatch(tokenizer) else ()
-        found.append(Sampled(REASONS[reason or "stop"], known, tokenizer if known else ""))
+        ended = None if reason is None else REASONS[reason]
+        found.append(Sampled(ended, known, tokenizer if known else ""))
     return tuple(found)

@@ -8,7 +8,7 @@ after that token (ChatML: a line break) belongs to the next turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
@@ -234,10 +234,12 @@ def tokenize(
     counts: RowCounts,
     train_on: Literal["answer", "all"] = "answer",
     keep_ties: bool = False,
+    require: Callable[[Record, Example], None] = lambda record, example: None,
 ) -> list[Example]:
     """Tokenise records; every one is used, counted as dropped with its reason, or a UserError.
 
-    `counts` says whether what cannot be tokenised is dropped too.
+    `counts` says whether what cannot be tokenised is dropped too, and what `require` refuses by a
+    UserError.
 
     `truncation` of rows over `max_length` tokens: `error`; `drop`; `left` cuts the prompt's start
     but for its BOS; `right` cuts the answer's end (its stop token goes with it). With `train_on`
@@ -251,25 +253,20 @@ def tokenize(
         try:
             example = _checked(_example(encoder, record), keep_ties, encoder.whole)
             if isinstance(example, Example):
-                example = _fitted(example, max_length, truncation, bos, counts)
+                whole, example = example, _fitted(example, max_length, truncation, bos)
+            if isinstance(example, Example):
+                cut = example is not whole
+                example = _all_trained(record, example) if train_on == "all" else example
+                require(record, example)
         except UserError as error:
             counts.bad_row(record.where, error)
             continue
         if isinstance(example, str):
             counts.drop(example)
             continue
-        if train_on == "all":
-            (answer,) = example.answers
-            if isinstance(record, Conversation) and not all(m.trained for m in record.messages):
-                raise UserError(
-                    f"{located(record.where)}flags keep turns out of the loss, and --train-on all "
-                    "trains all; remove the flags, or use --train-on answer"
-                )
-            ids = example.prompt + answer
-            masks = ((True,) * (len(ids) - 1),)
-            example = replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
         source = _source(encoder, record)
         examples.append(replace(example, index=len(examples), record=place, source=source))
+        counts.truncated += cut
         counts.tied_pairs += sum(comb(len(tier), 2) for tier in example.tiers)
     counts.used += len(examples)
     if not examples:
@@ -323,7 +320,8 @@ def encode_answers(
         return tuple(asked), tuple(map(tuple, answers))
     pairs = zip(texts, sampled, strict=True)
     own = (
-        encoder.own_ids(prompt, t, how) or encoder.answer(prompt, t, how.ended) for t, how in pairs
+        encoder.own_ids(prompt, t, how) or encoder.answer(prompt, t, not how.cut)
+        for t, how in pairs
     )
     return tuple(encoder.prompt(prompt)), tuple(map(tuple, own))
 
@@ -353,10 +351,23 @@ def _equal_but_ranked(example: Example) -> tuple[int, int] | None:
     return None
 
 
+def _all_trained(record: Record, example: Example) -> Example:
+    """The example with all its tokens but the first as one answer in the loss."""
+    if isinstance(record, Conversation) and not all(m.trained for m in record.messages):
+        raise UserError(
+            "flags keep turns out of the loss, and --train-on all trains all; remove the flags, or "
+            "use --train-on answer"
+        )
+    (answer,) = example.answers
+    ids = example.prompt + answer
+    masks = ((True,) * (len(ids) - 1),)
+    return replace(example, prompt=ids[:1], answers=(ids[1:],), answer_masks=masks)
+
+
 def _fitted(
-    example: Example, max_length: int, truncation: Truncation, bos: int | None, counts: RowCounts
+    example: Example, max_length: int, truncation: Truncation, bos: int | None
 ) -> Example | str:
-    """The example within `max_length` tokens, or why it cannot be."""
+    """The example within `max_length` tokens, itself where it fits, or why it cannot be."""
     prompt, longest = example.prompt, max(map(len, example.answers), default=0)
     if len(prompt) + longest <= max_length:
         return example
@@ -383,5 +394,4 @@ def _fitted(
     unlearnable = not all(map(any, example.answer_masks))
     if empty or unlearnable or _equal_but_ranked(example):
         return f"nothing left to learn once cut to {max_length} tokens"
-    counts.truncated += 1
     return example

@@ -108,5 +108,5 @@ def _read_answers(path: Path, chat: bool = False) -> dict[str, list[tuple[str, b
         others = {k: v for k, v in row.extra.items() if k not in ("completion", "completions")}
         said = found.setdefault(json.dumps([text_to_json(row.prompt), tools_of(row.prompt)]), [])
         own = replace(row, extra=others)
-        said += [(text, how[i].ended if how else True, own) for i, text in enumerate(texts)]
+        said += [(text, not (how and how[i].cut), own) for i, text in enumerate(texts)]
     return found

@@ -186,7 +186,8 @@ def _answers(
     examples = tokenize(prompts, model.encoder, _room(config), config.truncation, counts)
     for example in examples:
         model.check_example(example, config.max_new_tokens)
-    if note := sources.strings_note(prompts, bool(model.tokenizer.chat_template)):
+    arguments = model.template_args
+    if note := sources.strings_note(prompts, bool(model.tokenizer.chat_template), arguments):
         print(note, file=sys.stderr)
     engine = make_engine(config, model)
     console = Console(stderr=True)

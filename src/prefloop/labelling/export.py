@@ -34,7 +34,16 @@ from prefloop.labelling.store.reading import (
     prompts_of,
     responses_of,
 )
-from prefloop.records import Comparison, Prompt, Ranking, RowCounts, Text, Unpaired, to_json
+from prefloop.records import (
+    Comparison,
+    Prompt,
+    Ranking,
+    RowCounts,
+    Sampled,
+    Text,
+    Unpaired,
+    to_json,
+)
 
 GOOD, BAD = 5, 3
 """In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""
@@ -299,28 +308,37 @@ def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[st
         told = {"labeller": decision.labeller} if decision.labeller else {}
         sure = {"confidence": decision.confidence} if decision.confidence else {}
         return [to_json(ranking) | told | sure]
+    how = ranking.sampled or (Sampled(),) * len(answers)
+    rows: list[dict[str, object]] = []
     if form == "kto":
-        labels = _labels(decision, counts)
-        return [
-            to_json(Unpaired(prompt, answer, label, sampled=ranking.sampled[i : i + 1]))
-            for i, (answer, label) in enumerate(zip(answers, labels, strict=True))
-            if label is not None
-        ]
+        for i, label in enumerate(_labels(decision, counts)):
+            if label is not None and _readable([answers[i]], [how[i]], counts):
+                rows.append(to_json(Unpaired(prompt, answers[i], label, sampled=(how[i],))))
+        return rows
     if not ranking.pairs():
         counts.drop("ranking whose answers all tie (gives no pairs)")
     if form == "dpo":
-        rows = []
         for w, l in ranking.pairs():
-            if answers[w] == answers[l]:
+            pair = answers[w], answers[l]
+            if pair[0] == pair[1]:
                 counts.drop("pair of equal answers")
-                continue
-            how = (ranking.sampled[w], ranking.sampled[l]) if ranking.sampled else ()
-            rows.append(to_json(Comparison(prompt, answers[w], answers[l], sampled=how)))
+            elif _readable(pair, (how[w], how[l]), counts):
+                rows.append(to_json(Comparison(prompt, *pair, sampled=(how[w], how[l]))))
         return rows
     return [
         {"chosen": _transcript(prompt, answers[w]), "rejected": _transcript(prompt, answers[l])}
         for w, l in ranking.pairs()
     ]
+
+
+def _readable(answers: Sequence[Text], how: Sequence[Sampled], counts: RowCounts) -> bool:
+    """Whether training would take the answers; counted where not."""
+    for answer, one in zip(answers, how, strict=True):
+        text = answer if isinstance(answer, str) else answer[0].content
+        if not (text.strip() or one.finish_reason or one.ids):
+            counts.drop("empty answer that nothing says was sampled")
+            return False
+    return True
 
 
 def _labels(decision: Decision, counts: RowCounts) -> list[bool | None]:

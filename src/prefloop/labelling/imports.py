@@ -294,7 +294,7 @@ def _put_responses(
             prompt_id,
             completion,
             **same,
-            finish_reason=one and ("stop" if one.ended else "length"),
+            finish_reason=one and one.finish_reason,
             token_ids=list(one.ids) if one and one.ids else None,
             tokenizer=one.tokenizer if one and one.ids else None,
             log_prob=log_probs[i],

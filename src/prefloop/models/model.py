@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import Example, check_ids
-from prefloop.errors import UserError, located
+from prefloop.errors import TooLong, UserError, located
 from prefloop.models import adapters
 from prefloop.models.lean import Lean
 from prefloop.models.precision import Products, autocast
@@ -110,9 +110,9 @@ class LoadedModel:
         check_ids(example, rows, self.tokenizer)
 
     def check_length(self, tokens: int, where: str = "") -> None:
-        """UserError for a sequence (from `where`) that the model's positions do not carry."""
+        """TooLong for a sequence (from `where`) that the model's positions do not carry."""
         if self.max_length is not None and tokens > self.max_length:
-            raise UserError(
+            raise TooLong(
                 f"{located(where)}{self.source}: a sequence of {tokens} tokens, but its positions "
                 f"are exact up to {self.max_length} only; lower --max-length"
             )

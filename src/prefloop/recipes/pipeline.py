@@ -205,7 +205,9 @@ def fingerprint(stage: Stage) -> str:
 
 
 def _input_files(text: str) -> Iterator[Path]:
-    """The files behind a setting: a path, `name=path`, a run directory's model, or a function's."""
+    """The files behind a setting: a path, `name=path`, a source of rows with its weight or its
+    split, a run directory's model, or a function's.
+    """
     if re.fullmatch(r"[\w.]+:\w+", text):
         try:
             found = importlib.util.find_spec(text.partition(":")[0])
@@ -214,7 +216,10 @@ def _input_files(text: str) -> Iterator[Path]:
         if found and found.origin and Path(found.origin).is_file():
             yield Path(found.origin)
         return
-    for path in (Path(text), Path(text.partition("=")[2] or text)):
+    source = re.sub(r"=[\d.]+$", "", text)
+    place = source.partition("#")[0]  # of a store it is what is worked in: see STORES
+    names = [text, text.partition("=")[2], source, place if Path(place).is_dir() else ""]
+    for path in map(Path, filter(None, names)):
         if path.is_file():
             yield path
         elif path.is_dir():

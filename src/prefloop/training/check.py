@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 
@@ -37,21 +37,26 @@ def check(config: CheckConfig) -> None:
     if config.data is None:
         return
     counts = RowCounts(bad_rows="list" if config.bad_rows == "error" else "drop")
+    rows = embedding_rows(config.model)
+
+    def known(record: Record, example: Example) -> None:
+        if rows is not None:
+            check_ids(example, rows, tokenizer)
+
     records: list[Record] = []
     examples: list[Example] = []
     try:
-        records = sources.load(config.data, config.kind, counts, config.chat)
-        examples = tokenize(records, encoder, config.max_length, config.truncation, counts)
+        parts = sources.load_parts(config.data, config.kind, counts, config.chat)
+        records = [record for part in parts for record in part]
+        limits = (config.max_length, config.truncation)
+        examples = tokenize(records, encoder, *limits, counts, require=known)
     except UserError:
         if not counts.bad:
             raise
-    if rows := embedding_rows(config.model):
-        for example in examples:
-            check_ids(example, rows, tokenizer)
     print(counts.summary())
     for what, count in counts.noted.items():
         print(shown(f"note: {what} ({count} rows)"))
-    for line in (*_forms(records, tokenizer), *_bad(counts)):
+    for line in (*_forms(records, tokenizer, arguments), *_bad(counts)):
         print(shown(line))
     if examples:
         print(_lengths("prompt", [len(example.prompt) for example in examples]))
@@ -72,13 +77,17 @@ def _bad(counts: RowCounts) -> Iterator[str]:
         yield f"bad rows: {len(counts.bad)} in all, the first {MOST_BAD} are told"
 
 
-def _forms(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _forms(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    template_args: Mapping[str, object],
+) -> Iterator[str]:
     """What the rows' texts are, where that may not be what was meant."""
     strings = sum(map(sources.is_string, records))
     if 0 < strings < len(records):
         chats = len(records) - strings
         yield f"warning: mixed forms: {strings} rows are strings, {chats} are chat messages"
-    if note := sources.strings_note(records, bool(tokenizer.chat_template)):
+    if note := sources.strings_note(records, bool(tokenizer.chat_template), template_args):
         yield f"warning: {note}"
     specials = [token for token in tokenizer.all_special_tokens if token.strip()]
     rows: Counter[str] = Counter()

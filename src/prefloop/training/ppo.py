@@ -39,7 +39,7 @@ from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
 from prefloop.training.method import LossSums, Step
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler
-from prefloop.training.rows import Prompts, order_of, read_demonstrations, read_prompts
+from prefloop.training.rows import Prompts, order_of, read_for_ppo
 from prefloop.training.start import model_options, start
 
 
@@ -128,7 +128,7 @@ class PPO:
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
         count = len(self.prompts.examples)
         size = min(self._prompts_per_iteration, count)
-        drawn = order_of(self.prompts.examples, self.config)
+        drawn = order_of(self.prompts.examples, self.config.data, self.config.seed)
         order = stream.step_rows(count, size, 1.0, iterations, self.config.seed, iteration, drawn)
         mine = distributed.mine(next(order))
         seed = self.config.seed * 1_000_003 + iteration
@@ -164,7 +164,9 @@ class PPO:
         if self.ptx_examples:
             step = iteration * self._steps_per_iteration + number
             count, size = len(self.ptx_examples), self.config.batch_size
-            rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step))
+            assert self.config.sft_data is not None
+            drawn = order_of(self.ptx_examples, self.config.sft_data, self.config.seed)
+            rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step, drawn))
             mine = [self.ptx_examples[row] for row in distributed.mine(rows)]
             batches += pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
         return batches
@@ -278,12 +280,10 @@ def build(
     reference = _reference(config, policy)
     fixed = [policy.module, *([reference.module] if reference else [])]
     # 2. Prompts.
-    prompts, eval_prompts = read_prompts(config, policy, run)
+    functions = function_judge(*config.reward_function, weights=config.reward_weights)
+    prompts, eval_prompts, ptx = read_for_ppo(config, policy, run, functions)
     _require_enough(config, prompts, eval_prompts)
     asked = (*prompts.records, *eval_prompts.records)
-    ptx: list[Example] = []
-    if config.sft_data is not None:
-        ptx = read_demonstrations(config.sft_data, config, policy, run)
     # 3. What scores.
     options = model_options(config)
     value_start = config.value_model or config.model
@@ -295,8 +295,6 @@ def build(
         if same_ids(policy.tokenizer, reward_model.tokenizer):
             value_start = config.value_model or config.reward_model
     else:
-        functions = function_judge(*config.reward_function, weights=config.reward_weights)
-        functions.require(asked)
         scorer = text_scorer(functions, stops)
     # 4. The critic; it reads tokens alone, so no chat template.
     critic = None

@@ -241,8 +241,9 @@ def run(config: DPOConfig) -> Run:
             return run
         policy = load_policy(config.model, device, **model_options(config))
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
-        examples, held_out = rows.read_examples(config, kind, policy, run)
-        rows.refuse_margins([*examples, *held_out], config.loss)
+        examples, held_out = rows.read_examples(
+            config, kind, policy, run, refuse_margins=config.loss
+        )
         cache = run.directory / "reference_log_probs.safetensors"
         method = KTO if config.loss == "kto" else Preference
         loop.train(method(config, policy, examples, held_out, cache), config, run)

@@ -151,10 +151,10 @@ def run(config: RewardConfig) -> Run:
         # What is trained now is scored as Transformers does, whatever it began from.
         setattr(scorer.config, SCORE_POSITION, "rendered")
         scorer.encoder.trains = True
+        loss = config.loss
+        refused = "" if loss == "bradley-terry" else loss
         examples, held_out = rows.read_examples(
-            config, "preference", scorer, run, keep_ties=config.loss in LEARN_FROM_TIES
+            config, "preference", scorer, run, "answer", loss in LEARN_FROM_TIES, refused
         )
-        if config.loss != "bradley-terry":
-            rows.refuse_margins([*examples, *held_out], config.loss)
         loop.train(Reward(config, scorer, examples, held_out), config, run)
     return run

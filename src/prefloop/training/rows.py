@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from prefloop import distributed, sources
 from prefloop.config import PPOConfig, TrainingConfig
+from prefloop.config.ranges import template_arguments
 from prefloop.data import split, stream
 from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import Example, tokenize
@@ -16,6 +17,7 @@ from prefloop.errors import UserError
 from prefloop.files import read_rows, write_jsonl
 from prefloop.models.model import LoadedModel
 from prefloop.records import Prompt, Record, RowCounts
+from prefloop.rewards.functions import FunctionJudge
 from prefloop.runs import Run
 from prefloop.training.method import Step
 
@@ -29,23 +31,33 @@ def read_examples(
     run: Run,
     train_on: Literal["answer", "all"] = "answer",
     keep_ties: bool = False,
+    refuse_margins: str = "",
 ) -> tuple[list[Example], list[Example]]:
-    """The training and the held-out examples; what was dropped and why is printed and recorded."""
+    """The training and the held-out examples; what was dropped and why is printed and recorded.
+
+    What the model cannot read is a bad row, and a margin where the loss `refuse_margins` would not
+    read it.
+    """
     train, held_out, part_of = _records(config, kind)
+    _note_strings(config, model, [*train[0], *held_out[0]])
+
+    def require(record: Record, example: Example) -> None:
+        model.check_example(example)
+        if example.margin and refuse_margins:
+            raise UserError(
+                f"`margin` is {example.margin:g}, and --loss {refuse_margins} reads none; remove "
+                "the column, or use `reward --loss bradley-terry`"
+            )
+
     limits = (config.max_length, config.truncation)
     sides = [
-        tokenize(records, model.encoder, *limits, counts, train_on, keep_ties) if records else []
+        tokenize(records, model.encoder, *limits, counts, train_on, keep_ties, require)
+        if records
+        else []
         for records, counts in (train, held_out)
     ]
-    _check_readable([*sides[0], *sides[1]], model)
-    _note_rows(config, run, model, train, held_out)
-    return _with_parts(config, sides[0], train[0], part_of), sides[1]
-
-
-def _check_readable(examples: Sequence[Example], model: LoadedModel, room: int = 0) -> None:
-    """Before the first step: every sequence, with `room` for an answer, is one the model reads."""
-    for example in examples:
-        model.check_example(example, room)
+    _note_rows(config, run, train, held_out)
+    return _with_parts(config.data, sides[0], train[0], part_of), sides[1]
 
 
 Side = tuple[list[Any], RowCounts]
@@ -60,56 +72,69 @@ def _records(
     And which of several sources a record (by its id) comes from.
     """
     counts, eval_counts = (RowCounts(bad_rows=config.bad_rows) for _ in range(2))
-    parts = sources.load_parts(config.data, kind, counts, config.chat)
-    part_of = {id(record): number for number, part in enumerate(parts) for record in part}
-    records = [record for part in parts for record in part]
+    records, part_of = _weighted_records(config.data, kind, counts, config.chat, "--data")
     if config.eval_data is not None:
-        held_out = sources.load(config.eval_data, kind, eval_counts, config.chat)
+        of = "--eval-data"
+        held_out = sources.load(config.eval_data, kind, eval_counts, config.chat, of)
         return (records, counts), (held_out, eval_counts), part_of
     records, held_out = split.split_by_prompt(records, config.eval_fraction, config.seed)
     return (records, counts), (held_out, counts), part_of
 
 
+def _weighted_records(
+    data: sources.Data, kind: Kind | Literal["prompt"], counts: RowCounts, chat: bool, of: str
+) -> tuple[list[Any], Mapping[int, int]]:
+    """The records of all sources, and which of them a record (by its id) comes from."""
+    parts = sources.load_parts(data, kind, counts, chat, of)
+    part_of = {id(record): number for number, part in enumerate(parts) for record in part}
+    return [record for part in parts for record in part], part_of
+
+
 def _with_parts(
-    config: TrainingConfig,
+    data: sources.Data,
     examples: Sequence[Example],
     records: Sequence[Record],
     part_of: Mapping[int, int],
 ) -> list[Example]:
     """Examples that know which source they come from; each weighted one must have some."""
     numbered = [replace(e, part=part_of[id(records[e.record])]) for e in examples]
-    addresses, weights = sources.addresses_and_weights(config.data)
+    addresses, weights = sources.addresses_and_weights(data)
     there = {example.part for example in numbered}
     if missing := [address for n, address in enumerate(addresses) if weights and n not in there]:
         raise UserError(f"{missing[0]}: no row of it is left to draw; mend it, or leave it out")
     return numbered
 
 
-def order_of(examples: Sequence[Example], config: TrainingConfig) -> Callable[[int], list[int]]:
+def order_of(
+    examples: Sequence[Example], data: sources.Data, seed: int
+) -> Callable[[int], list[int]]:
     """The order of an epoch's rows; by weight where the sources have weights."""
-    _, weights = sources.addresses_and_weights(config.data)
+    _, weights = sources.addresses_and_weights(data)
     if not weights:
-        return lambda epoch: stream.epoch_order(len(examples), config.seed, epoch)
+        return lambda epoch: stream.epoch_order(len(examples), seed, epoch)
     parts = [example.part for example in examples]
-    return lambda epoch: stream.mixed_order(parts, weights, config.seed, epoch)
+    return lambda epoch: stream.mixed_order(parts, weights, seed, epoch)
 
 
-def _note_rows(
-    config: TrainingConfig, run: Run, model: LoadedModel, train: Side, held_out: Side
-) -> None:
-    told = config.data if isinstance(config.data, str) else " ".join(config.data)
-    _note(run, train[1], told, "data")
-    if config.eval_data is not None:
-        _note(run, held_out[1], config.eval_data, "eval_data")
-    note = sources.strings_note(train[0], bool(model.tokenizer.chat_template))
+def _note_strings(config: TrainingConfig, model: LoadedModel, records: Sequence[Record]) -> None:
+    """Says where the chat template is not applied; UserError where its arguments are in vain."""
+    arguments = template_arguments(config.template_args)
+    note = sources.strings_note(records, bool(model.tokenizer.chat_template), arguments)
     if note and distributed.rank() == 0:
         print(note, file=sys.stderr)
 
 
-def _note(run: Run, counts: RowCounts, source: str, of: str) -> None:
+def _note_rows(config: TrainingConfig, run: Run, train: Side, held_out: Side) -> None:
+    _note(run, train[1], config.data, "data")
+    if config.eval_data is not None:
+        _note(run, held_out[1], config.eval_data, "eval_data")
+
+
+def _note(run: Run, counts: RowCounts, data: sources.Data, of: str) -> None:
     run.set_rows(counts.as_dict(), of=of)
     if distributed.rank() == 0:
-        print(f"{source}: {counts.summary()}", file=sys.stderr)
+        told = data if isinstance(data, str) else " ".join(data)
+        print(f"{told}: {counts.summary()}", file=sys.stderr)
         _list_bad_rows(run, counts, of)
 
 
@@ -122,28 +147,6 @@ def _list_bad_rows(run: Run, counts: RowCounts, of: str) -> None:
         write_jsonl(path, rows)
     else:
         path.unlink(missing_ok=True)
-
-
-def read_demonstrations(
-    source: str, config: TrainingConfig, model: LoadedModel, run: Run
-) -> list[Example]:
-    """The rows of an SFT term beside another loss."""
-    counts = RowCounts(bad_rows=config.bad_rows)
-    records = sources.load(source, "demonstration", counts, config.chat)
-    examples = tokenize(records, model.encoder, config.max_length, config.truncation, counts)
-    _check_readable(examples, model)
-    _note(run, counts, source, "sft_data")
-    return examples
-
-
-def refuse_margins(examples: Iterable[Example], loss: str) -> None:
-    """Before the first step: no row asks for a margin that the loss would not read."""
-    for example in examples:
-        if example.margin:
-            raise UserError(
-                f"{example.where}: `margin` is {example.margin:g}, and --loss {loss} reads none; "
-                "remove the column, or use `reward --loss bradley-terry`"
-            )
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,13 @@ class Prompts:
         )
 
 
-def read_prompts(config: PPOConfig, model: LoadedModel, run: Run) -> tuple[Prompts, Prompts]:
-    """Training and held-out prompts, with room for the answers within --max-length."""
+def read_for_ppo(
+    config: PPOConfig, model: LoadedModel, run: Run, judge: FunctionJudge
+) -> tuple[Prompts, Prompts, list[Example]]:
+    """Training and held-out prompts, with room for the answers, and PPO-ptx's demonstrations.
+
+    A prompt without a column that the judge's functions need is a bad row.
+    """
     room = config.max_length - config.max_new_tokens
     if room < 1:
         raise UserError(
@@ -170,16 +178,44 @@ def read_prompts(config: PPOConfig, model: LoadedModel, run: Run) -> tuple[Promp
             f"--max-new-tokens {config.max_new_tokens}"
         )
     train, held_out, part_of = _records(config, "prompt")
-    parts = []
-    for records, counts in (train, held_out):
-        examples: list[Example] = []
-        if records:
-            examples = tokenize(records, model.encoder, room, config.truncation, counts)
-            _check_readable(examples, model, config.max_new_tokens)
-        parts.append(Prompts(tuple(records[e.record] for e in examples), tuple(examples)))
-    _note_rows(config, run, model, train, held_out)
-    numbered = _with_parts(config, parts[0].examples, train[0], part_of)
-    return replace(parts[0], examples=tuple(numbered)), parts[1]
+    shown, shown_part_of = _demonstrations(config)
+    _note_strings(config, model, [*train[0], *held_out[0], *shown[0]])
+
+    def answerable(record: Record, example: Example) -> None:
+        assert isinstance(record, Prompt)
+        model.check_example(example, config.max_new_tokens)
+        judge.require([record])
+
+    def readable(record: Record, example: Example) -> None:
+        model.check_example(example)
+
+    rule, encoder = config.truncation, model.encoder
+    sides = [
+        tokenize(records, encoder, room, rule, counts, require=answerable) if records else []
+        for records, counts in (train, held_out)
+    ]
+    _note_rows(config, run, train, held_out)
+    sides[0] = _with_parts(config.data, sides[0], train[0], part_of)
+    prompts, eval_prompts = (
+        Prompts(tuple(records[e.record] for e in examples), tuple(examples))
+        for examples, (records, _) in zip(sides, (train, held_out), strict=True)
+    )
+    if config.sft_data is None:
+        return prompts, eval_prompts, []
+    limits = (config.max_length, rule)
+    ptx = tokenize(shown[0], encoder, *limits, shown[1], require=readable)
+    _note(run, shown[1], config.sft_data, "sft_data")
+    return prompts, eval_prompts, _with_parts(config.sft_data, ptx, shown[0], shown_part_of)
+
+
+def _demonstrations(config: PPOConfig) -> tuple[Side, Mapping[int, int]]:
+    """The records of the SFT term, if any, and which source each comes from."""
+    counts = RowCounts(bad_rows=config.bad_rows)
+    if config.sft_data is None:
+        return ([], counts), {}
+    data, of = config.sft_data, "--sft-data"
+    records, part_of = _weighted_records(data, "demonstration", counts, config.chat, of)
+    return (records, counts), part_of
 
 
 def total_steps(config: TrainingConfig, rows: int) -> int:
@@ -198,7 +234,7 @@ def supervised_steps(
         config.max_steps,
         config.seed,
         start_step,
-        order_of(examples, config),
+        order_of(examples, config.data, config.seed),
     ):
         chosen = [examples[row] for row in distributed.mine(rows)]
         batches = pack_all(chosen, config.micro_batch_tokens, not model.packed)
