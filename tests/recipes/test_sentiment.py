@@ -11,7 +11,7 @@ from prefloop.recipes.sentiment import FULL, QUICK, Plan, demo
 
 @pytest.mark.parametrize("scale", [FULL, QUICK])
 def test_every_stage_has_valid_settings(tmp_path: Path, scale: object) -> None:
-    plan = Plan(tmp_path, 0, scale, "float32")  # type: ignore[arg-type]
+    plan = Plan(tmp_path, 0, scale)  # type: ignore[arg-type]
     for config in (
         plan.sft("model"),
         plan.sampling(),
@@ -25,7 +25,7 @@ def test_every_stage_has_valid_settings(tmp_path: Path, scale: object) -> None:
 
 
 def test_the_two_ppo_runs_differ_in_the_penalty_only(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, 0, FULL, "float32")
+    plan = Plan(tmp_path, 0, FULL)
     a, b = vars(plan.ppo("a", 0.05)), vars(plan.ppo("b", 0.0))
     assert {key for key in a if a[key] != b[key]} == {"output", "kl_coef"}
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prefloop.config import (
     CompareConfig,
@@ -84,7 +84,7 @@ class Scale:
     reward_steps: int = 0
     dpo_steps: int = 0
     ppo_prompts: int = 8  # an optimiser step's
-    ppo_iterations: int = 32
+    ppo_iterations: int = 28
     compared_prompts: int = 250
     max_new_tokens: int = 24
 
@@ -109,7 +109,6 @@ class Plan:
     output: Path
     seed: int
     scale: Scale
-    dtype: Literal["float32", "bfloat16"]
 
     @property
     def data(self) -> Path:
@@ -137,7 +136,6 @@ class Plan:
             data=str(self.data / "sft.jsonl"),
             output=self.output / "sft",
             seed=self.seed,
-            dtype=self.dtype,
             max_steps=self.scale.sft_steps,
             epochs=2,
             batch_size=32,
@@ -154,8 +152,8 @@ class Plan:
             samples_per_prompt=4,
             max_prompts=self.scale.ranked_prompts,
             max_new_tokens=self.scale.max_new_tokens,
+            max_concurrent=256,  # short answers: little memory, and each step costs less an answer
             seed=self.seed,
-            dtype=self.dtype,
         )
 
     def reward(self) -> RewardConfig:
@@ -165,7 +163,6 @@ class Plan:
             data=str(self.rankings),
             output=self.output / "reward",
             seed=self.seed,
-            dtype=self.dtype,
             max_steps=self.scale.reward_steps,
             eval_fraction=0.1,
             batch_size=8,
@@ -179,14 +176,13 @@ class Plan:
 
         The other answers to the prompt are the baseline (RLOO): a critic would double the cost.
         """
-        passes, minibatches = 2, 2
+        passes, minibatches = 1, 2  # a second pass costs as much as new answers, and gives less
         return PPOConfig(
             model=self.policy,
             data=str(self.data / "ppo.jsonl"),
             output=self.output / name,
             reward_model=str(self.output / "reward"),
             seed=self.seed,
-            dtype=self.dtype,
             kl_coef=kl_coef,
             max_steps=self.scale.ppo_iterations * passes * minibatches,
             ppo_epochs=passes,
@@ -195,7 +191,7 @@ class Plan:
             samples_per_prompt=4,
             advantage="rloo",
             max_new_tokens=self.scale.max_new_tokens,
-            lr=8e-5,
+            lr=1.5e-4,
             max_length=128,
         )
 
@@ -206,7 +202,6 @@ class Plan:
             data=str(self.rankings),
             output=self.output / "dpo",
             seed=self.seed,
-            dtype=self.dtype,
             max_steps=self.scale.dpo_steps,
             batch_size=8,
             beta=0.1,
@@ -227,8 +222,8 @@ class Plan:
             best_of=4,
             max_prompts=self.scale.compared_prompts,
             max_new_tokens=self.scale.max_new_tokens,
+            max_concurrent=256,  # short answers: little memory, and each step costs less an answer
             seed=self.seed,
-            dtype=self.dtype,
         )
 
 
@@ -236,7 +231,7 @@ def demo(config: DemoConfig, run: Run = run_apart) -> Comparison:
     """Run all stages under `config.output` and return the comparison; `run` carries one out."""
     require_packages("gguf", "sklearn")
     check_folder(config.output)
-    plan = Plan(config.output, config.seed, QUICK if config.quick else FULL, fast_dtype())
+    plan = Plan(config.output, config.seed, QUICK if config.quick else FULL)
     _same_demo(plan)
     outlook = Outlook(plan)
     outlook.tell()
@@ -277,14 +272,6 @@ def demo(config: DemoConfig, run: Run = run_apart) -> Comparison:
     from prefloop.evaluation.compare import compare  # the only stage that needs torch in here
 
     return compare(plan.comparison(), _notes(config.quick, plan.rankings))
-
-
-def fast_dtype() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the processor multiplies it natively."""
-    import torch
-
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
 
 
 class Outlook:
