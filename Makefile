@@ -62,5 +62,5 @@ cuda: setup
 	$(PYTEST) -m cuda
 	$(BIN)/python -m benchmarks cuda
 
-demo: setup
-	$(BIN)/prefloop demo $(if $(QUICK),--quick)
+demo: setup  # alone on the machine: threads wait as the command line has them wait
+	env -u GOMP_SPINCOUNT $(BIN)/prefloop demo $(if $(QUICK),--quick)

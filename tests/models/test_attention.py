@@ -1,5 +1,7 @@
 """Packed attention: however segments are grouped, each query sees its path within its window."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -66,13 +68,13 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["blocks", "small blocks", "rectangles", "varlen"])
+@pytest.fixture(params=["blocks", "small blocks", "rectangles", "kernel", "varlen"])
 def form(request, monkeypatch):
     """What computes the attention of segments: on the CPU, and on CUDA."""
     if request.param == "small blocks":
         monkeypatch.setattr(block_attention, "QUERIES", 3)
-    if request.param == "rectangles":
-        return lambda segments: Rectangles(segments, CPU)
+    if request.param in ("rectangles", "kernel"):
+        return lambda segments: Rectangles(segments, CPU, request.param == "kernel")
     if request.param == "varlen":  # around what the kernel is documented to do
         monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_by_hand)
         return lambda segments: Varlen(segments, CPU)
@@ -113,8 +115,9 @@ def test_values_narrower_than_keys(form):
     assert_close(ours, by_hand(batch.segments, q, k, v, 0.3, None), 1e-12)
 
 
-def test_bfloat16_blocks_lose_less_than_torchs_own_attention():
-    """Against float64 on the same numbers: the blocks stay within a rounding."""
+@pytest.mark.parametrize("kind", [Blocks, partial(Rectangles, device=CPU)])
+def test_bfloat16_products_lose_less_than_torchs_own_attention(kind):
+    """Against float64 on the same numbers: they stay within a rounding."""
     batch = pack(random_examples(((40, ()),)))
     exact = [(3 * x).bfloat16().double() for x in tensors(40, width=64, value_width=64)]
     given = tensors(40, heads=4, width=64)[0].transpose(0, 1)
@@ -125,7 +128,7 @@ def test_bfloat16_blocks_lose_less_than_torchs_own_attention():
         return [output.detach(), *torch.autograd.grad(output, qkv, given.to(dtype))]
 
     def blocks(q, k, v):
-        return Blocks(batch.segments).attend(q, k, v, 0.125, None)
+        return kind(batch.segments).attend(q, k, v, 0.125, None)
 
     def sdpa(q, k, v):
         how = {"is_causal": True, "enable_gqa": True, "scale": 0.125}
@@ -186,7 +189,7 @@ def test_fast_path_equals_masked_path():
     """A window of the whole length takes the fast path, one token less masks one pair."""
     batch = pack(random_examples(((8, ()), (8, ()))))
     q, k, v = tensors(batch.tokens)
-    rectangles = Rectangles(batch.segments, CPU)
+    rectangles = Rectangles(batch.segments, CPU, kernel=True)
     (rectangle,) = rectangles.groups
     assert rectangle.causal
     fast = rectangles.attend(q, k, v, 0.3, 8)

@@ -74,9 +74,16 @@ def test_unknown_model_names_the_known_ones(cache: Path) -> None:
 
 
 def test_a_built_model_is_not_built_again(cache: Path) -> None:
-    folder = cache / "models" / "smollm2-135m-instruct"
+    folder = fetch.model_folder("smollm2-135m-instruct")
+    assert folder.parent == cache / "models" and not fetch.is_fetched("smollm2-135m-instruct")
     folder.mkdir(parents=True)
+    assert fetch.is_fetched("smollm2-135m-instruct")
     assert fetch_model("smollm2-135m-instruct") == folder
+
+
+def test_a_float32_folder_of_an_earlier_version_is_not_taken(cache: Path) -> None:
+    (cache / "models" / "smollm2-135m-instruct").mkdir(parents=True)
+    assert not fetch.is_fetched("smollm2-135m-instruct")
 
 
 def test_ratings_are_joined_by_id() -> None:

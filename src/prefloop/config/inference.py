@@ -230,7 +230,7 @@ class DemoConfig(Settings):
     seed: Seed = 0
     """Seed of every stage."""
     quick: bool = False
-    """A small form for a first look: minutes instead of tens of minutes."""
+    """A few steps of each stage, to see that they work; their numbers mean nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import is_scorer_folder, load_policy, pick_device
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import storage_of
+from prefloop.progress import Progress
 from prefloop.records import Prompt, RowCounts, Text, text_to_json
 from prefloop.rewards.functions import columns_of
 from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
@@ -80,7 +81,7 @@ def compare(
     task = _prepare(config, make_engine)
     # 2. SFT's answers, and more of them for best-of-n to choose from.
     pool_size = config.best_of if task.proxy and config.best_of > 1 else 0
-    everything, sft_seconds = _sample(task, task.sft, config.samples_per_prompt + pool_size)
+    everything, sft_seconds = _sample(task, task.sft, config.samples_per_prompt + pool_size, "SFT")
     baseline = [row[: config.samples_per_prompt] for row in everything]
     pool = [row[config.samples_per_prompt :] for row in everything]
     answers = {"SFT": baseline}
@@ -100,7 +101,7 @@ def compare(
             path, task.sft.device, storage_of(config), template_args=task.sft.template_args
         )
         _require_same_tokens(task.sft, model)
-        answers[name], seconds = _sample(task, model, config.samples_per_prompt)
+        answers[name], seconds = _sample(task, model, config.samples_per_prompt, name)
         del model
         ways.append(_way(name, Path(path), answers[name], baseline, sft, seconds, config.seed))
     # 5. Report.
@@ -165,7 +166,7 @@ def _require_same_tokens(sft: LoadedModel, model: LoadedModel) -> None:
         )
 
 
-def _sample(task: Task, model: LoadedModel, n: int) -> tuple[ByPrompt, float]:
+def _sample(task: Task, model: LoadedModel, n: int, name: str) -> tuple[ByPrompt, float]:
     """n judged answers to each prompt, and the CPU seconds that sampling one took."""
     config = task.config
     sampling = Sampling(
@@ -175,7 +176,10 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[ByPrompt, float]:
     )
     began = time.process_time()
     engine = task.make_engine(config, model)
-    samples = engine.generate(task.prompt_ids, n, sampling, config.seed)
+    with Progress(f"{name}: answers", n * len(task.prompts), leave=False) as progress:
+        samples = engine.generate(
+            task.prompt_ids, n, sampling, config.seed, on_done=lambda _: progress.advance()
+        )
     seconds = (time.process_time() - began) / (n * len(samples))
     flat = [
         (prompt, sample)
@@ -186,16 +190,27 @@ def _sample(task: Task, model: LoadedModel, n: int) -> tuple[ByPrompt, float]:
     texts = [model.encoder.said(row.prompt, sample.tokens) for row, sample in flat]
     columns = columns_of([row.extra for row, _ in flat])
     ended = [sample.finish_reason == "stop" for _, sample in flat]
-    gold = task.judge(prompts, texts, ended, columns)
-    proxy = task.proxy(prompts, texts, ended, columns) if task.proxy else [None] * len(texts)
-    tokens = [[sample.tokens for sample in row] for row in samples]
-    own = _log_probs(task, model, tokens)
-    reference = own if model is task.sft else _log_probs(task, task.sft, tokens)
+    with Progress(f"{name}: judged", 3 * len(flat), leave=False) as progress:
+        gold = task.judge(prompts, texts, ended, columns)
+        progress.advance(len(flat))
+        proxy = task.proxy(prompts, texts, ended, columns) if task.proxy else [None] * len(texts)
+        progress.advance(len(flat))
+        kl = _log_ratios(task, model, [[sample.tokens for sample in row] for row in samples])
     judged = iter(
-        Judged(text, s.tokens, s.finish_reason == "length", p - q, g, r)
-        for text, (_, s), p, q, g, r in zip(texts, flat, own, reference, gold, proxy, strict=True)
+        Judged(text, s.tokens, s.finish_reason == "length", q, g, r)
+        for text, (_, s), q, g, r in zip(texts, flat, kl, gold, proxy, strict=True)
     )
     return [[next(judged) for _ in row] for row in samples], seconds
+
+
+def _log_ratios(
+    task: Task, model: LoadedModel, answers: Sequence[Sequence[tuple[int, ...]]]
+) -> list[float]:
+    """log pi(y|x) - log pi_sft(y|x) of every answer, in order: 0 for SFT's own."""
+    if model is task.sft:
+        return [0.0 for row in answers for _ in row]
+    own, reference = (_log_probs(task, each, answers) for each in (model, task.sft))
+    return [p - q for p, q in zip(own, reference, strict=True)]
 
 
 def _log_probs(

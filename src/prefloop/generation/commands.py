@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from prefloop import sources
@@ -28,6 +26,7 @@ from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy, pick_device
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import storage_of
+from prefloop.progress import Progress
 from prefloop.provenance import weights_sha256
 from prefloop.records import Message, Prompt, RowCounts, text_to_json
 from prefloop.runs import model_path
@@ -181,7 +180,7 @@ def _answers(
     counts: RowCounts,
     make_engine: MakeEngine,
 ) -> list[tuple[Prompt, list[Sample]]]:
-    """Each prompt that fits with its n samples, under a progress bar on a terminal."""
+    """Each prompt that fits with its n samples, with its progress told."""
     prompts = split.first_prompts(prompts, config.max_prompts, counts)
     examples = tokenize(prompts, model.encoder, _room(config), config.truncation, counts)
     for example in examples:
@@ -190,15 +189,13 @@ def _answers(
     if note := sources.strings_note(prompts, bool(model.tokenizer.chat_template), arguments):
         print(note, file=sys.stderr)
     engine = make_engine(config, model)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("answers", total=n * len(examples))
+    with Progress("answers", n * len(examples), leave=False) as progress:
         samples = engine.generate(
             [example.prompt for example in examples],
             n,
             _sampling(config, model),
             config.seed,
-            on_done=lambda _: bar.advance(task),
+            on_done=lambda _: progress.advance(),
         )
     return [(prompts[e.record], row) for e, row in zip(examples, samples, strict=True)]
 

@@ -1,21 +1,25 @@
 """`prefloop demo`: the whole loop on a real model. Film-review openings are continued; better is
 what people would rate higher. Read `demo` downward: it is the story of RLHF and of DPO.
 
-Each stage is a command's own Python function and leaves what the command would leave. A stage that
-is done is skipped when the demo is given again.
+Each stage is a command in a process of its own, with its settings in `stages/`: it leaves what the
+command leaves, and gives its memory back. A stage that is done is skipped when the demo is given
+again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prefloop.config import (
     CompareConfig,
     DemoConfig,
     DPOConfig,
+    FetchModelConfig,
     PPOConfig,
     RewardConfig,
     SampleConfig,
@@ -23,18 +27,51 @@ from prefloop.config import (
 )
 from prefloop.config.resolve import as_dict
 from prefloop.errors import UserError
-from prefloop.evaluation.compare import compare
-from prefloop.evaluation.report import Comparison
 from prefloop.files import check_folder, write_atomic
-from prefloop.generation.commands import sample
+from prefloop.progress import in_words
 from prefloop.recipes import sentiment_data
-from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings, require_packages
-from prefloop.training import ppo, preference, reward, sft
+from prefloop.recipes.apart import run_apart
+from prefloop.recipes.fetch import (
+    fetch_movie_ratings,
+    is_fetched,
+    model_folder,
+    require_packages,
+)
+from prefloop.resume import read_record
+
+if TYPE_CHECKING:
+    from prefloop.evaluation.report import Comparison
 
 log = logging.getLogger("prefloop")
 MODEL = "smollm2-135m-instruct"
 KL_COEF = 0.1  # of the PPO run that has a penalty
 GOLD = "prefloop.recipes.sentiment_data:gold_reward"
+MEASURED_ON = "two shared cores of an AMD EPYC with AVX-512 (docs/results.md)"
+SECONDS = {
+    "model and data": 60.0,
+    "supervised fine-tuning": 150.0,
+    "answers to rank": 60.0,
+    "rankings": 6.0,
+    "reward model": 180.0,
+    "PPO": 400.0,
+    "PPO without KL penalty": 400.0,
+    "DPO": 250.0,
+    "comparison": 120.0,
+}
+QUICK_SECONDS = {
+    "model and data": 60.0,
+    "supervised fine-tuning": 30.0,
+    "answers to rank": 15.0,
+    "rankings": 6.0,
+    "reward model": 20.0,
+    "PPO": 30.0,
+    "PPO without KL penalty": 30.0,
+    "DPO": 25.0,
+    "comparison": 30.0,
+}
+"""Wall seconds of each stage there."""
+Run = Callable[[str, Any, Path], None]
+"""Carries out a command with its settings, given also the YAML file to write them to."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +84,7 @@ class Scale:
     reward_steps: int = 0
     dpo_steps: int = 0
     ppo_prompts: int = 8  # an optimiser step's
-    ppo_iterations: int = 32
+    ppo_iterations: int = 28
     compared_prompts: int = 250
     max_new_tokens: int = 24
 
@@ -77,6 +114,10 @@ class Plan:
     def data(self) -> Path:
         """Folder of the prepared rows."""
         return self.output / "data"
+
+    def settings(self, name: str) -> Path:
+        """The file with a stage's settings."""
+        return self.output / "stages" / f"{name}.yaml"
 
     @property
     def policy(self) -> str:
@@ -111,6 +152,7 @@ class Plan:
             samples_per_prompt=4,
             max_prompts=self.scale.ranked_prompts,
             max_new_tokens=self.scale.max_new_tokens,
+            max_concurrent=256,  # short answers: little memory, and each step costs less an answer
             seed=self.seed,
         )
 
@@ -134,7 +176,7 @@ class Plan:
 
         The other answers to the prompt are the baseline (RLOO): a critic would double the cost.
         """
-        passes, minibatches = 2, 2
+        passes, minibatches = 1, 2  # a second pass costs as much as new answers, and gives less
         return PPOConfig(
             model=self.policy,
             data=str(self.data / "ppo.jsonl"),
@@ -149,7 +191,7 @@ class Plan:
             samples_per_prompt=4,
             advantage="rloo",
             max_new_tokens=self.scale.max_new_tokens,
-            lr=8e-5,
+            lr=1.5e-4,
             max_length=128,
         )
 
@@ -180,50 +222,88 @@ class Plan:
             best_of=4,
             max_prompts=self.scale.compared_prompts,
             max_new_tokens=self.scale.max_new_tokens,
+            max_concurrent=256,  # short answers: little memory, and each step costs less an answer
             seed=self.seed,
         )
 
 
-def demo(config: DemoConfig) -> Comparison:
-    """Run all stages under `config.output` and return the comparison."""
+def demo(config: DemoConfig, run: Run = run_apart) -> Comparison:
+    """Run all stages under `config.output` and return the comparison; `run` carries one out."""
     require_packages("gguf", "sklearn")
     check_folder(config.output)
     plan = Plan(config.output, config.seed, QUICK if config.quick else FULL)
     _same_demo(plan)
+    outlook = Outlook(plan)
+    outlook.tell()
     # 1. A pre-trained model, and sentences that people rated (both real).
-    log.info("1/9 model and data")
-    model = str(fetch_model(MODEL))
+    outlook.tell("model and data")
+    if not is_fetched(MODEL):
+        run("fetch-model", FetchModelConfig(name=MODEL), plan.settings("model"))
     if not (plan.data / "evaluation.jsonl").exists():
         sentiment_data.write_splits(plan.data)
     # 2. Supervised fine-tuning: the model learns to write sentences of film reviews, good and bad.
-    log.info("2/9 supervised fine-tuning")
-    sft.run(plan.sft(model))
+    outlook.tell("supervised fine-tuning")
+    run("sft", plan.sft(str(model_folder(MODEL))), plan.settings("sft"))
     # 3. Several answers to each prompt from the SFT model.
-    log.info("3/9 answers to rank")
+    outlook.tell("answers to rank")
     if not plan.sampling().output.exists():
-        sample(plan.sampling())
+        run("sample", plan.sampling(), plan.settings("sample"))
     # 4. Simulated annotators rank them, with the noise of real raters.
-    log.info("4/9 rankings")
+    outlook.tell("rankings")
     if not plan.rankings.exists():
         noise = sentiment_data.measure_noise(fetch_movie_ratings())
         sentiment_data.rank_samples(
             plan.sampling().output, plan.rankings, plan.scale.annotators, plan.seed, noise
         )
     # 5. A reward model learns to rank as they do.
-    log.info("5/9 reward model")
-    reward.run(plan.reward())
+    outlook.tell("reward model")
+    run("reward", plan.reward(), plan.settings("reward"))
     # 6. PPO against the reward model, held near the SFT model by a KL penalty.
-    log.info("6/9 PPO")
-    ppo.run(plan.ppo("ppo", kl_coef=KL_COEF))
+    outlook.tell("PPO")
+    run("ppo", plan.ppo("ppo", kl_coef=KL_COEF), plan.settings("ppo"))
     # 7. The same without the penalty: reward hacking, on purpose.
-    log.info("7/9 PPO without KL penalty")
-    ppo.run(plan.ppo("ppo-no-kl", kl_coef=0.0))
+    outlook.tell("PPO without KL penalty")
+    run("ppo", plan.ppo("ppo-no-kl", kl_coef=0.0), plan.settings("ppo-no-kl"))
     # 8. DPO learns from the same rankings without reward model or sampling.
-    log.info("8/9 DPO")
-    preference.run(plan.dpo())
+    outlook.tell("DPO")
+    run("dpo", plan.dpo(), plan.settings("dpo"))
     # 9. All of them, and best-of-4, on held-out prompts.
-    log.info("9/9 comparison")
+    outlook.tell("comparison")
+    from prefloop.evaluation.compare import compare  # the only stage that needs torch in here
+
     return compare(plan.comparison(), _notes(config.quick, plan.rankings))
+
+
+class Outlook:
+    """Tells what comes next, and how long it takes.
+
+    Until supervised fine-tuning has been measured on this machine, that is what it took on another.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.number = plan, 0
+        self.seconds = QUICK_SECONDS if plan.scale == QUICK else SECONDS
+
+    def tell(self, stage: str = "") -> None:
+        """Of the stage that begins; without one, of the whole."""
+        factor = self._factor()
+        if not stage:
+            whole = in_words(sum(self.seconds.values()) * (factor or 1.0))
+            log.info("the demo takes about %s%s", whole, "" if factor else f" on {MEASURED_ON}")
+            return
+        self.number += 1
+        seconds = self.seconds[stage] * (factor or 1.0)
+        where = "" if factor else f" on {MEASURED_ON}"
+        log.info(
+            "%d/%d %s: about %s%s", self.number, len(self.seconds), stage, in_words(seconds), where
+        )
+
+    def _factor(self) -> float | None:
+        """How many times as long this machine takes, by its own supervised fine-tuning."""
+        record = read_record(self.plan.output / "sft")
+        if record is None or record["status"] != "finished":
+            return None
+        return float(record["wall_seconds"]) / self.seconds["supervised fine-tuning"]
 
 
 def _same_demo(plan: Plan) -> None:

@@ -5,17 +5,18 @@ makes a step of them; the loop does the rest: logs, evaluates, saves, resumes.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig
+from prefloop.progress import Progress
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
 from prefloop.training.interrupt import Interrupt
 from prefloop.training.keeper import Keeper, NotFinite, Owed
 from prefloop.training.method import Method, Step
-from prefloop.training.progress import Progress
 from prefloop.training.step import Outcome, optimizer_step
 
 
@@ -28,7 +29,8 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
     keeper = Keeper(method, optimizer, run, config)
     done, tokens, owed = keeper.resume()
     total = method.total_steps
-    with Interrupt() as interrupt, Progress(total, done) as progress, keeper:
+    progress = Progress("step", total, done, shown=distributed.rank() == 0)
+    with Interrupt() as interrupt, progress, keeper:
         if owed is not None:  # the step was done, but not what follows it
             _report(method, config, run, done, owed)
             keeper.note(done, tokens)
@@ -56,7 +58,7 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
             # 3. Log, evaluate, save.
             _report(method, config, run, number, owed)
             keeper.note(number, tokens)
-            progress.advance(number, size, outcome.losses.get("loss"))
+            progress.advance(note=_told(owed.line))
             stop, terminated, old = distributed.any_of(
                 (interrupt.asked, interrupt.terminated, keeper.is_old()), device
             )
@@ -81,6 +83,12 @@ def _line(
     """A step's line of metrics.jsonl; without loss and norms where nothing was learnt."""
     line = outcome.losses | {"lr": config.lr * factor} | outcome.norms
     return line | {"tokens_per_second": rate} | outcome.metrics | dict(item.metrics)
+
+
+def _told(line: Mapping[str, float]) -> str:
+    """What the bar says of a step."""
+    loss = f"loss {line['loss']:.4f}" if "loss" in line else "left out"
+    return f"{loss} · {line['tokens_per_second']:,.0f} tokens/s"
 
 
 def _report(method: Method[Any], config: TrainingConfig, run: Run, number: int, owed: Owed) -> None:

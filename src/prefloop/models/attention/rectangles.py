@@ -1,28 +1,39 @@
-"""Attention over packed segments in few calls of scaled_dot_product_attention.
+"""Attention over packed segments in few calls.
 
 Segments of like size are gathered into one rectangle, whatever their number: for CUDA, and for
-segments so tiny that a call each would cost the CPU more.
+segments so tiny that a call each would cost the CPU more. There a rectangle's scores are a handful
+of numbers a segment, for which torch's kernel of scaled_dot_product_attention has too much to do
+around them: plain batched products take half of its time backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefloop.data.batches import Segment, rows_of_path
+from prefloop.models.precision import product_dtype
 
 PADDING_WASTE = 1.25  # a rectangle may hold this many times the scores its segments need
 SMALL_RECTANGLE = 1 << 16  # scores below which joining always beats one more call
 
 
 class Rectangles:
-    """The attention of one packed stream."""
+    """The attention of one packed stream.
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+    `kernel`: by scaled_dot_product_attention and not by plain products; None: off the CPU.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], device: torch.device, kernel: bool | None = None
+    ) -> None:
+        self.kernel = device.type != "cpu" if kernel is None else kernel
         shapes = [(s.length, len(rows_of_path(segments, i))) for i, s in enumerate(segments)]
         groups = _group(shapes)
         self.groups = [_rectangle(segments, group, device) for group in groups]
@@ -38,9 +49,9 @@ class Rectangles:
         self.order = order.to(device)  # where each row of the stream stands in the rectangles
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
-        """q [H, T, D], k [G, T, D], v [G, T, E] -> [T, H, E]."""
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        outputs = [r.attend(q, k, v, scaling, window) for r in self.groups]
+        """q [H, T, D], k [G, T, D], v [G, T, E] -> [T, H, E], in autocast's type or their own."""
+        q, k, v = (x.transpose(0, 1).to(product_dtype(x)) for x in (q, k, v))
+        outputs = [r.attend(q, k, v, scaling, window, self.kernel) for r in self.groups]
         return torch.cat(outputs).index_select(0, self.order)
 
 
@@ -68,7 +79,9 @@ class Rectangle:
             self.masks[key] = mask.repeat(1, groups, 1).unsqueeze(1)
         return self.masks[key]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, kernel: bool
+    ) -> Tensor:
         """q [T, H, D], k and v [T, G, D] -> [S * Q, H, D]."""
         heads, groups = q.shape[1], q.shape[1] // k.shape[1]
         q, k, v = (
@@ -78,7 +91,13 @@ class Rectangle:
         )
         segments, _, queries, width = q.shape
         kept = v.shape[-1]  # multi-head latent attention has narrower values than keys
-        if self.causal and (window is None or window >= queries):
+        if not kernel:
+            folded = q.reshape(segments, heads // groups, groups * queries, width)
+            mask = self.mask(window, groups, torch.promote_types(q.dtype, torch.float32))
+            args = (folded, k, v, mask, scaling)
+            found: Tensor = _SmallAttention.apply(*args)  # type: ignore[no-untyped-call]
+            output = found.view(segments, heads, queries, kept)
+        elif self.causal and (window is None or window >= queries):
             output = scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
             )
@@ -88,6 +107,45 @@ class Rectangle:
             output = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scaling)
             output = output.reshape(segments, heads, queries, kept)
         return output.transpose(1, 2).reshape(segments * queries, heads, kept)
+
+
+class _SmallAttention(torch.autograd.Function):
+    """softmax(q k' scaling + mask) v of q [S, G, R * Q, D], k [S, G, K, D] and v [S, G, K, E].
+
+    Scores, weights and their gradients are at least float32. The backward pass computes the
+    weights again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scaling = scaling
+        asked, seen, kept = (_precise(x) for x in (q, k, v))
+        with torch.autocast("cpu", enabled=False):
+            return (_weights(asked, seen, mask, scaling) @ kept).to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask = ctx.saved_tensors
+        asked, seen, kept, given = (_precise(x) for x in (q, k, v, grads[0]))
+        with torch.autocast("cpu", enabled=False):
+            weights = _weights(asked, seen, mask, ctx.scaling)
+            by_v = weights.transpose(2, 3) @ given
+            by_weights = given @ kept.transpose(2, 3)
+            by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+            by_scores.mul_(ctx.scaling)
+            by_q, by_k = by_scores @ seen, by_scores.transpose(2, 3) @ asked
+        return by_q.to(q.dtype), by_k.to(k.dtype), by_v.to(v.dtype), None, None
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def _weights(asked: Tensor, seen: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """[S, G, R * Q, K]."""
+    return (asked @ seen.transpose(2, 3)).mul_(scaling).add_(mask).softmax(-1)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
