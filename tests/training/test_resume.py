@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 PPO = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2}
 RUNS = {  # name: command, settings of a run of some steps
     "sft": ("sft", {"batch_size": 2, "lora_rank": 0}),
+    "sft-8bit": ("sft", {"batch_size": 2, "optimizer": "adamw8bit", "lr_floor": 0.1}),
     "reward": ("reward", {"batch_size": 3, "epochs": 2.0}),
     "reward-lora": ("reward", {"batch_size": 3, "epochs": 2.0, "lora_rank": 2}),
     "dpo": ("dpo", {"batch_size": 3, "epochs": 2.0}),

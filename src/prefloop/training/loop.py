@@ -25,6 +25,7 @@ from prefloop.models.model import ModelOptions
 from prefloop.models.weights import storage_of
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
+from prefloop.training.adamw import require_bitsandbytes
 from prefloop.training.interrupt import Interrupt
 from prefloop.training.keeper import Keeper, NotFinite, Owed
 from prefloop.training.method import Batch, Method, Step
@@ -56,7 +57,9 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
         steps = islice(method.steps(done), total - done)
         for number, item in enumerate(steps, start=done + 1):
             # 2. The step.
-            factor = optim.lr_factor(number - 1, total, config.warmup, config.lr_schedule)
+            factor = optim.lr_factor(
+                number - 1, total, config.warmup, config.lr_schedule, config.lr_floor
+            )
             optim.set_lr(optimizer, factor)
             try:
                 found = step(method, item.batches, parameters, optimizer, config, keeper.forget)
@@ -112,6 +115,7 @@ def _report(method: Method[Any], config: TrainingConfig, run: Run, number: int, 
 def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     """Checks settings, joins the ranks, seeds, opens the run directory, says where to compute."""
     validate(config)
+    require_bitsandbytes(config.optimizer)
     device = pick_device(distributed.local_device(config.device))
     distributed.start(device)
     torch.manual_seed(config.seed)
