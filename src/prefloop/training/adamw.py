@@ -7,7 +7,6 @@ probabilities that make the mean exact.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -49,10 +48,7 @@ def require_bitsandbytes(optimizer: str) -> None:
 
 
 def _bitsandbytes() -> Any:
-    """bitsandbytes.functional, without what it says about optional kernels of others."""
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """bitsandbytes.functional."""
     try:
         from bitsandbytes import functional
     except (ImportError, OSError, RuntimeError) as error:
@@ -60,8 +56,6 @@ def _bitsandbytes() -> Any:
             f"--optimizer adamw8bit: bitsandbytes cannot be loaded ({first_line(error)}); "
             "pip install 'prefloop[quant]'"
         ) from error
-    finally:
-        logger.setLevel(before)
     return functional
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import PPOConfig
@@ -65,9 +65,9 @@ class PPO:
         prompts: Prompts,
         ptx_examples: list[Example],
         eval_prompts: Prompts,
-        fixed: Sequence[nn.Module],
+        fixed: Sequence[LoadedModel],
     ) -> None:
-        """`fixed`: all modules whose weights, where frozen, must be the same when resumed."""
+        """`fixed`: all models whose weights, where frozen, must be the same when resumed."""
         self.config, self.sampler, self.prompts = config, sampler, prompts
         self.policy, self.critic = sampler.policy, sampler.critic
         self.ptx_examples, self.eval_prompts, self.fixed = ptx_examples, eval_prompts, fixed
@@ -241,7 +241,7 @@ class PPO:
     def fingerprint(self) -> str:
         """See Method; a Python reward function cannot be looked into."""
         examples = [*self.prompts.examples, *self.ptx_examples]
-        return checkpoint.fingerprint(examples, checkpoint.frozen(*self.fixed))
+        return checkpoint.fingerprint(examples, self.fixed)
 
     def state_dict(self) -> dict[str, Any]:
         """The KL controller, and the rollouts of the iteration under way."""
@@ -282,58 +282,11 @@ def build(
     elif config.kl_coef and not config.lora_rank:
         frozen = frozen_copy(policy.module, kept(storage, device, trained=False))
         reference = replace(policy, module=frozen)
-    fixed = [policy.module, *([reference.module] if reference else [])]
+    fixed = [policy, *([reference] if reference else [])]
     # 2. What scores.
     functions = function_judge(*config.reward_function, weights=config.reward_weights)
     value_start = config.value_model or config.model
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, device, storage)
-        fixed.append(reward_model.module.requires_grad_(False))
-        if same_ids(policy.tokenizer, reward_model.tokenizer):
-            scorer = token_scorer(reward_model, config, stops)
-            value_start = config.value_model or config.reward_model
-        else:
-            judge = model_judge(reward_model, config.micro_batch_tokens)
-            scorer = text_scorer(judge, stops)
-    else:
-        scorer = text_scorer(functions, stops)
-    # 3. The critic.
-    critic = None
-    if config.advantage == "gae":
-        critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
-        require_same_ids("--value-model", critic, policy)
-    # 4. Prompts.
-    prompts, eval_prompts = read_prompts(config, policy, run)
-    functions.require((p.where, p.extra) for p in (*prompts.records, *eval_prompts.records))
-    _require_enough(config, prompts, eval_prompts)
-    ptx: list[Example] = []
-    if config.sft_data is not None:
-        ptx = read_demonstrations(config.sft_data, config, policy, run)
-    sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
-    return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
-
-
-def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:
-    """Every rank needs a prompt for each minibatch, and one to evaluate on."""
-    world, parts = distributed.world(), config.num_minibatches
-    count = min(config.batch_size * parts, len(prompts.examples))
-    if count < parts * world:
-        raise UserError(
-            f"{config.data}: {count} prompts an iteration are too few for --num-minibatches "
-            f"{parts} on {world} process(es); lower it, raise --batch-size, or give more prompts"
-        )
-    if 0 < len(eval_prompts.examples) < world:
-        raise UserError(
-            f"{len(eval_prompts.examples)} held-out prompts for {world} processes; "
-            "hold out at least one each"
-        )
-
-
-def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
-    """`prefloop ppo`: trains and returns the finished run."""
-    run, device = loop.start(config, "ppo")
-    with run:
-        if run.finished:
-            return run
-        loop.train(build(config, device, run, make_engine), config, run)
-    return run
+        reward_model.module.requires_grad_(False)
+        fixed.append(reward_model)
