@@ -21,7 +21,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo,quant]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
 	touch $@
 
 fmt: setup
@@ -45,7 +45,7 @@ CORE := tests/losses tests/models tests/generation tests/training tests/data
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt torch==2.11.0
-	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[quant]' \
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e . \
 		pytest pytest-timeout pytest-xdist beartype
 	touch $@
 

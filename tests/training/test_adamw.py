@@ -4,17 +4,19 @@ import copy
 import io
 import math
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
-from bitsandbytes.optim import AdamW8bit
 
 from prefloop.errors import UserError
 from prefloop.training import optim
 from prefloop.training.adamw import CHUNK, FEWEST, AdamW, require_bitsandbytes, round_stochastically
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
-KINDS = [(torch.float32, 32), (torch.float32, 8), (torch.bfloat16, 32), (torch.bfloat16, 8)]
+THERE = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+BITS = [32, pytest.param(8, marks=THERE)]
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def drawn(*shape, seed=0, scale=1.0):
@@ -103,13 +105,14 @@ def test_float32_is_torchs_own_to_the_bit():
 
 def test_8_bits_are_bitsandbytes_own_to_the_bit():
     """Through more than one chunk, the last of which ends within a block."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     ours, theirs = (torch.nn.Parameter(drawn(CHUNK + 1000)) for _ in range(2))
     steps(AdamW([{"params": [ours], "weight_decay": 0.1}], bits=8, **SETTINGS), [ours], range(2))
-    steps(AdamW8bit([theirs], weight_decay=0.1, **SETTINGS), [theirs], range(2))
+    steps(bitsandbytes.optim.AdamW8bit([theirs], weight_decay=0.1, **SETTINGS), [theirs], range(2))
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_bfloat16_weights_move_as_float32_ones_and_are_rounded_once(bits):
     """After one step each weight is one of the two neighbours of what float32 gives."""
     rough = some_weights(torch.bfloat16)
@@ -128,7 +131,7 @@ def test_bfloat16_weights_move_as_float32_ones_and_are_rounded_once(bits):
     assert abs(float((got - want).sum())) <= 4 * error
 
 
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_updates_too_small_for_bfloat16_are_not_lost(bits):
     """With a constant gradient AdamW moves by lr a step: 100 x 1e-4, where 1 has 2^-8 below it."""
     weights = torch.nn.Parameter(torch.ones(FEWEST, dtype=torch.bfloat16))
@@ -140,7 +143,8 @@ def test_updates_too_small_for_bfloat16_are_not_lost(bits):
     assert abs(float(weights.detach().double().mean()) - 0.99) <= 4 * one / math.sqrt(FEWEST)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), KINDS)
+@TYPES
+@pytest.mark.parametrize("bits", BITS)
 def test_moments_take_the_bytes_that_are_promised(dtype, bits):
     weights = some_weights(dtype)
     optimizer = AdamW(groups_of(weights), bits=bits, **SETTINGS)
@@ -153,7 +157,8 @@ def test_moments_take_the_bytes_that_are_promised(dtype, bits):
     assert [p.dtype for p in weights] == [dtype, torch.float32]
 
 
-@pytest.mark.parametrize(("dtype", "bits"), KINDS)
+@TYPES
+@pytest.mark.parametrize("bits", BITS)
 def test_a_loaded_state_leads_to_the_same_bits(dtype, bits):
     whole = some_weights(dtype)
     optimizer = AdamW(groups_of(whole), bits=bits, seed=3, **SETTINGS)
@@ -191,7 +196,9 @@ def test_a_parameter_without_gradient_stays():
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     require_bitsandbytes("adamw")
-    with pytest.raises(UserError, match=r"bitsandbytes cannot be loaded .*'prefloop\[quant\]'"):
+    with pytest.raises(
+        UserError, match=r"--optimizer adamw8bit needs bitsandbytes .*'prefloop\[quant\]'"
+    ):
         require_bitsandbytes("adamw8bit")
 
 

@@ -15,7 +15,7 @@ from jaxtyping import BFloat16, Float32
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from prefloop.errors import UserError, first_line
+from prefloop.models.weights import bitsandbytes
 
 CHUNK = 2**22
 """Elements that are updated at once where an update needs float32 copies."""
@@ -23,6 +23,7 @@ BLOCK = 256
 """Elements that share one scale of 8-bit moments: bitsandbytes' block, which divides CHUNK."""
 FEWEST = 4096
 """Smaller tensors keep moments of 32 bits, as bitsandbytes has it by default."""
+ASKED = "--optimizer adamw8bit"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,19 +45,7 @@ def round_stochastically(
 def require_bitsandbytes(optimizer: str) -> None:
     """UserError where `optimizer` needs a package that is not there."""
     if optimizer == "adamw8bit":
-        _bitsandbytes()
-
-
-def _bitsandbytes() -> Any:
-    """bitsandbytes.functional."""
-    try:
-        from bitsandbytes import functional
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"--optimizer adamw8bit: bitsandbytes cannot be loaded ({first_line(error)}); "
-            "pip install 'prefloop[quant]'"
-        ) from error
-    return functional
+        bitsandbytes(ASKED)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -80,7 +69,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.bits, self.seed, self.steps = bits, seed, 0
-        self._functional: Any = _bitsandbytes() if bits == 8 else None
+        self._functional: Any = bitsandbytes(ASKED).functional if bits == 8 else None
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.config import PeftConfig
 from torch import Tensor, nn
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError, first_line
@@ -133,23 +134,28 @@ def weights_digest(model: LoadedModel, tensors: Sequence[Tensor]) -> str:
     """
     if not tensors:
         return ""
-    folder = _folder(model.source)
-    files = "" if adapters.is_adapter_folder(folder) else files_digest(folder)
+    files = _files(model.source)
     digest = hashlib.sha256(files.encode())
     for part in map(_summary, tensors) if files else tensors:
         digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _folder(source: str) -> str:
-    """Where the files of a model lie that was loaded from `source`, a folder or hub id."""
-    path = model_path(source)
-    if Path(path).is_dir():
-        return path
-    try:
-        return str(Path(str(cached_file(path, "config.json", local_files_only=True))).parent)
-    except (OSError, ValueError):  # made in memory: no files
-        return path
+def _files(source: str) -> str:
+    """Digests of the files that a model was loaded from, adapters before their base; "" if not all
+    of them are there as safetensors.
+    """
+    found, path = [], model_path(source)
+    while adapters.is_adapter_folder(path):
+        found.append(files_digest(path))
+        path = model_path(adapters.base_path(path, PeftConfig.from_pretrained(path)))
+    if not Path(path).is_dir():
+        try:  # a hub id, whose files lie in the cache
+            path = str(Path(str(cached_file(path, "config.json", local_files_only=True))).parent)
+        except (OSError, ValueError):  # made in memory
+            return ""
+    found.append(files_digest(path))
+    return " ".join(found) if all(found) else ""
 
 
 def _summary(tensor: Tensor) -> Tensor:

@@ -290,3 +290,51 @@ def build(
         reward_model = load_reward_model(config.reward_model, device, storage)
         reward_model.module.requires_grad_(False)
         fixed.append(reward_model)
+        if same_ids(policy.tokenizer, reward_model.tokenizer):
+            scorer = token_scorer(reward_model, config, stops)
+            value_start = config.value_model or config.reward_model
+        else:
+            judge = model_judge(reward_model, config.micro_batch_tokens)
+            scorer = text_scorer(judge, stops)
+    else:
+        scorer = text_scorer(functions, stops)
+    # 3. The critic.
+    critic = None
+    if config.advantage == "gae":
+        critic = load_scorer(value_start, device, seed=config.seed, **loop.model_options(config))
+        require_same_ids("--value-model", critic, policy)
+    # 4. Prompts.
+    prompts, eval_prompts = read_prompts(config, policy, run)
+    functions.require((p.where, p.extra) for p in (*prompts.records, *eval_prompts.records))
+    _require_enough(config, prompts, eval_prompts)
+    ptx: list[Example] = []
+    if config.sft_data is not None:
+        ptx = read_demonstrations(config.sft_data, config, policy, run)
+    sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
+    return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
+
+
+def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:
+    """Every rank needs a prompt for each minibatch, and one to evaluate on."""
+    world, parts = distributed.world(), config.num_minibatches
+    count = min(config.batch_size * parts, len(prompts.examples))
+    if count < parts * world:
+        raise UserError(
+            f"{config.data}: {count} prompts an iteration are too few for --num-minibatches "
+            f"{parts} on {world} process(es); lower it, raise --batch-size, or give more prompts"
+        )
+    if 0 < len(eval_prompts.examples) < world:
+        raise UserError(
+            f"{len(eval_prompts.examples)} held-out prompts for {world} processes; "
+            "hold out at least one each"
+        )
+
+
+def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
+    """`prefloop ppo`: trains and returns the finished run."""
+    run, device = loop.start(config, "ppo")
+    with run:
+        if run.finished:
+            return run
+        loop.train(build(config, device, run, make_engine), config, run)
+    return run
