@@ -1,4 +1,4 @@
-"""Every rank of a machine has its own device."""
+"""Every rank of a machine has its own device; gradients are summed over them in few messages."""
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from torch._subclasses import FakeTensorMode
 from prefloop import distributed
 from prefloop.errors import UserError
 from prefloop.models.load import pick_device
+from tests.ranks import on_ranks
+from tests.sums_on_rank import GRADIENTS, gradient
 
 
 @pytest.fixture
@@ -49,3 +51,32 @@ def test_ranks_on_the_cpu_share_it(monkeypatch):
     assert device(monkeypatch, "cpu", 1) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device(monkeypatch, "auto", 1) == torch.device("cpu")
+
+
+def test_gradients_are_summed_as_one_by_one(tmp_path):
+    """To the bit; zeros stand in where one rank has none, and what no rank has stays away."""
+    outcomes = on_ranks(2, "-m", "tests.sums_on_rank", str(tmp_path))
+    assert [code for _, code in outcomes] == [0, 0], outcomes
+    (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for number, (shape, kind, ranks) in enumerate(GRADIENTS):
+        assert torch.equal(weights[number], others[number])  # those rounded at random, too
+        assert bool(weights[number].any()) == bool(ranks)
+        for mine in (first, second):
+            if not ranks:
+                assert mine[number] is None
+                continue
+            expected = sum(gradient(number, rank) for rank in ranks)
+            assert (mine[number].shape, mine[number].dtype) == (torch.Size(shape), kind)
+            assert torch.equal(mine[number], expected)
+
+
+def test_buckets_hold_one_type_and_at_most_25_mib():
+    sizes = [(3, 1), (5, 1), (20, 1), (4, 2), (30, 1), (1, 1), (1, 2)]  # MiB, kind
+    kinds = {1: torch.int8, 2: torch.bfloat16}
+    tensors = [
+        torch.empty(size * 2**20 // kinds[kind].itemsize, dtype=kinds[kind], device="meta")
+        for size, kind in sizes
+    ]
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    found = [[places[id(t)] for t in bucket] for bucket in distributed._buckets(tensors)]
+    assert sorted(found) == [[0, 1], [2], [3, 6], [4], [5]]

@@ -25,6 +25,7 @@ from prefloop.terminal import shown
 # little costs 1.3 times in either case. Read by torch's OpenMP when it is loaded, after this.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can lack
 if not sys.stderr.isatty():  # no bars in log files
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

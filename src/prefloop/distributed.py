@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from prefloop.errors import UserError
 
 T = TypeVar("T")
+BUCKET = 25 * 2**20  # bytes: enough to be worth a message, and little beside the gradients
 
 
 def start(device: torch.device) -> None:
@@ -94,14 +95,40 @@ def gather(item: T) -> list[T]:
     return items  # type: ignore[return-value]
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sums gradients over ranks; a rank that saw no row adds zeros."""
-    if world() == 1:
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Sums gradients over ranks, several at a time in one flat tensor of at most BUCKET bytes.
+
+    A rank without a gradient that others have adds zeros; what no rank has stays None, as on one.
+    """
+    if world() == 1 or not parameters:
         return
-    for parameter in parameters:
-        if parameter.grad is None:
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    held = sum_tensor(has.to(parameters[0].device)).tolist()
+    gradients = []
+    for parameter, ranks in zip(parameters, held, strict=True):
+        if ranks and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = sum_tensor(torch.cat([gradient.reshape(-1) for gradient in bucket]))
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors by type, in their order, at most BUCKET bytes (or one tensor) together."""
+    filling: dict[torch.dtype, list[Tensor]] = {}
+    room: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.dtype in filling and tensor.nbytes > room[tensor.dtype]:
+            yield filling.pop(tensor.dtype)
+        if tensor.dtype not in filling:
+            filling[tensor.dtype], room[tensor.dtype] = [], BUCKET
+        filling[tensor.dtype].append(tensor)
+        room[tensor.dtype] -= tensor.nbytes
+    yield from filling.values()
 
 
 def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import platform
 import re
 import resource
@@ -10,6 +12,8 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from prefloop.errors import UserError, first_line
 
 PACKAGES = ("prefloop", "torch", "transformers", "tokenizers", "peft", "numpy")
 
@@ -75,3 +79,53 @@ def weights_sha256(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest() if files else ""
+
+
+def files_digest(folder: Path | str) -> str:
+    """sha256 of a model folder's weights as its safetensors files hold them; "" without any.
+
+    Of names, types, shapes and bytes of the tensors: the same wherever the folder lies and however
+    the weights are split into files. A file is read once in a process, until it changes.
+    """
+    folder = Path(folder)
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+    if not whole.exists() and index.exists():  # as Transformers chooses them
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(named))]
+    tensors: dict[str, str] = {}
+    for path in files:
+        state = path.stat()
+        tensors |= _tensor_digests(path.resolve(), state.st_size, state.st_mtime_ns)
+    told = "".join(f"{name} {tensors[name]}\n" for name in sorted(tensors))
+    return hashlib.sha256(told.encode()).hexdigest() if files else ""
+
+
+@functools.cache
+def _tensor_digests(path: Path, size: int, changed: int) -> dict[str, str]:
+    """By name: type, shape and sha256 of each tensor of a safetensors file of that size and time.
+
+    The file is the length of its header (8 bytes), the header as JSON, and the tensors' bytes.
+    """
+    found = {}
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = file.tell()
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                first, end = entry["data_offsets"]
+                file.seek(start + first)
+                digest = hashlib.sha256()
+                while first < end and (part := file.read(min(end - first, 2**24))):
+                    digest.update(part)
+                    first += len(part)
+                if first < end:
+                    raise ValueError("it ends too early")
+                found[name] = f"{entry['dtype']} {entry['shape']} {digest.hexdigest()}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path}: not a safetensors file ({first_line(error)}); fetch or save it again"
+        ) from error
+    return found

@@ -40,6 +40,12 @@ def test_lr_factor_by_hand():
     assert linear == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     cosine = [optim.lr_factor(step, 10, 2, "cosine") for step in (2, 6)]
     assert cosine == pytest.approx([1.0, 0.5])
+    floor = [
+        optim.lr_factor(step, 10, 0, kind, 0.2) for kind in ("linear", "cosine") for step in (0, 5)
+    ]
+    assert floor == pytest.approx([1.0, 0.6, 1.0, 0.6])
+    assert optim.lr_factor(9, 10, 0, "linear", 0.2) == pytest.approx(0.2 + 0.8 * 0.1)
+    assert optim.lr_factor(1, 10, 2, "linear", 0.2) == 1.0  # warm-up rises from 0 all the same
     assert optim.lr_factor(9, 10, 0.0, "constant") == 1.0
     assert optim.lr_factor(0, 3, 0.1, "linear") == 1.0  # one step of warm-up is none
 

@@ -1,14 +1,10 @@
 """The same rows in one micro-batch or many, on one rank or two: the same step, for every loss."""
 
 import json
-import os
-import socket
-import subprocess
-import threading
-from pathlib import Path
 
 import pytest
 
+from tests.ranks import on_ranks
 from tests.training.cases import CASES, run_case
 from tests.training.small import (
     REWARDS,
@@ -16,45 +12,11 @@ from tests.training.small import (
     assert_same_run,
     lines,
     only_checkpoint,
-    python,
     train,
 )
 
-ROOT = Path(__file__).parents[2]
-SECONDS = 900  # after which a hang is a failure; a busy machine needs minutes
 pytestmark = pytest.mark.timeout(1200)
 MIXED = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2, "kl_target": 0.01, "max_steps": 5}
-
-
-def on_ranks(count, *words):
-    """Starts the ranks as torchrun does; each process sums with one thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(count),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            python(*words),
-            cwd=ROOT,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    killer = threading.Timer(SECONDS, lambda: [process.kill() for process in ranks])
-    killer.start()
-    outcomes = [(process.communicate()[1], process.returncode) for process in ranks]
-    killer.cancel()
-    return outcomes
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 PPO = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2}
 RUNS = {  # name: command, settings of a run of some steps
     "sft": ("sft", {"batch_size": 2, "lora_rank": 0}),
+    "sft-8bit": ("sft", {"batch_size": 2, "optimizer": "adamw8bit", "lr_floor": 0.1}),
+    "sft-bfloat16": ("sft", {"batch_size": 2, "dtype": "bfloat16", "weights": "bfloat16"}),
     "reward": ("reward", {"batch_size": 3, "epochs": 2.0}),
     "reward-lora": ("reward", {"batch_size": 3, "epochs": 2.0, "lora_rank": 2}),
     "dpo": ("dpo", {"batch_size": 3, "epochs": 2.0}),
@@ -49,6 +51,8 @@ def with_paths(world, changes):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_checkpoint_leads_to_the_same_bits(name, world, tmp_path):
     command, changes = RUNS[name]
+    if changes.get("optimizer") == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
     changes = with_paths(world, changes) | {"eval_fraction": 0.2}
     whole = tmp_path / "whole"
     train(command, world, whole, save_every=1, keep_checkpoints=100, **changes)

@@ -50,6 +50,8 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "batch_size": 4,
     "lr": 1e-2,
     "lr_schedule": "cosine",
+    "lr_floor": 0.5,
+    "optimizer": "adamw8bit",
     "warmup": 0.5,
     "weight_decay": 0.5,
     "adam_beta1": 0.5,
@@ -110,6 +112,7 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "ptx_coef": 0.5,
 }
 WITH = {  # read only with these, which have no default that shows it
+    "lr_floor": {"lr_schedule": "linear"},
     "lora_alpha": {"lora_rank": 2},
     "truncation": {"max_length": 24},
     "max_length": {"truncation": "drop"},

@@ -80,9 +80,15 @@ class TrainingConfig(Settings):
     lr: Annotated[float, Above(0)] = 1e-5
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Learning rate after warm-up: constant, or falling to 0 at the last step."""
+    """Learning rate after warm-up: constant, or falling to --lr-floor at the last step."""
     warmup: Annotated[float, AtLeast(0)] = 0.1
     """Share of the steps (below 1) or number of steps (1 and above) over which lr rises from 0."""
+    lr_floor: Annotated[
+        float, Within(0, 1, with_high=False), OnlyWith("lr_schedule", "linear", "cosine")
+    ] = 0.0
+    """Share of the peak learning rate that linear and cosine end at."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's moments in 8 bits, through bitsandbytes: 2 bytes a weight, not 8."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
     adam_beta1: Annotated[float, Within(0, 1, with_high=False)] = 0.9
@@ -265,7 +271,7 @@ class PPOConfig(TrainingConfig):
     lr: Annotated[float, Above(0)] = 3e-6
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or falling to 0 at the last step."""
+    """Learning rate after warm-up: constant, or falling to --lr-floor at the last step."""
     warmup: Annotated[float, AtLeast(0)] = 0.0
     """Share of the steps (below 1) or number of steps (1 and above) over which lr rises from 0."""
     adam_eps: Annotated[float, Above(0)] = 1e-5

@@ -14,13 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.config import PeftConfig
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError, first_line
+from prefloop.models import adapters
+from prefloop.models.model import LoadedModel
+from prefloop.provenance import files_digest
 from prefloop.resume import checkpoint_step
+from prefloop.runs import model_path
 
 FILE = "state.pt"
+FORMAT = 2
+"""Of what a checkpoint holds: one that says another number is of another version."""
+SAMPLE = 64  # elements of a tensor that are looked at one by one
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
@@ -100,8 +109,10 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     np.random.set_state(state["numpy"])
 
 
-def fingerprint(examples: Iterable[Example], tensors: Sequence[Tensor], more: str = "") -> str:
-    """sha256 of the rows as they were read, of tensors' contents, and of `more`.
+def fingerprint(
+    examples: Iterable[Example], fixed: Iterable[LoadedModel] = (), more: str = ""
+) -> str:
+    """sha256 of the rows as they were read, of the models' frozen weights, and of `more`.
 
     Not of the rows' tokens: a chat template may print today's date.
     """
@@ -109,26 +120,60 @@ def fingerprint(examples: Iterable[Example], tensors: Sequence[Tensor], more: st
     for e in examples:
         digest.update(e.source.encode() or repr((e.prompt, e.answers)).encode())
         digest.update(b"\n")
-    _add(digest, tensors)
+    for model in fixed:
+        digest.update(weights_digest(model, frozen(model.module)).encode())
     return digest.hexdigest()
 
 
-def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """sha256 of tensors' contents."""
-    digest = hashlib.sha256()
-    _add(digest, tensors)
+def weights_digest(model: LoadedModel, tensors: Sequence[Tensor]) -> str:
+    """sha256 of `tensors`, weights of the model as it was loaded; "" of none.
+
+    Where they came from safetensors files, those are hashed (once in a process), and in memory each
+    tensor is only summed, bit for bit, on its device: weights that were moved there are seen, and
+    nothing large leaves it.
+    """
+    if not tensors:
+        return ""
+    files = _files(model.source)
+    digest = hashlib.sha256(files.encode())
+    for part in map(_summary, tensors) if files else tensors:
+        digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _add(digest: hashlib._Hash, tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data)
+def _files(source: str) -> str:
+    """Digests of the files that a model was loaded from, adapters before their base; "" if not all
+    of them are there as safetensors.
+    """
+    found, path = [], model_path(source)
+    while adapters.is_adapter_folder(path):
+        found.append(files_digest(path))
+        path = model_path(adapters.base_path(path, PeftConfig.from_pretrained(path)))
+    if not Path(path).is_dir():
+        try:  # a hub id, whose files lie in the cache
+            path = str(Path(str(cached_file(path, "config.json", local_files_only=True))).parent)
+        except (OSError, ValueError):  # made in memory
+            return ""
+    found.append(files_digest(path))
+    return " ".join(found) if all(found) else ""
 
 
-def frozen(*modules: nn.Module) -> list[Tensor]:
+def _summary(tensor: Tensor) -> Tensor:
+    """[SAMPLE + 2] integers: the sum of a tensor's bits, their number, and some of them.
+
+    The sum sees any element that changes, the others those that change places.
+    """
+    kind = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
+    bits = tensor.detach().contiguous().view(-1).view(kind)
+    places = torch.arange(SAMPLE, device=bits.device) * bits.numel() // SAMPLE
+    some = bits[places].long() if bits.numel() else places
+    total = bits.sum(dtype=torch.int64, dim=0, keepdim=True)
+    return torch.cat([total, torch.full_like(total, bits.numel()), some])
+
+
+def frozen(module: nn.Module) -> list[Tensor]:
     """The weights that training leaves as they are."""
-    return [p for module in modules for p in module.parameters() if not p.requires_grad]
+    return [p for p in module.parameters() if not p.requires_grad]
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -91,7 +91,7 @@ class Keeper:
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """UserError where the checkpoint is not of this run as it is now."""
-        if "owed" not in state:
+        if state.get("format") != checkpoint.FORMAT:
             raise UserError(
                 f"{self.run.resume_from}: made by an earlier prefloop; go on with that one, or "
                 "give another --output"
@@ -133,6 +133,7 @@ class Keeper:
         assert self.sound is not None
         sound = self.sound
         state = {
+            "format": checkpoint.FORMAT,
             "step": sound.step,
             "models": {
                 name: checkpoint.trainable_state(model.module)

@@ -128,8 +128,7 @@ class KTO:
     @cached_property
     def fingerprint(self) -> str:
         """See Method."""
-        fixed = checkpoint.frozen(self.policy.module)
-        return checkpoint.fingerprint(self.examples, fixed, more=self.reference.digest)
+        return checkpoint.fingerprint(self.examples, [self.policy], self.reference.digest)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step, the reference from the start."""

@@ -38,7 +38,9 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
         steps = islice(method.steps(done), total - done)
         for number, item in enumerate(steps, start=done + 1):
             # 2. The step.
-            factor = optim.lr_factor(number - 1, total, config.warmup, config.lr_schedule)
+            factor = optim.lr_factor(
+                number - 1, total, config.warmup, config.lr_schedule, config.lr_floor
+            )
             optim.set_lr(optimizer, factor)
             try:
                 outcome = optimizer_step(

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, the learning-rate schedule and gradient clipping."""
+"""AdamW's parameter groups, the learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from prefloop.config import TrainingConfig
+from prefloop.training.adamw import AdamW
 
 
 def build_optimizer(
     modules: Mapping[str, Sequence[nn.Parameter]],
     config: TrainingConfig,
     learning_rates: Mapping[str, float],
-) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay falls on matrices only."""
+) -> AdamW:
+    """AdamW as the settings ask; weight decay falls on matrices only."""
     groups: list[dict[str, Any]] = []
     for name, parameters in modules.items():
         peak = learning_rates.get(name, config.lr)
@@ -27,19 +28,23 @@ def build_optimizer(
         ):
             if chosen:
                 groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
-    return torch.optim.AdamW(
+    return AdamW(
         groups,
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
-        fused=True,
+        bits=8 if config.optimizer == "adamw8bit" else 32,
+        seed=config.seed,
     )
 
 
-def lr_factor(step: int, total_steps: int, warmup: float, schedule: str) -> float:
+def lr_factor(
+    step: int, total_steps: int, warmup: float, schedule: str, floor: float = 0.0
+) -> float:
     """Share of the peak learning rate at `step` (0-based): a linear rise, then the schedule.
 
-    The first step already learns: factor 1/w for w warm-up steps.
+    The first step already learns: factor 1/w for w warm-up steps. Linear and cosine fall to `floor`
+    at the end of the last step.
     """
     rise = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
     if step < rise:
@@ -47,7 +52,8 @@ def lr_factor(step: int, total_steps: int, warmup: float, schedule: str) -> floa
     if schedule == "constant":
         return 1.0
     done = (step - rise) / max(1, total_steps - rise)
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    shape = 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return floor + (1.0 - floor) * shape
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -57,6 +63,15 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales gradients down to `max_norm` (0 leaves them) and returns their norm before."""
+    """Scales gradients down to `max_norm` (0 leaves them) and returns their norm before.
+
+    The norm is of float32 sums, whatever the gradients' type is.
+    """
     bound = max_norm if max_norm > 0 else math.inf
-    return nn.utils.clip_grad_norm_(parameters, bound)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if all(grad.dtype == torch.float32 for grad in grads):
+        return nn.utils.clip_grad_norm_(parameters, bound)
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+    return norm

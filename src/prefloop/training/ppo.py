@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import PPOConfig
@@ -67,9 +67,9 @@ class PPO:
         prompts: Prompts,
         ptx_examples: list[Example],
         eval_prompts: Prompts,
-        fixed: Sequence[nn.Module],
+        fixed: Sequence[LoadedModel],
     ) -> None:
-        """`fixed`: all modules whose weights, where frozen, must be the same when resumed."""
+        """`fixed`: all models whose weights, where frozen, must be the same when resumed."""
         self.config, self.sampler, self.prompts = config, sampler, prompts
         self.policy, self.critic = sampler.policy, sampler.critic
         self.ptx_examples, self.eval_prompts, self.fixed = ptx_examples, eval_prompts, fixed
@@ -245,7 +245,7 @@ class PPO:
     def fingerprint(self) -> str:
         """See Method; a Python reward function cannot be looked into."""
         examples = [*self.prompts.examples, *self.ptx_examples]
-        return checkpoint.fingerprint(examples, checkpoint.frozen(*self.fixed))
+        return checkpoint.fingerprint(examples, self.fixed)
 
     def state_dict(self) -> dict[str, Any]:
         """The KL controller, and the rollouts of the iteration under way."""
@@ -278,7 +278,7 @@ def build(
     policy = load_policy(config.model, device, **model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     reference = _reference(config, policy)
-    fixed = [policy.module, *([reference.module] if reference else [])]
+    fixed = [policy, *([reference] if reference else [])]
     # 2. Prompts.
     functions = function_judge(*config.reward_function, weights=config.reward_weights)
     prompts, eval_prompts, ptx = read_for_ppo(config, policy, run, functions)
@@ -290,7 +290,8 @@ def build(
     if config.reward_model is not None:
         reward_model = load_reward_model(config.reward_model, device, storage_of(config))
         reward_model = with_template_args(reward_model, options["template_args"])
-        fixed.append(reward_model.module.requires_grad_(False))
+        reward_model.module.requires_grad_(False)
+        fixed.append(reward_model)
         scorer = model_scorer(reward_model, policy, asked, config, stops)
         if same_ids(policy.tokenizer, reward_model.tokenizer):
             value_start = config.value_model or config.reward_model

@@ -217,9 +217,8 @@ class Preference:
     @cached_property
     def fingerprint(self) -> str:
         """See Method."""
-        fixed = checkpoint.frozen(self.policy.module)
         digest = self.reference.digest if self.reference else ""
-        return checkpoint.fingerprint(self.examples, fixed, more=digest)
+        return checkpoint.fingerprint(self.examples, [self.policy], digest)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step, the reference from the start."""

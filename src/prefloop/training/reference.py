@@ -53,7 +53,7 @@ class Reference:
         if config.ref_model is not None:
             model = load_policy(config.ref_model, policy.device, storage_of(config))
             require_same_ids("--ref-model", model, policy)
-        self.digest = checkpoint.tensors_digest(model.hf.state_dict().values())
+        self.digest = checkpoint.weights_digest(model, list(model.hf.state_dict().values()))
         """Of its weights."""
         sums = _log_probs(config, model, examples, cache, self.digest)
         parts = sums.split([len(example.answers) for example in examples])

@@ -106,7 +106,7 @@ class Reward:
     @cached_property
     def fingerprint(self) -> str:
         """See Method."""
-        return checkpoint.fingerprint(self.examples, checkpoint.frozen(self.scorer.module))
+        return checkpoint.fingerprint(self.examples, [self.scorer])
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step."""

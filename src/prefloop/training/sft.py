@@ -65,7 +65,7 @@ class SFT:
     @cached_property
     def fingerprint(self) -> str:
         """See Method."""
-        return checkpoint.fingerprint(self.examples, checkpoint.frozen(self.policy.module))
+        return checkpoint.fingerprint(self.examples, [self.policy])
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: rows follow from seed and step."""

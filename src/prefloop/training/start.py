@@ -15,11 +15,13 @@ from prefloop.models.load import pick_device
 from prefloop.models.model import ModelOptions
 from prefloop.models.weights import storage_of
 from prefloop.runs import Run
+from prefloop.training.adamw import require_bitsandbytes
 
 
 def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     """Checks settings, joins the ranks, seeds, opens the run directory, says where to compute."""
     validate(config)
+    require_bitsandbytes(config.optimizer)
     device = pick_device(distributed.local_device(config.device))
     distributed.start(device)
     torch.manual_seed(config.seed)
