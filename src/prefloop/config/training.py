@@ -210,8 +210,12 @@ class DPOConfig(TrainingConfig):
 class PPOConfig(TrainingConfig):
     """PPO on prompts, against a reward model or a Python function."""
 
-    reward_model: str | None = None
-    """Sequence-classification folder or hub id with one label."""
+    reward_model: str | tuple[str, ...] | None = None
+    """One or more sequence-classification folders or hub ids with one label."""
+    share_base: Annotated[Literal["auto", "never"], OnlyWith("lora_rank")] = "auto"
+    """auto: policy, critic and reward models are adapters on one base where theirs is the same."""
+    reward_ensemble: Literal["mean", "lower-bound"] = "mean"
+    """Score of several reward models: their mean, or that less their standard deviation."""
     reward_function: Annotated[tuple[str, ...], Form(FUNCTION, "give module:function")] = ()
     """One or more `module:function(prompts, completions) -> list[float]`, instead of a reward
     model; other arguments are given the rows' columns of those names."""
@@ -277,9 +281,17 @@ class PPOConfig(TrainingConfig):
     adam_eps: Annotated[float, Above(0)] = 1e-5
     """AdamW's epsilon."""
 
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """All that are given."""
+        given = self.reward_model or ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
     def __post_init__(self) -> None:
-        """One function may be given as a word."""
+        """One function, or one reward model, may be given as a word."""
         super().__post_init__()
+        if isinstance(self.reward_model, tuple) and len(self.reward_model) == 1:
+            object.__setattr__(self, "reward_model", self.reward_model[0])
         if self.reward_function is None or isinstance(self.reward_function, str):
             one = (self.reward_function,) if self.reward_function else ()
             object.__setattr__(self, "reward_function", one)
@@ -290,6 +302,13 @@ class PPOConfig(TrainingConfig):
         yield from no_room(self.max_new_tokens, self.max_length)
         if bool(self.reward_model) == bool(self.reward_function):
             yield "give either --reward-model or --reward-function"
+        if len(set(self.reward_models)) < len(self.reward_models):
+            yield "--reward-model names a model twice; name it once"
+        if self.reward_ensemble != "mean" and len(self.reward_models) < 2:
+            yield (
+                f"--reward-ensemble {self.reward_ensemble} is of several models; give "
+                "--reward-model more than one"
+            )
         if len(set(self.reward_function)) < len(self.reward_function):
             yield "--reward-function names a function twice; name it once, with its weight"
         if self.reward_weights and len(self.reward_weights) != len(self.reward_function):

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
-from prefloop.models import adapters, selftest
+from prefloop.models import adapters, selftest, shared
 from prefloop.models.memory import keep_freed_memory
 from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.precision import speed_up_float32
@@ -112,9 +112,12 @@ def load_policy(
     if is_scorer_folder(path):
         raise UserError(f"{path}: a sequence classifier, not a language model; give a policy")
     tokenizer = load_tokenizer(path, template_args)
-    module = _from_pretrained(AutoModelForCausalLM, path, plan)
+    start = _stacked(path, lora_rank, plan)
+    module = _from_pretrained(AutoModelForCausalLM, start or path, plan)
     model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, lora_rank, lora_alpha, gradient_checkpointing)
+    _prepare_training(model, start or path, lora_rank, lora_alpha, gradient_checkpointing)
+    if start:
+        model = shared.begin_from(model, path)
     return replace(model, template_args=template_args)
 
 
@@ -138,9 +141,16 @@ def load_scorer(
     path = model_path(path)
     ready = is_scorer_folder(path)
     tokenizer = load_tokenizer(path, template_args)
+    start = _stacked(path, lora_rank, plan)
     module = _from_pretrained(
-        AutoModelForSequenceClassification, path, plan, new_head=not ready, num_labels=1
+        AutoModelForSequenceClassification,
+        start or path,
+        plan,
+        new_head=not ready or start is not None,
+        num_labels=1,
     )
+    if start:
+        shared.take_head(module, path)
     if not hasattr(module, "score"):
         raise UserError(f"{path}: {type(module).__name__} has no scalar `score` head")
     if not ready:
@@ -151,8 +161,26 @@ def load_scorer(
     if not ready or module.config.get_text_config().pad_token_id is None:
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
     model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, lora_rank, lora_alpha, gradient_checkpointing)
+    _prepare_training(model, start or path, lora_rank, lora_alpha, gradient_checkpointing)
+    if start:
+        model = shared.begin_from(model, path)
     return replace(model, template_args=template_args)
+
+
+def _stacked(path: str, lora_rank: int, plan: Kept) -> str | None:
+    """The base of an adapter folder whose adapter stays apart from it: where more are trained on
+    top of it, or the base is in 4 bits. None where it is merged, and for whole weights.
+    """
+    if not (adapters.is_adapter_folder(path) and (lora_rank or plan.nf4)):
+        return None
+    if shared.stackable(path):
+        return shared.base_of(path)
+    if plan.nf4:
+        raise UserError(
+            f"{path}: an adapter of a kind that must be merged, which --weights nf4 cannot; merge "
+            "it first, with prefloop export --merge"
+        )
+    return None
 
 
 def load_reward_model(
@@ -274,24 +302,26 @@ def _ready(
 
 
 def _prepare_training(
-    model: LoadedModel, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
+    model: LoadedModel, source: str, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
 ) -> None:
     """Recomputation and fresh adapters, where asked for."""
-    module, source = model.hf, model.source
+    module = model.hf
     if gradient_checkpointing:
-        _enable_checkpointing(module)
-        model.lean = replace(model.lean, recompute=True) if model.lean else None
+        recompute_activations(model)
     if lora_rank:
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
         model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
-    model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only
+    model.module.train(gradient_checkpointing)
 
 
-def _enable_checkpointing(module: PreTrainedModel) -> None:
+def recompute_activations(model: LoadedModel) -> None:
     """Recomputes each layer's activations in the backward pass."""
+    module: Any = model.hf
     new_name = "activation_checkpointing_enable"  # since Transformers 5.20 or so
     enable = getattr(module, new_name, None) or module.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": partial(adapters.now_and_again, module)})
+    model.lean = replace(model.lean, recompute=True) if model.lean else None
+    model.module.train()  # Transformers recomputes in training mode only
 
 
 def _mend_generation_config(module: PreTrainedModel) -> None:
@@ -335,22 +365,27 @@ def disable_dropout(module: nn.Module) -> list[tuple[Any, str, float]]:
 
 
 def _set_distinct_pad(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a scorer a pad token that no answer ends with.
+    """Gives a scorer a pad token that no answer ends with, a new one if it must be.
 
     Transformers scores the last token that is not padding, so pad = eos would move the score.
     """
-    used = stop_token_ids(tokenizer) | {tokenizer.bos_token_id, None}
-    if tokenizer.pad_token_id in used:
-        embeddings: Any = module.get_input_embeddings()
-        rows = len(embeddings.weight)
-        added = {t: n for t, n in tokenizer.get_added_vocab().items() if n not in used and n < rows}
-        unused = [t for t in added if "pad" in t.lower() or "reserved" in t.lower()]
-        if tokenizer.unk_token_id not in used:
-            unused.append(str(tokenizer.unk_token))
-        if unused:
-            tokenizer.pad_token = unused[0]
-        else:
-            tokenizer.add_special_tokens({"pad_token": PAD})
-            if len(tokenizer) > rows:
-                module.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if not distinct_pad(tokenizer, module):
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > len(module.get_input_embeddings().weight):  # type: ignore[arg-type]
+            module.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     module.config.pad_token_id = tokenizer.pad_token_id
+
+
+def distinct_pad(tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel) -> bool:
+    """Whether the tokenizer has a token that pads and that no answer ends with; it is set."""
+    used = stop_token_ids(tokenizer) | {tokenizer.bos_token_id, None}
+    if tokenizer.pad_token_id not in used:
+        return True
+    rows = len(module.get_input_embeddings().weight)  # type: ignore[arg-type]
+    added = {t: n for t, n in tokenizer.get_added_vocab().items() if n not in used and n < rows}
+    unused = [t for t in added if "pad" in t.lower() or "reserved" in t.lower()]
+    if tokenizer.unk_token_id not in used:
+        unused.append(str(tokenizer.unk_token))
+    if unused:
+        tokenizer.pad_token = unused[0]
+    return bool(unused)

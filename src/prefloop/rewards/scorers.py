@@ -143,6 +143,30 @@ def model_scorer(
     return text_scorer(judge, stops)
 
 
+def together(names: Sequence[str], scorers: Sequence[Scorer], how: str) -> Scorer:
+    """Several reward models' scores as one: their mean, or lower-bound, which is their mean less
+    their standard deviation (arXiv 2310.02743 weighs the variance so).
+
+    Each one's own scores are told beside it, and the deviation as `spread`.
+    """
+    if len(scorers) == 1:
+        return scorers[0]
+
+    def score(
+        prompts: Sequence[Prompt], completions: Sequence[str], examples: Sequence[Example]
+    ) -> Scored:
+        parts = {
+            name: scorer(prompts, completions, examples).scores
+            for name, scorer in zip(names, scorers, strict=True)
+        }
+        each = torch.tensor(list(parts.values()), dtype=torch.float64)  # [models, answers]
+        spread = each.std(0, correction=0)
+        total = each.mean(0) - (spread if how == "lower-bound" else 0.0)
+        return Scored(total.tolist(), parts | {"spread": spread.tolist()})
+
+    return score
+
+
 def reads_alike(model: LoadedModel, policy: LoadedModel, prompts: Sequence[Prompt]) -> bool:
     """Whether a scorer makes of each prompt with an answer the very tokens that the policy samples
     from and samples; tried with a probe as the answer.

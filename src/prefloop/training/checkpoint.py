@@ -7,7 +7,7 @@ import hashlib
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -176,19 +176,20 @@ def frozen(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if not p.requires_grad]
 
 
-def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors that training changes, by name."""
-    return {name: p.detach() for name, p in _trainable(module)}
+def trainable_state(trained: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Tensors that training changes, by name (see LoadedModel.named_trainable)."""
+    return {name: p.detach() for name, p in trained.items()}
 
 
-def load_trainable_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Puts a checkpoint's tensors back; the names must be exactly the module's."""
-    mine = dict(_trainable(module))
-    shapes = {name: p.shape for name, p in mine.items()}
+def load_trainable_state(
+    trained: Mapping[str, nn.Parameter], state: Mapping[str, torch.Tensor]
+) -> None:
+    """Puts a checkpoint's tensors back; the names must be exactly the model's."""
+    shapes = {name: p.shape for name, p in trained.items()}
     if shapes != {name: tensor.shape for name, tensor in state.items()}:
         raise ValueError("made with another model or other LoRA settings")
     with torch.no_grad():
-        for name, parameter in mine.items():
+        for name, parameter in trained.items():
             parameter.copy_(state[name])
 
 
@@ -198,7 +199,3 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict(dict(state))
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
-
-
-def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)

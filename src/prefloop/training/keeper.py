@@ -72,7 +72,7 @@ class Keeper:
         self._check(state)
         try:
             for name, model in self.method.trained.items():
-                checkpoint.load_trainable_state(model.module, state["models"][name])
+                checkpoint.load_trainable_state(model.named_trainable(), state["models"][name])
             checkpoint.load_optimizer_state(self.optimizer, state["optimizer"])
             self.method.load_state_dict(state["method"])
             checkpoint.set_rng_state(state["rng"])
@@ -136,7 +136,7 @@ class Keeper:
             "format": checkpoint.FORMAT,
             "step": sound.step,
             "models": {
-                name: checkpoint.trainable_state(model.module)
+                name: checkpoint.trainable_state(model.named_trainable())
                 for name, model in self.method.trained.items()
             },
             "optimizer": self.optimizer.state_dict(),

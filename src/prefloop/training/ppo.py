@@ -21,7 +21,7 @@ from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data import stream
 from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all
-from prefloop.data.tokenize import Example, same_ids, stop_token_ids
+from prefloop.data.tokenize import Example, stop_token_ids
 from prefloop.errors import UserError
 from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine
@@ -29,15 +29,17 @@ from prefloop.losses import ppo as losses
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs, token_values
-from prefloop.models.load import load_policy, load_reward_model, load_scorer, require_same_ids
+from prefloop.models.load import load_policy, require_same_ids
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
+from prefloop.models.shared import reference_of
 from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.rewards.functions import function_judge
-from prefloop.rewards.scorers import model_scorer, text_scorer, with_template_args
+from prefloop.rewards.scorers import model_scorer, text_scorer, together
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop
 from prefloop.training.method import LossSums, Step
+from prefloop.training.roles import load_beside
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler
 from prefloop.training.rows import Prompts, order_of, read_for_ppo
 from prefloop.training.start import model_options, start
@@ -278,31 +280,20 @@ def build(
     policy = load_policy(config.model, device, **model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     reference = _reference(config, policy)
-    fixed = [policy, *([reference] if reference else [])]
     # 2. Prompts.
     functions = function_judge(*config.reward_function, weights=config.reward_weights)
     prompts, eval_prompts, ptx = read_for_ppo(config, policy, run, functions)
     _require_enough(config, prompts, eval_prompts)
     asked = (*prompts.records, *eval_prompts.records)
-    # 3. What scores.
-    options = model_options(config)
-    value_start = config.value_model or config.model
-    if config.reward_model is not None:
-        reward_model = load_reward_model(config.reward_model, device, storage_of(config))
-        reward_model = with_template_args(reward_model, options["template_args"])
-        reward_model.module.requires_grad_(False)
-        fixed.append(reward_model)
-        scorer = model_scorer(reward_model, policy, asked, config, stops)
-        if same_ids(policy.tokenizer, reward_model.tokenizer):
-            value_start = config.value_model or config.reward_model
+    # 3. What scores, and the critic; they read tokens as they were trained to.
+    models = load_beside(config, policy)
+    if models.rewards:
+        each = [model_scorer(model, policy, asked, config, stops) for model in models.rewards]
+        scorer = together(config.reward_models, each, config.reward_ensemble)
     else:
         scorer = text_scorer(functions, stops)
-    # 4. The critic; it reads tokens alone, so no chat template.
-    critic = None
-    if config.advantage == "gae":
-        options = options | {"template_args": {}}
-        critic = load_scorer(value_start, device, seed=config.seed, **options)
-        require_same_ids("--value-model", critic, policy)
+    fixed = [model for model in (policy, reference, *models.rewards) if model]
+    critic = models.critic
     sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
     return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
 
@@ -318,7 +309,7 @@ def _reference(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None:
         reference.module.requires_grad_(False)
         return reference
     if config.lora_rank:
-        return None
+        return reference_of(policy)
     if config.kl_coef:
         plan = kept(storage_of(config), policy.device, trained=False)
         return replace(policy, module=frozen_copy(policy.module, plan))

@@ -21,7 +21,6 @@ from prefloop.generation.protocol import RolloutEngine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.losses.kl import k1
-from prefloop.models import adapters
 from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
@@ -216,7 +215,6 @@ class Sampler:
 
     def _forward_passes(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None, Tensor]:
         config, device = self.config, self.policy.device
-        without_adapters = adapters.has_adapters(self.policy.module)
         new: list[Tensor] = []
         old: list[Tensor] = []
         values: list[Tensor] = []
@@ -226,9 +224,6 @@ class Sampler:
             new.append(answer_log_probs(self.policy, batch, config.temperature))
             if self.reference:
                 old.append(answer_log_probs(self.reference, batch, config.temperature))
-            elif without_adapters:
-                with adapters.without_adapters(self.policy.module):
-                    old.append(answer_log_probs(self.policy, batch, config.temperature))
             if self.critic:
                 values.append(token_values(self.critic, batch))
         log_probs = padded(torch.cat(new).cpu(), examples)

@@ -1,0 +1,103 @@
+"""The models beside PPO's policy: reward models and critic, on its base where it is theirs."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any, NamedTuple
+
+from prefloop import distributed
+from prefloop.config import PPOConfig
+from prefloop.config.ranges import template_arguments
+from prefloop.data.tokenize import same_ids
+from prefloop.models import shared
+from prefloop.models.load import (
+    distinct_pad,
+    load_reward_model,
+    load_scorer,
+    load_tokenizer,
+    recompute_activations,
+    require_same_ids,
+)
+from prefloop.models.model import LoadedModel
+from prefloop.models.weights import storage_of
+from prefloop.rewards.scorers import with_template_args
+from prefloop.training.start import model_options
+
+CRITIC = "critic"
+
+
+class Beside(NamedTuple):
+    """What is loaded beside a policy."""
+
+    rewards: tuple[LoadedModel, ...]
+    critic: LoadedModel | None
+
+
+def load_beside(config: PPOConfig, policy: LoadedModel) -> Beside:
+    """Reward models and critic as the settings name them.
+
+    With LoRA they are further adapters on the policy's base where they stand on the same weights,
+    and a critic that begins as a reward model with a base of its own shares that one.
+    """
+    shares = config.lora_rank > 0 and config.share_base == "auto"
+    if shares:
+        policy.adapters = policy.adapters or (shared.POLICY,)
+    rewards = []
+    for number, path in enumerate(config.reward_models):
+        if shares and shared.stands_on_base(policy, path):
+            model = shared.reward_role(policy, path, f"reward_{number}", load_tokenizer(path))
+        else:
+            model = load_reward_model(path, policy.device, storage_of(config))
+            model.module.requires_grad_(False)
+        rewards.append(with_template_args(model, template_arguments(config.template_args)))
+    critic = None
+    if config.advantage == "gae":
+        critic = _critic(config, policy, rewards, shares)
+        require_same_ids("--value-model", critic, policy)
+    _tell(policy, rewards, critic)
+    return Beside(tuple(rewards), critic)
+
+
+def _critic(
+    config: PPOConfig, policy: LoadedModel, rewards: list[LoadedModel], shares: bool
+) -> LoadedModel:
+    """It reads tokens alone, so it needs no chat template."""
+    first, named = rewards[0] if rewards else None, config.value_model
+    if first is not None and not same_ids(policy.tokenizer, first.tokenizer):
+        first = None
+    start: LoadedModel | None = None
+    if shares and named and shared.stands_on_base(policy, named):
+        start = shared.reward_role(policy, named, "value_start", load_tokenizer(named))
+    elif shares and not named and first is not None:
+        start = first
+        start.adapters = start.adapters or ()
+    elif shares and not named:
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        if distinct_pad(tokenizer, policy.hf):
+            start = shared.as_scorer(policy, tokenizer, config.seed)
+    if start is not None:
+        lora: Any = policy.module.peft_config
+        critic = shared.critic_role(start, CRITIC, lora[shared.POLICY])
+        if config.gradient_checkpointing:
+            recompute_activations(critic)
+        return critic
+    path = named or (config.reward_models[0] if first is not None else config.model)
+    options = model_options(config) | {"template_args": {}}
+    return load_scorer(path, policy.device, seed=config.seed, **options)
+
+
+def _tell(policy: LoadedModel, rewards: list[LoadedModel], critic: LoadedModel | None) -> None:
+    """One line on what shares a base, and what that saves."""
+    named = [("policy", policy), *((f"reward model {m.source}", m) for m in rewards)]
+    named += [("critic", critic)] if critic else []
+    groups: dict[int, list[tuple[str, LoadedModel]]] = {}
+    for name, model in named:
+        groups.setdefault(id(model.hf), []).append((name, model))
+    for group in groups.values():
+        if len(group) < 2 or distributed.rank():
+            continue
+        size = shared.base_bytes(group[0][1]) / 2**30
+        roles = ", ".join(name for name, _ in group[:-1]) + f" and {group[-1][0]}"
+        saved = f"saves {size * (len(group) - 1):.2f} GiB"
+        print(f"one base of {size:.2f} GiB carries {roles}: {saved}", file=sys.stderr)

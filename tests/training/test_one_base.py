@@ -1,0 +1,193 @@
+"""PPO with policy, critic and reward models on one base: the numbers of separate models."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from prefloop.config import PPOConfig
+from prefloop.data.batches import pack
+from prefloop.data.tokenize import Example
+from prefloop.models import adapters, heads, shared
+from prefloop.models.load import load_policy, load_reward_model
+from prefloop.runs import Run
+from prefloop.training import optim, ppo
+from prefloop.training.step import optimizer_step
+from tests.models.plain import random_examples
+from tests.training.small import COMMON, CPU, SHORT, assert_same_run, only_checkpoint, train
+
+LORA = {"lora_rank": 2, "lora_alpha": 8.0}
+
+
+@pytest.fixture(scope="module")
+def judged(world, tmp_path_factory):
+    """The world with three reward models that are adapters on its policy."""
+    for seed, name in enumerate(("rm_lora", "rm_lora2", "rm_lora3")):
+        train("reward", world, world / name, seed=seed, **LORA)
+    return world
+
+
+def built(world, output, **changes):
+    """A PPO method, not yet trained."""
+    settings = (
+        COMMON
+        | SHORT
+        | LORA
+        | {
+            "model": str(world / "model"),
+            "data": str(world / "prompts.jsonl"),
+            "output": output,
+            "reward_model": str(world / "rm_lora"),
+            "batch_size": 3,
+            "ppo_epochs": 2,
+            "epochs": 9.0,
+            "temperature": 0.7,
+        }
+    )
+    config = PPOConfig(**settings | changes)
+    torch.manual_seed(0)
+    return ppo.build(config, CPU, Run.open(config, "ppo")), config
+
+
+def copied(source, target):
+    """Gives a method the trained weights of another."""
+    for name, model in target.trained.items():
+        theirs = source.trained[name].named_trainable()
+        ours = model.named_trainable()
+        assert len(ours) == len(theirs)
+        pairs = zip(sorted(ours), sorted(theirs), strict=True)
+        with torch.no_grad():
+            for mine, other in pairs:
+                assert ours[mine].shape == theirs[other].shape, (mine, other)
+                ours[mine].copy_(theirs[other])
+
+
+def stepped(method, config, count):
+    """Losses, metrics and gradients' norms of some steps."""
+    parameters = {name: model.trainable() for name, model in method.trained.items()}
+    optimizer = optim.build_optimizer(parameters, config, {})
+    numbers = []
+    for item, _ in zip(method.steps(0), range(count), strict=False):
+        outcome = optimizer_step(method, item.batches, parameters, optimizer, config)
+        numbers.append(item.metrics | outcome.losses | outcome.metrics | outcome.norms)
+    return numbers
+
+
+CASES = {
+    "critic": {},
+    "recomputed": {"gradient_checkpointing": True},
+    "leave-one-out": {"advantage": "rloo", "samples_per_prompt": 2},
+    "several": {"reward_model": ("rm_lora", "rm_lora2", "rm_lora3")},
+    "lower bound": {
+        "reward_model": ("rm_lora", "rm_lora2", "rm_lora3"), "reward_ensemble": "lower-bound",
+    },
+    "whole reward model": {"reward_model": "rm"},
+    "function": {"reward_model": None, "reward_function": "tests.training.rewards:by_length"},
+    "from an adapter": {"model": "sft_lora"},
+    "value model": {"value_model": "rm_lora2"},
+}  # fmt: skip
+
+
+def placed(world, changes):
+    def path(value):
+        return str(world / value) if value and (world / value).exists() else value
+
+    return {
+        name: tuple(map(path, v)) if isinstance(v, tuple) else path(v) if isinstance(v, str) else v
+        for name, v in changes.items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_are_those_of_separate_models(case, judged, tmp_path):
+    """Three steps in two iterations: every loss, metric and norm to 1e-6 of its size."""
+    if case == "from an adapter" and not (judged / "sft_lora").exists():
+        train("sft", judged, judged / "sft_lora", **LORA)
+    changes = placed(judged, CASES[case])
+    one, config = built(judged, tmp_path / "one", **changes)
+    apart, other = built(judged, tmp_path / "apart", share_base="never", **changes)
+    models = [m for m in (one.policy, one.critic) if m]
+    owners = {id(model.hf) for model in models}
+    assert len(owners) == (2 if case == "whole reward model" else 1)
+    copied(one, apart)
+    ours, theirs = stepped(one, config, 3), stepped(apart, other, 3)
+    assert len(ours) == 3
+    for mine, separate in zip(ours, theirs, strict=True):
+        assert mine.keys() == separate.keys()
+        for name, value in mine.items():
+            few = 5e-6 if name.startswith("objective/") else 1e-6  # sums over an answer's tokens
+            assert value == pytest.approx(separate[name], rel=2e-5, abs=few), name
+    if case in ("several", "lower bound"):
+        assert ours[0]["objective/scores/spread"] > 0
+
+
+def test_scores_and_values_and_gradients(judged):
+    """Each role's numbers on one batch, beside its own model's."""
+    torch.manual_seed(0)
+    policy = load_policy(str(judged / "model"), CPU, trained=True, lora_rank=2)
+    path = str(judged / "rm_lora")
+    assert shared.stands_on_base(policy, path)
+    reward = shared.reward_role(policy, path, "reward", policy.tokenizer)
+    policy.adapters = (shared.POLICY,)
+    alone = load_reward_model(path, CPU)
+    batch = pack(random_examples())
+    with torch.no_grad():
+        ours, theirs = (heads.answer_scores(model, batch) for model in (reward, alone))
+        before = heads.answer_log_probs(policy, batch)
+        base = heads.answer_log_probs(load_policy(str(judged / "model"), CPU), batch)
+        reference = heads.answer_log_probs(shared.reference_of(policy), batch)
+    assert (ours - theirs).abs().max() < 1e-5
+    assert torch.equal(reference, base)
+    assert (before - base).abs().max() < 1e-6  # fresh adapters add nothing
+    lora = policy.module.peft_config[shared.POLICY]
+    critic = shared.critic_role(reward, "critic", lora)
+    heads.token_values(critic, batch).sum().backward()
+    learning = critic.named_trainable()
+    assert {name.split(".")[-2] for name in learning} == {"critic", "score"}
+    assert all(p.grad is not None for p in learning.values())
+    assert all(p.grad is None for p in policy.trainable())
+
+
+def test_the_saved_critic_is_one_adapter(judged, tmp_path):
+    """It loads in plain PEFT, and gives the values of the role."""
+    method, config = built(judged, tmp_path / "run")
+    stepped(method, config, 2)
+    method.export(tmp_path / "out")
+    folder = tmp_path / "out" / "value_model"
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+    base = AutoModelForSequenceClassification.from_pretrained(judged / "model", num_labels=1)
+    with adapters.quiet():
+        plain = PeftModel.from_pretrained(base, folder).eval()
+    ids = [5, 6, 7, 8, 9]
+    with torch.no_grad():
+        states = plain.get_base_model().model(torch.tensor([ids])).last_hidden_state[0]
+        expected = plain.get_base_model().score(states).squeeze(-1)
+        batch = pack([Example(tuple(ids[:2]), (tuple(ids[2:]),), ((True,) * 3,))])
+        ours = heads.token_values(method.critic, batch) + heads.score_mean(method.critic)
+    torch.testing.assert_close(ours, expected[1:4], rtol=1e-5, atol=1e-5)
+    policy = load_policy(str(tmp_path / "out" / "model"), CPU)
+    with torch.no_grad():
+        ours, again = (heads.answer_log_probs(m, batch) for m in (method.policy, policy))
+    torch.testing.assert_close(ours, again, rtol=1e-5, atol=1e-5)
+
+
+def test_one_line_says_what_is_shared(judged, tmp_path, capsys):
+    built(judged, tmp_path / "one")
+    told = capsys.readouterr().err
+    assert "carries policy, reward model" in told
+    assert "and critic: saves" in told
+    built(judged, tmp_path / "apart", share_base="never")
+    assert "carries" not in capsys.readouterr().err
+
+
+def test_a_run_goes_on_in_mid_iteration(judged, tmp_path):
+    """Bit for bit, policy and critic, though they share the module."""
+    changes = LORA | {"save_every": 1, "keep_checkpoints": 9, "batch_size": 3, "ppo_epochs": 2}
+    changes |= {"reward_model": str(judged / "rm_lora"), "model": str(judged / "model")}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train("ppo", judged, whole, **changes)
+    only_checkpoint(whole, again, 3)
+    train("ppo", judged, again, **changes)
+    assert_same_run(whole, again)
