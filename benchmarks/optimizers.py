@@ -54,7 +54,7 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
         write_rows(Path(folder))
         for weights in ("float32", "bfloat16"):
             model = load_policy(source, CPU, Storage("bfloat16", weights), trained=True)
-            first = [p.detach().to(torch.bfloat16, copy=True) for p in model.trainable()]
+            first = first_weights(model)
             for name, of_method in losses.items():
                 for kind, optimizer in FORMS:
                     for seed in SEEDS if kind == weights else ():
@@ -82,6 +82,11 @@ def table(losses: dict[str, Losses], start: dict[str, dict[str, float]]) -> list
             lines.append(f"| {name} | {form} | {values} (mean {fmean(found):.4f}) | {apart:.2%} |")
         lines.append(f"| {name} | before training | {start[name]['float32']:.4f} | |")
     return lines
+
+
+def first_weights(model: LoadedModel) -> list[Tensor]:
+    """A copy of the weights, rounded to bfloat16: what every form begins with."""
+    return [p.detach().to(torch.bfloat16, copy=True) for p in model.trainable()]
 
 
 def put_back(model: LoadedModel, first: list[Tensor]) -> None:
