@@ -33,8 +33,8 @@ from prefloop.training.sft import SFT
 from prefloop.training.step import optimizer_step
 
 SEEDS = (0, 1, 2)
-STEPS, BATCH, HELD_OUT = 12, 8, 48
-LEARNING_RATES = {"sft": 3e-5, "dpo": 1e-5}
+STEPS, BATCH, HELD_OUT = 8, 8, 32
+LEARNING_RATES = {"sft": 5e-5, "dpo": 2e-5}
 FORMS: tuple[tuple[Weights, str], ...] = (
     ("float32", "adamw"),  # what the others are compared with
     ("float32", "adamw8bit"),
@@ -54,7 +54,7 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
         write_rows(Path(folder))
         for weights in ("float32", "bfloat16"):
             model = load_policy(source, CPU, Storage("bfloat16", weights), trained=True)
-            first = [p.detach().bfloat16() for p in model.trainable()]
+            first = first_weights(model)
             for name, of_method in losses.items():
                 for kind, optimizer in FORMS:
                     for seed in SEEDS if kind == weights else ():
@@ -84,6 +84,11 @@ def table(losses: dict[str, Losses], start: dict[str, dict[str, float]]) -> list
     return lines
 
 
+def first_weights(model: LoadedModel) -> list[Tensor]:
+    """A copy of the weights, rounded to bfloat16: what every form begins with."""
+    return [p.detach().to(torch.bfloat16, copy=True) for p in model.trainable()]
+
+
 def put_back(model: LoadedModel, first: list[Tensor]) -> None:
     """The weights of the start."""
     with torch.no_grad():
@@ -94,7 +99,7 @@ def put_back(model: LoadedModel, first: list[Tensor]) -> None:
 def write_rows(folder: Path) -> None:
     """sft.jsonl and dpo.jsonl, with as many held-out rows beside them."""
     draw = random.Random(0)
-    rated = [s for s in fetch_movie_ratings() if 12 <= len(s.text.split()) <= 30]
+    rated = [s for s in fetch_movie_ratings() if 8 <= len(s.text.split()) <= 16]
     good = [clean(s.text) for s in rated if s.mean > 1.5]
     bad = [clean(s.text) for s in rated if s.mean < -1.5]
     draw.shuffle(good)

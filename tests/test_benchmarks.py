@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import compare, gradients, growth, llama_side, startup
+from benchmarks import compare, gradients, growth, llama_side, optimizers, startup
 from benchmarks.ceilings import model_flops, weight_bytes
 from benchmarks.meter import MARK
 from benchmarks.sides import Form, forms
@@ -18,6 +18,7 @@ from benchmarks.work import WORKS, Work, write_rows
 from gguf import GGUFReader
 
 from prefloop.models.load import load_policy
+from prefloop.models.weights import Storage
 from tests.training.small import write_world
 
 ROOT = Path(__file__).parents[1]
@@ -268,3 +269,29 @@ def test_startup_times_the_help():
     found = startup.to_the_end(("--help",), dict(os.environ))
     assert 0 < found["cpu"] < 60
     assert startup.cpu_seconds(os.getpid()) > 0
+
+
+def test_held_out_losses_are_compared_seed_by_seed():
+    """1.00 to 1.01 and 2.00 to 1.96: 2 %, though the means are nearer."""
+    start = {"sft": {"float32": 3.0, "bfloat16": 3.0}}
+    told = optimizers.table({"sft": {"a": [1.0, 2.0], "b": [1.01, 1.96]}}, start)
+    assert told[2:] == [
+        "| sft | a | 1.0000 · 2.0000 (mean 1.5000) | 0.00% |",
+        "| sft | b | 1.0100 · 1.9600 (mean 1.4850) | 2.00% |",
+        "| sft | before training | 3.0000 | |",
+    ]
+
+
+def test_every_form_learns_from_the_same_start(models, tmp_path):
+    """Also bfloat16 weights, whose copy must not be the weights themselves."""
+    model = load_policy(str(models / "policy"), CPU, Storage("bfloat16", "bfloat16"), trained=True)
+    first = optimizers.first_weights(model)
+    rows = [{"prompt": "a boat", "completion": f" the oath{' in' * n}"} for n in range(9)]
+    for name in ("sft", "sft-held-out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    started, ended = optimizers.train("sft", model, tmp_path, "adamw", seed=0)
+    optimizers.put_back(model, first)
+    again, other = optimizers.train("sft", model, tmp_path, "adamw", seed=1)
+    assert started == again
+    assert ended != other
+    assert ended < started

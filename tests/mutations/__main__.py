@@ -51,6 +51,20 @@ BUGS = (
         ("tests/parity/test_end_to_end.py::test_dpo",),
     ),
     Bug(
+        "bfloat16 weights rounded to the nearest",
+        "training/adamw.py",
+        "weights[part].copy_(round_stochastically(exact, generator))",
+        "weights[part].copy_(exact)",
+        ("tests/training/test_adamw.py::test_updates_too_small_for_bfloat16_are_not_lost",),
+    ),
+    Bug(
+        "moments in the type of bfloat16 weights after resuming",
+        "training/adamw.py",
+        "name: value.to(p.device) if",
+        "name: value.to(p.device, p.dtype) if",
+        ("tests/training/test_adamw.py::test_a_loaded_state_leads_to_the_same_bits",),
+    ),
+    Bug(
         "reference not frozen",
         "training/ppo.py",
         "frozen = copy.deepcopy(policy.module).requires_grad_(False)",
