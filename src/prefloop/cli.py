@@ -28,6 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can lack
 if not sys.stderr.isatty():  # no bars in log files
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 # That it misses a faster kernel of a package that nobody asked for.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
