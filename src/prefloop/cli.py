@@ -28,6 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can lack
 if not sys.stderr.isatty():  # no bars in log files
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 # That it misses a faster kernel of a package that nobody asked for.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -59,7 +60,7 @@ def main(
         if not out_of_memory(error):
             raise
         told = f"out of memory ({first_line(error)}); take less at once, or a smaller model"
-        print(f"prefloop: {told}", file=sys.stderr)
+        print(shown(f"prefloop: {told}"), file=sys.stderr)
         return YOURS
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -140,7 +141,16 @@ def _log_to_stderr() -> None:
     log = logging.getLogger("prefloop")
     log.setLevel(logging.INFO)
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Shown())
+        log.addHandler(handler)
+
+
+class _Shown(logging.Formatter):
+    """Messages name models and rows, which others named."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from prefloop import config as c
 from prefloop.config import labelling as l
 from prefloop.config.checks import validate
 from prefloop.errors import UserError
+from prefloop.terminal import shown
 
 if TYPE_CHECKING:
     from prefloop.evaluation.report import Comparison
@@ -198,9 +199,9 @@ def fetch_model(config: c.FetchModelConfig) -> Path:
 def show(result: Any) -> None:
     """Print what a command gave back: its run's directory, a path, or numbers."""
     if isinstance(result, dict):
-        print(json.dumps(result, indent=2))
+        print(shown(json.dumps(result, indent=2)))
     elif result is not None:
-        print(getattr(result, "directory", result))
+        print(shown(str(getattr(result, "directory", result))))
 
 
 def show_comparison(result: Any) -> None:
@@ -210,7 +211,7 @@ def show_comparison(result: Any) -> None:
     from prefloop.evaluation.report import terminal_table
 
     Console().print(terminal_table(result))
-    print(Path(result.settings["output"]) / "report.html")
+    print(shown(str(Path(result.settings["output"]) / "report.html")))
 
 
 def show_quality(result: Any) -> None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from prefloop import terminal
+
 EVERY = 30.0  # seconds between lines
 
 
@@ -33,14 +35,15 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`leave`: the bar stays when the work is done; `shown`: False on ranks but the first."""
-        self.what, self.total, self.done, self.note = what, total, done, ""
+        self.what, self.total, self.done, self.note = terminal.shown(what), total, done, ""
         self._first, self._every, self._shown = done, every, shown
         self._console = console or Console(stderr=True)
-        columns = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn()
-        last = TextColumn("{task.fields[told]}")
+        name = TextColumn("{task.description}", markup=False)  # a model's may hold anything
+        columns = name, MofNCompleteColumn(), BarColumn()
+        last = TextColumn("{task.fields[told]}", markup=False)
         self._bar = Bar(*columns, last, console=self._console, transient=not leave)
         self._bar.disable = not (shown and self._console.is_terminal)
-        self._task = self._bar.add_task(what, total=total, completed=done, told="")
+        self._task = self._bar.add_task(self.what, total=total, completed=done, told="")
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         self._clock, self._began = clock, clock()
@@ -79,9 +82,9 @@ class Progress:
 
     def _tick(self) -> None:
         """Keeps the bar's clock going, or prints the lines."""
-        terminal = not self._bar.disable
-        while not self._over.wait(1.0 if terminal else self._every):
-            if terminal:
+        has_bar = not self._bar.disable
+        while not self._over.wait(1.0 if has_bar else self._every):
+            if has_bar:
                 self._bar.update(self._task, told=self.told())
             else:
                 line = f"{self.what} {self.done}/{self.total} · {self.told()}"

@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import Literal
 
 from prefloop.errors import TooLong, UserError, located
+from prefloop.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class RowCounts:
         parts = [f"{count} ({reason})" for reason, count in self.dropped.items()]
         line += f", dropped {', '.join(parts)}" if parts else ""
         roles = [f"{what} ({count})" for what, count in self.noted.items() if "role" in what]
-        return "; ".join([line, *roles])
+        return shown("; ".join([line, *roles]))  # reasons name columns and roles
 
 
 def _reason(told: str) -> str:

@@ -32,6 +32,7 @@ from prefloop.config.resolve import as_dict
 from prefloop.errors import UserError
 from prefloop.files import check_folder, write_atomic
 from prefloop.resume import checkpoint_step, named_checkpoint, read_record, require_same
+from prefloop.terminal import shown
 from prefloop.tracking import Tracker, open_tracker
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -111,7 +112,7 @@ class Run:
         run.record["status"] = "finished" if finished else "running"
         run.resume_from, run._tracker = checkpoint, tracker
         if finished and writes:
-            print(f"{directory}: finished already, nothing to do", flush=True)
+            print(f"{shown(str(directory))}: finished already, nothing to do", flush=True)
         elif writes:
             run.record |= {"versions": provenance.versions(), "revision": provenance.revision()}
             if previous is not None:

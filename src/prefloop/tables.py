@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from prefloop.errors import UserError, first_line
 from prefloop.files import SUFFIXES, OnBad, plain, raise_bad, read_rows
+from prefloop.hub import require_hub
 
 
 def rows_of(source: str, on_bad: OnBad = raise_bad) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -20,12 +22,13 @@ def rows_of(source: str, on_bad: OnBad = raise_bad) -> Iterator[tuple[str, dict[
     name, _, part = source.partition("#")
     config, _, split = part.partition(":")
     path = Path(name)
-    local = name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if path.is_file() or (local and not path.is_dir()):
+    if path.is_file() or (name.endswith(SUFFIXES) and not path.is_dir()):
         if part:
             raise UserError(f"{source}: a file has no configurations or splits; leave #{part} out")
         yield from read_rows(name, on_bad)
         return
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{name}: no such file or folder; mend the path")
     try:
         datasets: Any = import_module("datasets")
     except ImportError as error:
@@ -33,19 +36,42 @@ def rows_of(source: str, on_bad: OnBad = raise_bad) -> Iterator[tuple[str, dict[
         raise UserError(
             f"{name}: {what}, which needs the datasets package; pip install datasets"
         ) from error
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if saved and config:
+        raise UserError(f"{source}: a saved set has no configurations; leave {config} out")
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if not path.is_dir() and not (cache / name.replace("/", "___")).is_dir():
+        require_hub(name)
     try:
-        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        data = (
-            datasets.load_from_disk(name)
-            if saved
-            else datasets.load_dataset(name, *([config] if config else []))
-        )
+        if saved:
+            data = datasets.load_from_disk(name)
+        else:
+            place = str(cache / _stamp(path)) if path.is_dir() else None
+            data = datasets.load_dataset(name, *([config] if config else []), cache_dir=place)
     except Exception as error:  # whatever the package, the network or the hub say
-        told = first_line(error)
+        told = " ".join(str(error).split("\n")[:2]).strip() or first_line(error)
         raise UserError(f"{source}: datasets cannot load it ({told}); check the name") from error
-    data = _split(data, split, source)
+    data = _split(data, split, source).with_format(None)  # Python's values, not arrays
     for number, row in enumerate(data, 1):
-        yield f"{source}:{number}", {key: plain(value) for key, value in row.items()}
+        yield f"{source}:{number}", {key: plain(_listed(value)) for key, value in row.items()}
+
+
+def _stamp(folder: Path) -> str:
+    """A digest of a folder's files: `datasets` may take those it read before for these."""
+    files = sorted((str(p), p.stat()) for p in folder.rglob("*") if p.is_file())
+    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return blake2b(repr(told).encode(), digest_size=8).hexdigest()
+
+
+def _listed(value: Any) -> Any:
+    """Messages that an older set holds as a table of columns, as the list that they are."""
+    names = value.keys() if isinstance(value, dict) else set()
+    columns = (
+        list(value.values()) if {"role", "content"} <= names or {"from", "value"} <= names else []
+    )
+    if not columns or not all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        return value
+    return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _split(data: Any, split: str, source: str) -> Any:

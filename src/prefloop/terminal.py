@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -16,3 +20,10 @@ def shown(text: str) -> str:
     'a\\x1b[2Jb'
     """
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def as_is(text: str) -> Text:
+    """The same for rich's tables and titles, which would read `[bold]` as their own markup."""
+    from rich.text import Text
+
+    return Text(shown(text))

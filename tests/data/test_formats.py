@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -280,22 +280,13 @@ def test_hh_harmless() -> None:
 # --- sources -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
 @pytest.mark.parametrize("source", ["trl-lib/tldr", "{tmp}"])
-def test_folders_and_hub_ids_need_datasets(tmp_path: Path, source: str) -> None:
+def test_folders_and_hub_ids_need_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
     with pytest.raises(UserError, match=r"needs the datasets package; pip install datasets"):
         load(source.format(tmp=tmp_path), "prompt", RowCounts())
-
-
-def test_a_datasets_folder(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([{"prompt": "p"}, {"prompt": "q"}])
-    rows.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "two"))
-    for name in ("one", "two"):
-        prompts = load(str(tmp_path / name), "prompt", RowCounts())
-        assert prompts == [Prompt("p"), Prompt("q")]
-        assert prompts[1].where == f"{tmp_path / name}:2"
 
 
 # --- splitting -----------------------------------------------------------------------------------

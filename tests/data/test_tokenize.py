@@ -9,11 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from prefloop.config import Truncation
+from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import (
     Example,
     audit_template,
     decode_answer,
-    encode_answer,
     encode_prompt,
     stop_token_ids,
     tokenize,
@@ -111,22 +111,22 @@ def test_bos_once_and_only_before_the_prompt() -> None:
     assert tokens(tokenizer, encode_prompt(tokenizer, "x")) == ["<bos>", "x"]
     assert tokens(tokenizer, encode_prompt(tokenizer, "<bos>x")) == ["<bos>", "x"]
     assert tokens(tokenizer, encode_prompt(tokenizer, "")) == ["<bos>"]
-    assert tokens(tokenizer, encode_answer(tokenizer, "x", "y")) == ["y", "<eos>"]
+    assert tokens(tokenizer, Encoder(tokenizer).answer("x", "y")) == ["y", "<eos>"]
 
 
 def test_eos_once() -> None:
     tokenizer = tiny_tokenizer(chat=False)
     for answer in ("y", "y<eos>"):
-        assert tokens(tokenizer, encode_answer(tokenizer, "x", answer)) == ["y", "<eos>"]
-    assert tokens(tokenizer, encode_answer(tokenizer, "x", "")) == ["<eos>"]
-    assert decode_answer(tokenizer, encode_answer(tokenizer, "x", " é ,y")) == " é ,y"
+        assert tokens(tokenizer, Encoder(tokenizer).answer("x", answer)) == ["y", "<eos>"]
+    assert tokens(tokenizer, Encoder(tokenizer).answer("x", "")) == ["<eos>"]
+    assert decode_answer(tokenizer, Encoder(tokenizer).answer("x", " é ,y")) == " é ,y"
 
 
 def test_no_space_is_put_between_prompt_and_answer() -> None:
     tokenizer = sentencepiece_like()
     assert tokens(tokenizer, encode_prompt(tokenizer, "q:")) == ["▁", "q", ":"]
-    assert tokens(tokenizer, encode_answer(tokenizer, "q:", "yes")) == ["y", "e", "s", "<eos>"]
-    assert tokens(tokenizer, encode_answer(tokenizer, "q:", " no")) == ["▁", "n", "o", "<eos>"]
+    assert tokens(tokenizer, Encoder(tokenizer).answer("q:", "yes")) == ["y", "e", "s", "<eos>"]
+    assert tokens(tokenizer, Encoder(tokenizer).answer("q:", " no")) == ["▁", "n", "o", "<eos>"]
 
 
 def test_no_eos_is_an_error() -> None:
@@ -144,16 +144,16 @@ def test_chat_prompt_holds_the_generation_prompt_and_the_answer_ends_with_the_st
     assert tokenizer.decode(encode_prompt(tokenizer, (U,))) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
-    answer = encode_answer(tokenizer, (U,), (A,))
+    answer = Encoder(tokenizer).answer((U,), (A,))
     assert tokens(tokenizer, answer) == ["a", "Ġ", "b", "<|im_end|>"]
     assert decode_answer(tokenizer, answer) == "a b"
     twice = (Message("assistant", "a b<|im_end|>"),)
-    assert encode_answer(tokenizer, (U,), twice) == answer
+    assert Encoder(tokenizer).answer((U,), twice) == answer
 
 
 def test_stop_token_that_is_not_eos() -> None:
     tokenizer = chat(CHATML, eos="<eos>")
-    assert tokens(tokenizer, encode_answer(tokenizer, (U,), (B,))) == ["c", "<|im_end|>"]
+    assert tokens(tokenizer, Encoder(tokenizer).answer((U,), (B,))) == ["c", "<|im_end|>"]
     assert stop_token_ids(tokenizer) == {2, 4}
     assert stop_token_ids(tokenizer, GenerationConfig(eos_token_id=[4, 7])) == {2, 4, 7}
     assert stop_token_ids(tiny_tokenizer(chat=False), GenerationConfig(eos_token_id=7)) == {2, 7}
@@ -164,7 +164,7 @@ def test_template_that_prints_bos_and_eos() -> None:
     ids = encode_prompt(tokenizer, (U,))
     assert tokenizer.decode(ids) == "<bos>[INST] hi [/INST]"
     assert tokens(tokenizer, ids[:2]) == ["<bos>", "["]  # not the tokenizer's BOS as well
-    assert tokens(tokenizer, encode_answer(tokenizer, (U,), (B,))) == ["Ġ", "c", "Ġ", "<eos>"]
+    assert tokens(tokenizer, Encoder(tokenizer).answer((U,), (B,))) == ["Ġ", "c", "Ġ", "<eos>"]
 
 
 def test_every_assistant_turn_of_a_conversation_is_trained_with_its_stop_token() -> None:
@@ -199,7 +199,7 @@ def test_masks_equal_those_of_transformers_generation_markers() -> None:
 
 def test_template_that_prints_eos_after_the_last_turn() -> None:
     tokenizer = chat(EOS_AT_END, eos="<eos>")
-    assert tokens(tokenizer, encode_answer(tokenizer, (U,), (B,))) == ["c", "<|im_end|>"]
+    assert tokens(tokenizer, Encoder(tokenizer).answer((U,), (B,))) == ["c", "<|im_end|>"]
     plain = one(Conversation((U, A, V, B)), chat(CHATML))
     assert one(Conversation((U, A, V, B)), tokenizer) == plain
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prefloop.data.batches import pack
-from prefloop.data.tokenize import Example, encode_answer, encode_prompt
+from prefloop.data.encoder import Encoder
+from prefloop.data.tokenize import Example, encode_prompt
 from prefloop.evaluation import winrate
 from prefloop.files import write_jsonl
 from prefloop.models.heads import answer_scores
@@ -40,7 +41,7 @@ def by_hand(model: LoadedModel, prompt: Text, answer: list[int]) -> float:
 
 def test_a_cut_answer_is_scored_without_a_stop_token(tmp_path: Path) -> None:
     model = scorer(tmp_path)
-    ids = encode_answer(model.tokenizer, "a:", "bc")
+    ids = Encoder(model.tokenizer).answer("a:", "bc")
     expected = [by_hand(model, "a:", ids), by_hand(model, "a:", ids[:-1])]
     expected += [by_hand(model, "a:", ids[-1:]), by_hand(model, "a:", [])]
     judge = ModelJudge(model, 100)
@@ -51,7 +52,7 @@ def test_a_cut_answer_is_scored_without_a_stop_token(tmp_path: Path) -> None:
 def test_an_empty_answer_that_nothing_ends_is_scored_at_its_prompt(tmp_path: Path) -> None:
     model = scorer(tmp_path, NO_STOP)
     prompt = (Message("user", "a"),)
-    assert encode_answer(model.tokenizer, prompt, (Message("assistant", ""),)) == []
+    assert Encoder(model.tokenizer).answer(prompt, (Message("assistant", ""),)) == []
     told = ModelJudge(model, 100)([prompt], [""])
     assert told == pytest.approx([by_hand(model, prompt, [])], abs=1e-5)
 

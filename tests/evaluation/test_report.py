@@ -150,7 +150,7 @@ def test_without_a_reward_model_there_is_no_column_for_it(comparison: Comparison
     ways = tuple(replace(w, vitals=replace(w.vitals, proxy=None)) for w in comparison.ways)
     console = Console(width=200, file=io.StringIO(), record=True)
     for shown, expected in ((comparison, True), (replace(comparison, ways=ways), False)):
-        headings = [column.header for column in terminal_table(shown).columns]
+        headings = [str(column.header) for column in terminal_table(shown).columns]
         assert ("RM" in headings) is expected
     console.print(terminal_table(comparison))
     assert "PPO & no KL: KL (40.0 nats > 10)" in console.export_text()

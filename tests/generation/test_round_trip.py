@@ -14,7 +14,7 @@ from prefloop.config import GenerateConfig, SampleConfig
 from prefloop.config.labelling import Form, LabelExportConfig, LabelImportConfig
 from prefloop.data import formats
 from prefloop.data.encoder import Encoder
-from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
+from prefloop.data.tokenize import encode_prompt, tokenize
 from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.generation.commands import generate, sample
@@ -178,7 +178,7 @@ def test_generated_answers_are_demonstrations_as_they_were_drawn(
 def test_text_of_tokens_is_read_as_those_tokens(name: str, prompt: Text, text: str) -> None:
     tokenizer = TOKENIZERS[name]()
     answer = text if isinstance(prompt, str) else (Message("assistant", text),)
-    ids = encode_answer(tokenizer, prompt, answer)
+    ids = Encoder(tokenizer).answer(prompt, answer)
     assert Encoder(tokenizer).said(prompt, ids) == text
     # Cut, it has neither the stop token nor what the template prints before it.
     cut = Encoder(tokenizer).answer(prompt, answer, ended=False)
@@ -203,7 +203,7 @@ def test_ids_of_another_tokenizer_give_way_to_the_text() -> None:
     name = Encoder(theirs).fingerprint
     assert name != Encoder(ours).fingerprint
     how = (Sampled(True, (9, 2), name), Sampled(False, (8,), name))
-    ab, c = (tuple(encode_answer(ours, "a:", text)) for text in ("ab", "c"))
+    ab, c = (tuple(Encoder(ours).answer("a:", text)) for text in ("ab", "c"))
     assert ranking(ours, how) == (ab, c[:-1])
     assert ranking(ours, (Sampled(None, (9,), name), how[1])) == (ab, c[:-1])  # nobody said: ended
 
@@ -244,7 +244,7 @@ def test_a_demonstration_without_a_finish_reason_ends(tmp_path: Path) -> None:
 
 def test_answers_without_ids_stand_beside_those_with_them(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(chat=False)
-    ids = encode_answer(tokenizer, "p", " b")
+    ids = Encoder(tokenizer).answer("p", " b")
     row = {
         "prompt": "p",
         "completions": [" a", " b"],

@@ -7,9 +7,12 @@ import time
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
+from prefloop.config.labelling import LabelExportConfig, LabelImportConfig
 from prefloop.errors import UserError
+from prefloop.files import read_rows, write_jsonl
+from prefloop.labelling import export, imports
 from prefloop.labelling.store import Store, Unavailable
 from prefloop.labelling.store.schema import metadata
 from tests.labelling.small import Clock, add, open_store, put, rows
@@ -162,3 +165,45 @@ def test_a_full_disk_loses_nothing(tmp_path):
         t.connection.exec_driver_sql("PRAGMA max_page_count=1000000")
         assert t.labeller_named("ann") is not None
         t.log("fill")
+
+
+SAMPLED = {
+    "prompt": "p",
+    "completions": ["a", "b", "c"],
+    "tiers": [[1], [0, 2]],
+    "completion_ids": [[7, 2], [2**31 - 1], None],
+    "finish_reasons": ["stop", "length", None],
+    "tokenizer": "0123456789abcdef",
+}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_what_is_known_of_sampled_answers_comes_back(tmp_path, request, kind):
+    if kind == "postgresql":
+        address = request.getfixturevalue("postgres")("sampled")
+    else:
+        address = str(tmp_path / "labels.db")
+    write_jsonl(tmp_path / "rows.jsonl", [SAMPLED])
+    told = imports.run(LabelImportConfig(store=address, data=str(tmp_path / "rows.jsonl")))
+    assert told["tasks"] == 1
+    output = tmp_path / "out.jsonl"
+    export.run(LabelExportConfig(store=address, output=output))
+    ((_, row),) = read_rows(output)
+    assert row == SAMPLED | {"labeller": "import"}
+
+
+def test_a_store_of_the_first_version_gains_the_columns_on_postgresql(tmp_path, postgres):
+    address = postgres("first")
+    write_jsonl(tmp_path / "rows.jsonl", rows(1))
+    imports.run(LabelImportConfig(store=address, data=str(tmp_path / "rows.jsonl")))
+    engine = create_engine(address.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as old:
+        for column in ("token_ids", "tokenizer"):
+            old.execute(text(f"ALTER TABLE responses DROP COLUMN {column}"))
+        old.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    engine.dispose()
+    store = Store(address)
+    with store.read() as t:
+        found = t.all(text("SELECT completion, token_ids, tokenizer FROM responses"))
+    store.close()
+    assert [(row["token_ids"], row["tokenizer"]) for row in found] == [(None, None)] * 3

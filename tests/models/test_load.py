@@ -195,7 +195,7 @@ def test_a_hub_id_without_network_says_so_at_once():
     with pytest.raises(UserError) as error:
         load_policy("someone/a-model", CPU)
     assert time.monotonic() - start < 10
-    assert one_line(error).startswith("someone/a-model: not a model folder or hub id")
+    assert one_line(error).startswith("someone/a-model: no such folder here, and the hub")
 
 
 def test_weights_that_are_missing(tmp_path):

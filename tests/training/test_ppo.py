@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from prefloop.data.batches import TokenBatch, pack
-from prefloop.data.tokenize import Example, encode_answer, encode_prompt
+from prefloop.data.encoder import Encoder
+from prefloop.data.tokenize import Example, encode_prompt
 from prefloop.errors import UserError
 from prefloop.files import read_rows
 from prefloop.generation.engine import Engine
@@ -295,7 +296,7 @@ def test_the_ptx_term_by_hand(world, tmp_path):
     for row in rows:
         ids = (
             encode_prompt(tokenizer, row["prompt"]),
-            encode_answer(tokenizer, row["prompt"], row["completion"]),
+            Encoder(tokenizer).answer(row["prompt"], row["completion"]),
         )
         with torch.no_grad():
             total -= float(token_log_probs(plain, *ids).sum())
@@ -355,7 +356,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(world, tmp_path):
     assert len(samples) == 4
     for sample in samples:
         ids = encode_prompt(tokenizer, sample["prompt"])
-        ids += encode_answer(tokenizer, sample["prompt"], sample["completion"])
+        ids += Encoder(tokenizer).answer(sample["prompt"], sample["completion"])
         ended, cut = (plain(torch.tensor([row])).logits.item() - 0.25 for row in (ids, ids[:-1]))
         assert min(abs(sample["score"] - score) for score in (ended, cut)) < 1e-5
 

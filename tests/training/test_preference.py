@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefloop import distributed
 from prefloop.data import formats
 from prefloop.data.batches import pack
-from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
+from prefloop.data.encoder import Encoder
+from prefloop.data.tokenize import encode_prompt, tokenize
 from prefloop.files import read_rows
 from prefloop.losses.masked import segment_sum
 from prefloop.models.heads import answer_log_probs
@@ -67,7 +68,7 @@ def one_step(dpo):
 @torch.no_grad()
 def log_prob(model, tokenizer, prompt, answer):
     """log pi(y|x) by plain Transformers."""
-    ids = encode_prompt(tokenizer, prompt), encode_answer(tokenizer, prompt, answer)
+    ids = encode_prompt(tokenizer, prompt), Encoder(tokenizer).answer(prompt, answer)
     return float(token_log_probs(model, *ids).sum())
 
 
@@ -332,7 +333,7 @@ def test_nll_of_the_chosen_by_hand(world, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     plain = AutoModelForCausalLM.from_pretrained(world / "model")
     total = sum(log_prob(plain, tokenizer, r["prompt"], r["chosen"]) for r in rows)
-    size = sum(len(encode_answer(tokenizer, r["prompt"], r["chosen"])) for r in rows)
+    size = sum(len(Encoder(tokenizer).answer(r["prompt"], r["chosen"])) for r in rows)
     assert line["loss/nll"] == pytest.approx(-0.5 * total / size, rel=1e-5)
     assert line["loss/preference"] == pytest.approx(LOG2, abs=1e-5)
 

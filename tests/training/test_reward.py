@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from prefloop.data.batches import to_batches
-from prefloop.data.tokenize import encode_answer, encode_prompt, tokenize
+from prefloop.data.encoder import Encoder
+from prefloop.data.tokenize import encode_prompt, tokenize
 from prefloop.files import read_rows
 from prefloop.models.heads import answer_scores
 from prefloop.models.load import load_scorer
@@ -49,7 +50,7 @@ def write_model(folder, arch, tokenizer):
 def texts(world, tokenizer):
     """Every prompt with every answer of the rankings as ids."""
     return [
-        encode_prompt(tokenizer, row["prompt"]) + encode_answer(tokenizer, row["prompt"], answer)
+        encode_prompt(tokenizer, row["prompt"]) + Encoder(tokenizer).answer(row["prompt"], answer)
         for _, row in read_rows(world / "rank.jsonl")
         for answer in row["completions"]
     ]
@@ -161,7 +162,7 @@ def test_the_loss_and_accuracy_by_hand(world, tmp_path):
     plain = AutoModelForSequenceClassification.from_pretrained(world / "rm")
     ids = [
         encode_prompt(tokenizer, rows[0]["prompt"])
-        + encode_answer(tokenizer, rows[0]["prompt"], answer)
+        + Encoder(tokenizer).answer(rows[0]["prompt"], answer)
         for answer in rows[0]["completions"]
     ]
     a, b, c = plain_scores(plain, tokenizer, ids).tolist()

@@ -129,11 +129,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]
     return Encoder(tokenizer).prompt(prompt)
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: Text) -> list[int]:
-    """Ids of an answer, to be put after `encode_prompt`'s, its stop token included once."""
-    return Encoder(tokenizer).answer(prompt, answer)
-
-
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of an answer, without special tokens."""
     return Encoder(tokenizer).decode(ids)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from prefloop.intervals import Interval
 from prefloop.rewards.health import Sign, Vitals
+from prefloop.terminal import as_is, shown
 
 INK = "#123457"  # stands in figures for the page's text colour
 COLOURS = ("#3b7dd8", "#e07a1f", "#2f9e62", "#c8447e", "#8a63d2", "#8d7b1d", "#159aa8")
@@ -198,16 +199,24 @@ def terminal_table(comparison: Comparison) -> Table:
         ["Signs of reward hacking:", *signs] if signs else ["No signs of reward hacking"]
     )
     title = f"{comparison.prompts} held-out prompts"
-    table = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE, padding=(0, 1))
-    shown = columns(comparison)[:-1]
-    for heading in ("Way", *(column.heading for column in shown)):
-        table.add_column(heading, overflow="fold")
+    layout: dict[str, Any] = {"caption_justify": "left", "box": SIMPLE, "padding": (0, 1)}
+    table = Table(title=title, caption=as_is(caption), **layout)
+    told = columns(comparison)[:-1]
+    for heading in ("Way", *(column.heading for column in told)):
+        table.add_column(as_is(heading), overflow="fold")
     for way in comparison.ways:
-        table.add_row(way.name, *(column.cell(way).replace(" [", "\n[") for column in shown))
+        cells = (column.cell(way).replace(" [", "\n[") for column in told)
+        table.add_row(*map(as_is, (way.name, *cells)))
     return table
 
 
 # --- figures -------------------------------------------------------------------------------------
+
+
+def _label(name: str) -> str:
+    """A name as a legend's text: matplotlib sets `$` as formulas and leaves out what begins `_`."""
+    text = shown(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def figure(draw: Callable[[Axes], None], title: str, number: int, wide: bool = False) -> str:
@@ -241,7 +250,14 @@ def _frontier_figure(comparison: Comparison, number: int) -> str:
             sides = [[max(0.0, x - max(kl.low, 0.0))], [max(0.0, kl.high - x)]]
             heights = [[gold.mean - gold.low], [gold.high - gold.mean]]
             axes.errorbar(
-                [x], [gold.mean], heights, sides, fmt="o", color=colour, capsize=3, label=way.name
+                [x],
+                [gold.mean],
+                heights,
+                sides,
+                fmt="o",
+                color=colour,
+                capsize=3,
+                label=_label(way.name),
             )
         if comparison.frontier:
             _, kls, golds = zip(*comparison.frontier, strict=True)
@@ -276,7 +292,9 @@ def _curve_figures(comparison: Comparison, start: int) -> list[str]:
 def _lines(lines: Sequence[tuple[str, str, list[int], list[float]]]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for name, colour, steps, values in lines:
-            axes.plot(steps, values, "o-" if len(steps) < 3 else "-", color=colour, label=name)
+            axes.plot(
+                steps, values, "o-" if len(steps) < 3 else "-", color=colour, label=_label(name)
+            )
         axes.set_xlabel("step")
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)

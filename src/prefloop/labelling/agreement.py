@@ -190,17 +190,17 @@ def one_coin(
 # --- bias ----------------------------------------------------------------------------------------
 
 
-def position_bias(ranks_as_shown: Ints) -> tuple[float, float]:
-    """(share of pairs won by the answer shown earlier, ties half; two-sided p-value).
+def first_wins(ranks_as_shown: Ints) -> Floats:
+    """Of each annotation, the share of pairs won by the answer shown earlier, ties half.
 
-    The order shown is random, so without bias the share is 1/2 whatever the answers are. p is of
-    the z-test of the annotations' shares against 1/2; NaN for fewer than 2 annotations.
+    The order shown is random, so without bias it is 1/2 in the mean whatever the answers are.
     """
-    return share_test((pair_signs(ranks_as_shown).mean(axis=1) + 1) / 2)
+    shares: Floats = (pair_signs(ranks_as_shown).mean(axis=1) + 1) / 2
+    return shares
 
 
 def share_test(shares: Floats) -> tuple[float, float]:
-    """(mean, two-sided p-value of the z-test against 1/2)."""
+    """(mean, two-sided p-value of the z-test against 1/2: NaN for fewer than 2 shares)."""
     mean = float(shares.mean()) if len(shares) else float("nan")
     if len(shares) < 2:
         return mean, float("nan")

@@ -183,12 +183,12 @@ def _alpha(data: _Data, first: Ints, second: Ints, seed: int) -> Interval | None
 
 
 def _first_wins(data: _Data) -> Floats:
-    """Of each annotation, the share of pairs won by the answer shown earlier, ties half."""
+    """Of each annotation, by the order in which it was shown (`agreement.first_wins`)."""
     found = np.zeros(len(data.said))
     for count in np.unique(data.answers):
         rows = data.answers == count
         as_shown = np.take_along_axis(data.ranks[rows], data.shown[rows][:, :count], axis=1)
-        found[rows] = (ag.pair_signs(as_shown).mean(axis=1) + 1) / 2
+        found[rows] = ag.first_wins(as_shown)
     return found
 
 

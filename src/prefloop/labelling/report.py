@@ -10,12 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from prefloop.config.labelling import LabelReportConfig
 from prefloop.files import write_atomic
 from prefloop.labelling.quality import Quality, Record, measure
 from prefloop.labelling.store import Store
+from prefloop.terminal import as_is
 
 COLUMNS = {  # of a labeller's record
     "name": "Labeller",
@@ -76,14 +76,14 @@ def _cell(value: Any) -> str:
 
 def terminal(q: Quality) -> Group:
     """The report for the terminal."""
-    numbers = Table("", "", "", title=f"Project {q.project}", box=SIMPLE, show_header=False)
+    numbers = Table("", "", "", title=as_is(f"Project {q.project}"), box=SIMPLE, show_header=False)
     for row in facts(q):
-        numbers.add_row(*map(Text, row))
+        numbers.add_row(*map(as_is, row))
     people = Table(title="Labellers", box=SIMPLE)
     for head in COLUMNS.values():
         people.add_column(head, overflow="fold")
     for cells in rows(q):
-        people.add_row(*map(Text, cells))
+        people.add_row(*map(as_is, cells))
     return Group(numbers, people)
 
 

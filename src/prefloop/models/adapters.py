@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from prefloop import hub
 from prefloop.errors import UserError, first_line
 
 EMBEDDINGS = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|lm_head)\S*weight$")
@@ -137,7 +138,7 @@ def is_scorer_adapter(path: str) -> bool:
 
 
 def require_there(path: str, what: str = "") -> None:
-    """UserError for what can only be a local path and is not there, before any hub is asked."""
+    """UserError for what is no folder here and no hub can give, before the hub is asked for it."""
     if Path(path).exists():
         return
     owner, *rest = path.split("/")
@@ -146,6 +147,8 @@ def require_there(path: str, what: str = "") -> None:
         raise UserError(
             f"{what}{path}: not a model folder or hub id: nothing is there; mend the path"
         )
+    if not hub.is_cached(path, "config.json", "adapter_config.json", "tokenizer_config.json"):
+        hub.require_hub(what + path)
 
 
 def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

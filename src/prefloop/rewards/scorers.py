@@ -22,6 +22,7 @@ from prefloop.models.pieces import split_answers
 from prefloop.records import Message, Prompt, Sampled, Text
 from prefloop.rewards.functions import Columns, FunctionJudge, columns_of
 from prefloop.rewards.judges import Judge
+from prefloop.terminal import shown
 
 
 def with_template_args(model: LoadedModel, template_args: Mapping[str, Any]) -> LoadedModel:
@@ -29,7 +30,7 @@ def with_template_args(model: LoadedModel, template_args: Mapping[str, Any]) -> 
     unread = unread_arguments(model.tokenizer, template_args)
     if unread and distributed.rank() == 0:
         names = ", ".join(f"`{name}`" for name in unread)
-        print(f"{model.source}: its chat template reads no {names}", file=sys.stderr)
+        print(shown(f"{model.source}: its chat template reads no {names}"), file=sys.stderr)
     read = {name: value for name, value in template_args.items() if name not in unread}
     return replace(model, template_args=read)
 
@@ -135,11 +136,8 @@ def model_scorer(
     judge = ModelJudge(model, config.micro_batch_tokens)
     judge.require(prompts)
     if distributed.rank() == 0:
-        print(
-            f"{model.source}: scores texts as its own tokenizer and chat template print them, "
-            "which is not as the policy samples them",
-            file=sys.stderr,
-        )
+        told = f"{model.source}: scores texts as its own tokenizer and chat template print them, "
+        print(shown(told + "which is not as the policy samples them"), file=sys.stderr)
     return text_scorer(judge, stops)
 
 

@@ -62,7 +62,7 @@ def check(config: CheckConfig) -> None:
         print(_lengths("prompt", [len(example.prompt) for example in examples]))
         if answers := [len(answer) for example in examples for answer in example.answers]:
             print(_lengths("answer", answers))
-        print(_first(tokenizer, examples[0]))
+        print(shown(_first(tokenizer, examples[0])))
     if counts.bad and (config.bad_rows == "error" or not examples):
         where, told = counts.bad[0]
         count = len(counts.bad)

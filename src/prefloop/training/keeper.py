@@ -15,6 +15,7 @@ from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.errors import UserError, first_line, out_of_memory
 from prefloop.runs import Run
+from prefloop.terminal import shown
 from prefloop.training import checkpoint
 from prefloop.training.method import Method
 
@@ -179,7 +180,7 @@ class Keeper:
         try:
             self._write()
         except UserError as failure:  # no room: the error that came first is told
-            print(f"prefloop: {failure}", file=sys.stderr)
+            print(shown(f"prefloop: {failure}"), file=sys.stderr)
             return
         print(
             f"{self.run.directory}: saved after step {self.saved}; the same command goes on there",

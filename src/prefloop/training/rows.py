@@ -19,6 +19,7 @@ from prefloop.models.model import LoadedModel
 from prefloop.records import Prompt, Record, RowCounts
 from prefloop.rewards.functions import FunctionJudge
 from prefloop.runs import Run
+from prefloop.terminal import shown
 from prefloop.training.method import Step
 
 Kind = Literal["demonstration", "preference", "unpaired"]
@@ -134,7 +135,7 @@ def _note(run: Run, counts: RowCounts, data: sources.Data, of: str) -> None:
     run.set_rows(counts.as_dict(), of=of)
     if distributed.rank() == 0:
         told = data if isinstance(data, str) else " ".join(data)
-        print(f"{told}: {counts.summary()}", file=sys.stderr)
+        print(f"{shown(told)}: {counts.summary()}", file=sys.stderr)
         _list_bad_rows(run, counts, of)
 
 

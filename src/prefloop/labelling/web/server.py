@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+from collections.abc import Callable
 from contextlib import closing
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from prefloop.config.labelling import LabelServeConfig
 from prefloop.errors import UserError
 from prefloop.labelling.store import Store
 
+if TYPE_CHECKING:
+    import uvicorn
 
-def run(config: LabelServeConfig) -> None:
-    """Serve until interrupted."""
+
+def _until_interrupted(server: uvicorn.Config) -> None:
+    import uvicorn
+
+    uvicorn.Server(server).run()
+
+
+def run(
+    config: LabelServeConfig, serve: Callable[[uvicorn.Config], None] = _until_interrupted
+) -> None:
+    """Serve until interrupted; `serve` does so."""
     import uvicorn
 
     from prefloop.labelling.web.app import create_app
@@ -28,7 +41,7 @@ def run(config: LabelServeConfig) -> None:
             app, config.host, config.port, log_level="warning", access_log=False,
             limit_concurrency=500, timeout_keep_alive=30, server_header=False,
         )  # fmt: skip
-        uvicorn.Server(server).run()
+        serve(server)
 
 
 def names_and_origins(config: LabelServeConfig) -> tuple[list[str], list[str]]:
