@@ -1,5 +1,7 @@
 """Linear layers packed for generation: the same products as by the layers themselves."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,19 +27,20 @@ from tests.tiny import tiny_model
 
 def logits(model, packed=None):
     """Of a stream, as an engine computes them."""
-    packed, batch = packed or Packed(), pack(random_examples())
-    forward = forward_of(model.base, model.lean, packed.linears)
-    head = packed.linears.of(model.hf.get_output_embeddings())
-    with model.autocast(), packed.among_others():
+    packed = packed or Packed(model.base, model.hf.get_output_embeddings())
+    batch = pack(random_examples())
+    forward = forward_of(packed.base, model.lean, packed.linears)
+    with model.computing():
         plan = PackedPlan(batch.segments, CPU)
         hidden = forward(batch.input_ids, batch.position_ids, plan)
-        return heads.logits(model, hidden, head)
+        return heads.logits(model, hidden, packed.head)
 
 
 def counts(packed):
-    """Layers joined, handed to the stack on their own, and multiplied for whoever calls them."""
+    """Layers joined, computed one by one by a stack or as head, and called by modules."""
     linears = packed.linears
-    return [len(linears.joined), len(linears.single), len(packed.others)]
+    called = [part for part in packed.base.modules() if type(part).__name__ == "_PackedLinear"]
+    return [len(linears.joined), len(linears.single), len(called)]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,38 @@ def test_nothing_else_multiplies(arch):
     for layer in packed.layers:
         layer.weight.fill_(torch.nan)
     assert torch.equal(logits(model, packed), expected)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_nothing_is_left_in_the_model(arch):
+    """While answers are written and afterwards, its modules are what they were."""
+    model = loaded(tiny_model(arch))
+
+    def look():
+        return {n: (type(m), {*vars(m)}, {*m._modules}) for n, m in model.module.named_modules()}
+
+    before, meanwhile = look(), []
+    sampling = Sampling(max_new_tokens=3, temperature=1.0, stop_token_ids=frozenset())
+    Engine(model, 2).generate(
+        [(5, 6, 7)], 1, sampling, seed=0, on_tokens=lambda _: meanwhile.append(look())
+    )
+    assert meanwhile == [before] * 3
+    assert look() == before
+
+
+@torch.no_grad()
+def test_modules_with_bound_hooks_are_not_copied():
+    """Such as those of sharding, which know the modules they are of."""
+    model = loaded(tiny_model("gemma3"))
+    seen = []
+    model.base.layers[0].mlp.register_forward_hook(lambda *_: seen.append("function"))
+    packed = pack_linears(model, torch.float32)
+    assert counts(packed) == [0, 1, 14] and packed.base is not model.base
+    model.base.layers[0].register_forward_hook(partial(lambda *_: seen.append("bound")))
+    packed = pack_linears(model, torch.float32)
+    assert counts(packed) == [0, 1, 0] and packed.base is model.base
+    logits(model, packed)
+    assert seen == ["function", "bound"]
 
 
 @torch.no_grad()
@@ -124,7 +159,8 @@ def test_adapters_of_another_kind_are_called():
 
 
 def test_other_types_are_left_alone():
-    assert pack_linears(loaded(tiny_model("llama")), torch.float64) == Packed()
+    model = loaded(tiny_model("llama"))
+    assert pack_linears(model, torch.float64) == Packed(model.base, model.hf.lm_head)
 
 
 PARTS = [

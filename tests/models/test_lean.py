@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from prefloop.data.batches import pack
-from prefloop.models import heads, lean
+from prefloop.models import heads, lean, operations
 from tests.models.plain import (
     assert_same_gradients,
     gradients,
@@ -30,24 +30,26 @@ def test_gradients_of_the_norm():
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((2, 5, 7), (7,)))
     args = (x.requires_grad_(), w.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x, w: lean._RMSNorm.apply(x, w, 1e-3, x.dtype), args)
+    assert torch.autograd.gradcheck(
+        lambda x, w: operations._RMSNorm.apply(x, w, 1e-3, x.dtype), args
+    )
     expected = w * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    assert torch.allclose(lean._RMSNorm.apply(*args, 1e-3, x.dtype), expected, atol=1e-14)
+    assert torch.allclose(operations._RMSNorm.apply(*args, 1e-3, x.dtype), expected, atol=1e-14)
 
 
 def test_gradients_of_the_gate():
     generator = torch.Generator().manual_seed(0)
     gate, up = (torch.randn(5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
     args = (gate.requires_grad_(), up.requires_grad_())
-    assert torch.autograd.gradcheck(lean._Gated.apply, args)
-    assert torch.allclose(lean._Gated.apply(*args), gate * gate.sigmoid() * up, atol=1e-14)
+    assert torch.autograd.gradcheck(operations._Gated.apply, args)
+    assert torch.allclose(operations._Gated.apply(*args), gate * gate.sigmoid() * up, atol=1e-14)
 
 
 def test_rotation_by_hand():
     """Pairs (x1, x3) and (x2, x4) turn by their angles."""
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]], dtype=torch.float64, requires_grad=True)
     angles = torch.tensor([[[0.3, 1.1, 0.3, 1.1]]], dtype=torch.float64)
-    turned = lean._Rotated.apply(x, angles.cos(), angles.sin(), x.dtype)
+    turned = operations._Rotated.apply(x, angles.cos(), angles.sin(), x.dtype)
     pairs = [complex(1, 3), complex(2, 4)]
     hand = [
         pair * complex(math.cos(a), math.sin(a)) for pair, a in zip(pairs, (0.3, 1.1), strict=True)
@@ -55,7 +57,7 @@ def test_rotation_by_hand():
     expected = [*(z.real for z in hand), *(z.imag for z in hand)]
     assert turned.flatten().tolist() == pytest.approx(expected, abs=1e-14)
     tables = (angles.cos(), angles.sin())
-    assert torch.autograd.gradcheck(lambda x: lean._Rotated.apply(x, *tables, x.dtype), (x,))
+    assert torch.autograd.gradcheck(lambda x: operations._Rotated.apply(x, *tables, x.dtype), (x,))
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3"])
@@ -142,7 +144,7 @@ def found_lean(model):
         return "nothing"
     layer = forward.layers[0]
     parts = {
-        "norms": getattr(layer.norms[0], "func", None) is lean._rms_norm,
+        "norms": getattr(layer.norms[0], "func", None) is operations.rms_norm,
         "attention": isinstance(layer.attention, lean.Attention),
         "mlp": isinstance(layer.mlp, lean.MLP),
     }

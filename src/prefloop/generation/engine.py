@@ -34,7 +34,8 @@ CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as Transformers' m
 class Live(NamedTuple):
     """The model as one generation runs it."""
 
-    forward: Forward
+    base: nn.Module  # without its head
+    forward: Forward  # of a packed stream
     logits: Callable[[Tensor], Tensor]  # of hidden states [N, D]
 
 
@@ -98,7 +99,7 @@ class Engine:
         meanwhile.
         """
         model, module, training = self.model, self.model.module, self.model.module.training
-        enabled, head = model.dtype == "bfloat16", model.hf.get_output_embeddings()
+        enabled = model.dtype == "bfloat16"
         module.eval()
         cast: list[nn.Parameter] = []
         try:
@@ -107,9 +108,8 @@ class Engine:
                 cast += _cast_by_autocast(module, packed) if enabled else []
                 for parameter in cast:
                     parameter.requires_grad_(True)
-                with packed.among_others():
-                    forward = forward_of(model.base, model.lean, packed.linears)
-                    yield Live(forward, partial(logits, model, head=packed.linears.of(head)))
+                forward = forward_of(packed.base, model.lean, packed.linears)
+                yield Live(packed.base, forward, partial(logits, model, head=packed.head))
         finally:
             for parameter in cast:
                 parameter.requires_grad_(False)
@@ -185,7 +185,7 @@ class Engine:
 
         A batch is copies of one prompt, so nothing needs padding; ended rows run on unread.
         """
-        device, base = self.model.device, self.model.base
+        device = self.model.device
         for index, prompt in enumerate(prompts):
             for first in range(0, n, self.max_concurrent):
                 active = [Request(index, s) for s in range(n)[first : first + self.max_concurrent]]
@@ -195,7 +195,7 @@ class Engine:
                 inputs = torch.tensor([list(prompt)] * len(active), device=device)
                 past: dict[str, Any] = {}
                 while left:
-                    output = base(input_ids=inputs, use_cache=True, **past)
+                    output = live.base(input_ids=inputs, use_cache=True, **past)
                     past = {name: output[name] for name in CACHE_NAMES if name in output}
                     assert past, "the model keeps no cache that we know of"
                     hidden = output.last_hidden_state[:, -1]

@@ -5,15 +5,15 @@ A decode step multiplies a few rows by every weight, and is bound by how fast th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from prefloop.models import adapters
 from prefloop.models.lean import (
@@ -27,23 +27,17 @@ from prefloop.models.lean import (
 )
 from prefloop.models.model import LoadedModel
 
-FEW = 0.05  # of all weights: below, to look at every operation costs more than it saves
+FEW = 0.05  # of all weights: fewer are not worth a copy of the modules
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The packed layers of a model: those handed to a Stack, and others that modules call.
+    """A model with packed layers, for as long as weights stand still."""
 
-    They hold while weights stand still.
-    """
-
-    linears: Linears = field(default_factory=Linears)
-    others: Mapping[int, Linear] = field(default_factory=dict)  # by the id of the weight
-    layers: frozenset[nn.Module] = frozenset()  # all of them
-
-    def among_others(self) -> AbstractContextManager[Any]:
-        """Within it, layers that no Stack is handed multiply by their packed weights, too."""
-        return _Products(self.others) if self.others else nullcontext()
+    base: nn.Module  # without its head: the model's own, or a copy whose packed layers compute so
+    head: Linear
+    linears: Linears = field(default_factory=Linears)  # for a Stack of `base`
+    layers: frozenset[nn.Module] = frozenset()  # the model's that are packed
 
 
 def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
@@ -51,14 +45,16 @@ def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
 
     On other devices, for other types, and on processors that oneDNN does not serve, there are none.
     """
+    head: Any = model.hf.get_output_embeddings()
     plain: list[Any] = [part for part in model.module.modules() if _is_plain(part)]
     if not plain or model.device.type != "cpu" or not _serves(dtype):
-        return Packed()
+        return Packed(model.base, head)
     forward = forward_of(model.base, model.lean)
     groups = forward.groups if isinstance(forward, Stack) else []
     done: set[nn.Module] = set()
     joined, single = {}, {}
-    alone: list[Any] = [model.hf.get_output_embeddings()]
+    alone: list[Any] = [head]
+    # 1. Layers that a Stack multiplies by, and the head.
     for group in groups:
         layers = [getattr(group.part, name) for name in group.together]
         alone.append(getattr(group.part, group.after))
@@ -71,11 +67,49 @@ def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
         if (found := _single(layer, dtype)) is not None:
             single[layer] = found
             done.update(layer.modules())
-    left = [part for part in plain if part not in done]
-    if sum(map(_size, left)) < FEW * sum(map(torch.numel, model.module.parameters())):
-        left = []
-    others = {id(part.weight): _packed(part.weight, part.bias, dtype) for part in left}
-    return Packed(Linears(single, joined), others, frozenset({*done, *left}))
+    linears = Linears(single, joined)
+    # 2. Layers that modules call.
+    left: list[Any] = [x for x in model.base.modules() if _is_plain(x) and x not in done]
+    weights = sum(p.numel() for p in model.base.parameters())
+    if sum(map(_size, left)) < FEW * weights or not _can_be_copied(model.base):
+        return Packed(model.base, linears.of(head), linears, frozenset(done))
+    others = [layer for layer in left if not must_be_called(layer)]
+    base, linears = _copy(model.base, linears, {x: _PackedLinear(x, dtype) for x in others})
+    return Packed(base, single.get(head, head), linears, frozenset({*done, *others}))
+
+
+class _PackedLinear(nn.Linear):
+    """A linear layer that multiplies by a packed copy of its weight."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.product = _packed(layer.weight, layer.bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return self.product(x)
+
+
+def _can_be_copied(base: nn.Module) -> bool:
+    """Whether its hooks are plain functions, and bind nothing that a copy would have to copy."""
+    hooks = [[*x._forward_hooks.values(), *x._forward_pre_hooks.values()] for x in base.modules()]
+    return all(isinstance(hook, FunctionType) for some in hooks for hook in some)
+
+
+def _copy(
+    base: nn.Module, linears: Linears, packed: Mapping[nn.Module, nn.Module]
+) -> tuple[nn.Module, Linears]:
+    """The modules of `base` with packed layers among them, over the same weights."""
+    known: dict[int, Any] = {id(x): x for x in chain(base.parameters(), base.buffers())}
+    configs = [vars(part).get("config") for part in base.modules()]
+    known |= {id(config): config for config in configs if config is not None}
+    known |= {id(layer): instead for layer, instead in packed.items()}
+    copied = copy.deepcopy(base, known)
+    single = {known.get(id(x), x): y for x, y in linears.single.items()}
+    joined = {known.get(id(x), x): y for x, y in linears.joined.items()}
+    return copied, Linears(single, joined)
 
 
 def _serves(dtype: torch.dtype) -> bool:
@@ -142,19 +176,3 @@ def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable
         return output
 
     return forward
-
-
-class _Products(TorchFunctionMode):
-    """Within it, `linear` multiplies by the packed form of a weight that has one."""
-
-    def __init__(self, packed: Mapping[int, Linear]) -> None:
-        super().__init__()
-        self.packed = packed
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation passes here; `nn.Linear` gives input and weight by position."""
-        if func is linear and len(args) > 1:
-            instead = self.packed.get(id(args[1]))
-            if instead is not None:
-                return instead(args[0])
-        return func(*args, **(kwargs or {}))

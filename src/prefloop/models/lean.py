@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.models.attention.plan import AttentionPlan
+from prefloop.models.operations import gated, rms_norm, rotated
 from prefloop.models.precision import product_dtype
 
 Linear = Callable[[Tensor], Tensor]
@@ -237,45 +236,10 @@ def _call_mlp(mlp: Any, x: Tensor) -> Tensor:
 
 
 def _norm(norm: Any, lean: bool) -> Linear:
-    """weight * x / sqrt(mean(x^2) + eps) (arXiv 1910.07467, equation 4) of x [..., D]."""
+    """Computed here where it may be and is of that kind; else the module itself."""
     if not lean or "variance_epsilon" not in vars(norm) or not has_plain_weight(norm):
         return norm  # type: ignore[no-any-return]
-    return partial(_rms_norm, norm.weight, norm.variance_epsilon)
-
-
-def _rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
-    args = (x, weight, eps, product_dtype(x))
-    if not torch.is_grad_enabled():
-        return _normed(*args)[0]
-    return _RMSNorm.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return (x * inverse).mul_(weight).to(dtype), inverse
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        output, inverse = _normed(x, weight, eps, dtype)
-        ctx.save_for_backward(x, weight, inverse)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        grad = grads[0].to(x.dtype)
-        normed = x * inverse
-        by_weight = None
-        if ctx.needs_input_grad[1]:
-            by_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(inverse), by_weight, None, None
+    return partial(rms_norm, norm.weight, norm.variance_epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,26 +280,7 @@ class MLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        gate, up = self.gated.apart(x)
-        if not torch.is_grad_enabled():
-            return self.down(silu(gate).mul_(up))
-        return self.down(_Gated.apply(gate, up))  # type: ignore[no-untyped-call]
-
-
-class _Gated(torch.autograd.Function):
-    """silu(gate) * up (arXiv 2002.05202, equation 6); keeps gate and up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors  # type: ignore[attr-defined]
-        by_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        return by_gate, silu(gate).mul_(grads[0])
+        return self.down(gated(*self.gated.apart(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +323,8 @@ class Attention:
         q, k, v = (y.unflatten(-1, (-1, self.width)) for y in self.heads.apart(x))
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
-        return _rotate(q, tables), _rotate(k, tables), v
+        cos, sin = tables.cos, tables.sin
+        return rotated(q, cos, sin), rotated(k, cos, sin), v
 
     def _both_turned(self, x: Tensor, tables: Tables) -> tuple[Tensor, ...]:
         """The same with little between them."""
@@ -391,27 +337,3 @@ class Attention:
         both = both * tables.cos + torch.cat((right, left), -1) * tables.signed
         both = both.to(product_dtype(x))
         return both[:, : -self.groups], both[:, -self.groups :], v
-
-
-def _rotate(x: Tensor, tables: Tables) -> Tensor:
-    """Heads [T, N, D] turned (arXiv 2104.09864, equation 34), in autocast's type."""
-    return _Rotated.apply(x, tables.cos, tables.sin, product_dtype(x))  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _Rotated(torch.autograd.Function):
-    """Keeps the tables, which all layers share."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        left, right = x.chunk(2, -1)
-        return (x * cos + torch.cat((-right, left), -1) * sin).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        left, right = (grads[0] * sin).chunk(2, -1)
-        by_x = (grads[0] * cos).add_(torch.cat((right, -left), -1))
-        return by_x.to(ctx.dtype), None, None, None
