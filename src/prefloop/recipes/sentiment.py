@@ -84,7 +84,7 @@ class Scale:
     reward_steps: int = 0
     dpo_steps: int = 0
     ppo_prompts: int = 8  # an optimiser step's
-    ppo_iterations: int = 28
+    ppo_iterations: int = 24
     compared_prompts: int = 250
     max_new_tokens: int = 24
 
@@ -176,7 +176,7 @@ class Plan:
 
         The other answers to the prompt are the baseline (RLOO): a critic would double the cost.
         """
-        passes, minibatches = 1, 2  # a second pass costs as much as new answers, and gives less
+        passes, minibatches = 1, 2  # a second pass costs as much as new answers
         return PPOConfig(
             model=self.policy,
             data=str(self.data / "ppo.jsonl"),
