@@ -18,6 +18,8 @@ from prefloop.config.checks import validate
 from prefloop.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from prefloop.evaluation.report import Comparison
     from prefloop.labelling.quality import Quality
     from prefloop.runs import Run
@@ -203,25 +205,30 @@ def show(result: Any) -> None:
         print(getattr(result, "directory", result))
 
 
-def show_comparison(result: Any) -> None:
-    """Print a comparison as a table."""
+def _console() -> Console:
+    """For tables: a file has room for every column."""
     from rich.console import Console
 
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def show_comparison(result: Any) -> None:
+    """Print a comparison as a table."""
     from prefloop.evaluation.report import terminal_table
 
-    Console().print(terminal_table(result))
+    console = _console()
+    console.print(terminal_table(result))
     print(Path(result.settings["output"]) / "report.html")
 
 
 def show_quality(result: Any) -> None:
     """Print how good labels are."""
-    from rich.console import Console
-
     from prefloop.labelling.report import terminal
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a file has room for every column
+    console = _console()
     console.print(terminal(result))
 
 

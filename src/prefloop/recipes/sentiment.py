@@ -46,7 +46,7 @@ log = logging.getLogger("prefloop")
 MODEL = "smollm2-135m-instruct"
 KL_COEF = 0.1  # of the PPO run that has a penalty
 GOLD = "prefloop.recipes.sentiment_data:gold_reward"
-MEASURED_ON = "two shared cores of an AMD EPYC with AVX-512 (docs/results.md)"
+MEASURED_ON = "one thread of an AMD EPYC that multiplies bfloat16 (docs/results.md)"
 SECONDS = {
     "model and data": 60.0,
     "supervised fine-tuning": 150.0,
@@ -69,7 +69,7 @@ QUICK_SECONDS = {
     "DPO": 25.0,
     "comparison": 30.0,
 }
-"""Wall seconds of each stage there."""
+"""CPU seconds of each stage there: its wall seconds where nothing else runs."""
 Run = Callable[[str, Any, Path], None]
 """Carries out a command with its settings, given also the YAML file to write them to."""
 
@@ -293,7 +293,7 @@ class Outlook:
             return
         self.number += 1
         seconds = self.seconds[stage] * (factor or 1.0)
-        where = "" if factor else f" on {MEASURED_ON}"
+        where = "" if factor else " there"
         log.info(
             "%d/%d %s: about %s%s", self.number, len(self.seconds), stage, in_words(seconds), where
         )
