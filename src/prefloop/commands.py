@@ -19,6 +19,8 @@ from prefloop.errors import UserError
 from prefloop.terminal import shown
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from prefloop.evaluation.report import Comparison
     from prefloop.labelling.quality import Quality
     from prefloop.runs import Run
@@ -204,25 +206,30 @@ def show(result: Any) -> None:
         print(shown(str(getattr(result, "directory", result))))
 
 
-def show_comparison(result: Any) -> None:
-    """Print a comparison as a table."""
+def _console() -> Console:
+    """For tables: a file has room for every column."""
     from rich.console import Console
 
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def show_comparison(result: Any) -> None:
+    """Print a comparison as a table."""
     from prefloop.evaluation.report import terminal_table
 
-    Console().print(terminal_table(result))
+    console = _console()
+    console.print(terminal_table(result))
     print(shown(str(Path(result.settings["output"]) / "report.html")))
 
 
 def show_quality(result: Any) -> None:
     """Print how good labels are."""
-    from rich.console import Console
-
     from prefloop.labelling.report import terminal
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a file has room for every column
+    console = _console()
     console.print(terminal(result))
 
 

@@ -102,7 +102,7 @@ def test_what_comes_is_told_with_the_time_it_takes_here(
     whole, *stages = caplog.messages
     assert whole.startswith(f"the demo takes about {in_words(sum(SECONDS.values()))} on ")
     tuning = in_words(SECONDS["supervised fine-tuning"])
-    assert stages[1].startswith(f"2/9 supervised fine-tuning: about {tuning} on ")
+    assert stages[1].startswith(f"2/9 supervised fine-tuning: about {tuning} there")
     assert stages[2] == f"3/9 answers to rank: about {in_words(2 * SECONDS['answers to rank'])}"
     assert [line.split(":")[0] for line in stages] == [
         f"{number}/9 {name}" for number, name in enumerate(list(SECONDS)[:5], 1)

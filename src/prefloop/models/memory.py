@@ -27,6 +27,16 @@ def keep_freed_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
+def give_back_holes() -> None:
+    """Gives the kernel the pages of freed memory: what is freed and kept comes to lie in holes.
+
+    Micro-batches differ in size, so that the largest tensors fit into no hole and the heap grows.
+    The pages are new when they are used again, so this is for once in many steps.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
 def file_mappings() -> list[tuple[int, int]]:
     """Addresses (first, beyond) at which this process has safetensors files mapped."""
     maps = Path("/proc/self/maps")

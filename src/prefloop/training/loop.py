@@ -11,6 +11,7 @@ from typing import Any
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig
+from prefloop.models.memory import give_back_holes
 from prefloop.progress import Progress
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
@@ -18,6 +19,8 @@ from prefloop.training.interrupt import Interrupt
 from prefloop.training.keeper import Keeper, NotFinite, Owed
 from prefloop.training.method import Method, Step
 from prefloop.training.step import Outcome, optimizer_step
+
+TRIM_EVERY = 16  # steps; each takes about a hundredth of their time
 
 
 def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
@@ -69,6 +72,8 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
                 keeper.save()
             if stop:
                 raise interrupt.error(terminated)
+            if device.type == "cpu" and number % TRIM_EVERY == 0:
+                give_back_holes()
             began = time.perf_counter()
         # 4. The result; checkpoints that were not asked for have then served their time.
         if distributed.rank() == 0:

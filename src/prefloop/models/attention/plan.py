@@ -20,7 +20,7 @@ from prefloop.models.attention.rectangles import Rectangles
 from prefloop.models.attention.varlen import Varlen
 
 NAME = "prefloop"
-SMALL_SEGMENT = 128  # mean queries x keys below which few large calls beat many small ones
+SMALL_SEGMENT = 2048  # mean queries x keys below which few large calls beat many small ones
 
 
 class AttentionPlan(Protocol):
