@@ -25,6 +25,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.models.attention.plan import AttentionPlan
+from prefloop.models.memory import RECOMPUTED
 from prefloop.models.precision import product_dtype
 
 Linear = Callable[[Tensor], Tensor]
@@ -186,9 +187,7 @@ class Stack:
         recompute = self.recompute and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
-                x = checkpoint(
-                    layer, x, tables, plan, use_reentrant=False, context_fn=self._contexts
-                )
+                x = checkpoint(layer, x, tables, plan, **RECOMPUTED, context_fn=self._contexts)
             else:
                 x = layer(x, tables, plan)
         return self.norm(x)  # type: ignore[no-any-return]

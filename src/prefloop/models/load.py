@@ -32,7 +32,7 @@ from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest
-from prefloop.models.memory import keep_freed_memory
+from prefloop.models.memory import RECOMPUTED, keep_freed_memory
 from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.precision import speed_up_float32
 from prefloop.models.weights import Kept, Storage, exact_products, kept, loading_type, settle
@@ -279,7 +279,7 @@ def _prepare_training(
     """Recomputation and fresh adapters, where asked for."""
     module, source = model.hf, model.source
     if gradient_checkpointing:
-        _enable_checkpointing(module)
+        enable_checkpointing(module)
         model.lean = replace(model.lean, recompute=True) if model.lean else None
     if lora_rank:
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
@@ -287,11 +287,11 @@ def _prepare_training(
     model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only
 
 
-def _enable_checkpointing(module: PreTrainedModel) -> None:
+def enable_checkpointing(module: PreTrainedModel) -> None:
     """Recomputes each layer's activations in the backward pass."""
     new_name = "activation_checkpointing_enable"  # since Transformers 5.20 or so
     enable = getattr(module, new_name, None) or module.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": partial(adapters.now_and_again, module)})
+    enable(RECOMPUTED | {"context_fn": partial(adapters.now_and_again, module)})
 
 
 def _mend_generation_config(module: PreTrainedModel) -> None:
