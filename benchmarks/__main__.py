@@ -2,9 +2,9 @@
 
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
-of the medians is printed with the lowest and highest ratio of neighbouring turns. `cuda`,
-`gradients`, `growth`, `log-probs`, `optimizers` and `startup` measure prefloop alone. JSON goes to
-build/benchmarks/.
+of the medians is printed with the lowest and highest ratio of neighbouring turns. `cuda`, `gpus`,
+`gradients`, `growth`, `log-probs`, `optimizers`, `planning` and `startup` measure prefloop alone.
+JSON goes to build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda, gradients, growth, log_probs, optimizers, startup
+from benchmarks import cuda, gpus, gradients, growth, log_probs, optimizers, planning, startup
 from benchmarks.compare import compare
 from benchmarks.sides import BUILD, VENVS
 from benchmarks.work import WORKS
@@ -26,10 +26,12 @@ from prefloop import provenance
 
 ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "cuda": cuda.measure,
+    "gpus": gpus.measure,
     "gradients": gradients.measure,
     "growth": growth.measure,
     "log-probs": log_probs.measure,
     "optimizers": optimizers.measure,
+    "planning": planning.measure,
     "startup": startup.measure,
 }
 

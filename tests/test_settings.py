@@ -87,10 +87,13 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     **{(command, "truncation"): "the rows say whether any is too long" for command in MODES},
     **{(command, "max_length"): "the rows say whether any is too long" for command in MODES},
 }
-ELSEWHERE = {  # tests/training/test_settings.py, test_template_args.py, and tests/outside
+ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.py; tests/outside
     "bad_rows",
     "chat",
+    "command",
+    "config",
     "max_concurrent",
+    "memory",
     "micro_batch_tokens",
     "template_args",
 }

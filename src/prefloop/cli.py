@@ -90,7 +90,9 @@ def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
     command, flags = commands[name], words[len(name.split()) :]
     if command.positional and flags and not flags[0].startswith("-"):
         flags = [flag(command.positional), *flags]
-    yaml_path, flags = _take_config(flags)
+    yaml_path = None
+    if not hasattr(command.config, "config"):  # `check` reads another's
+        yaml_path, flags = _take_config(flags)
     try:
         config: object = resolve(command.config, yaml_path, flags, prog=f"prefloop {name}")
     except SystemExit:  # help was asked for and printed

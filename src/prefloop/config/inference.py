@@ -12,6 +12,7 @@ from prefloop.config.ranges import (
     AtLeast,
     Device,
     DType,
+    Form,
     OnlyWith,
     Seed,
     Settings,
@@ -247,11 +248,21 @@ class RunConfig(Settings):
 class CheckConfig(Settings):
     """Audit rows and a chat template without training."""
 
-    model: str
+    model: str | None = None
     """Model whose tokenizer and template are audited."""
-    template_args: TemplateArgs = "{}"
+    config: Path | None = None
+    """Instead: the YAML of a training run (or a run's own config.yaml), to see what it will need of
+    each rank's memory. No weights are read."""
+    command: Annotated[Literal["sft", "reward", "dpo", "ppo"] | None, OnlyWith("config")] = None
+    """What the YAML is for, where it does not stand there as `command` and no run.json beside it
+    says so."""
+    memory: Annotated[
+        str | None, Form(r"\d+(\.\d+)?(Gi?B)?", "give gibibytes, such as 24GB"), OnlyWith("config")
+    ] = None
+    """Memory of a GPU to plan for, such as 24GB; it need not be there."""
+    template_args: Annotated[TemplateArgs, OnlyWith("model")] = "{}"
     """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
-    data: str | tuple[str, ...] | None = None
+    data: Annotated[str | tuple[str, ...] | None, OnlyWith("model")] = None
     """Rows to read, tokenise and count; one or more sources, as for training."""
     bad_rows: Annotated[BadRows, OnlyWith("data")] = "error"
     """Whether rows that cannot be used end the audit as an error once they are told."""
@@ -265,6 +276,11 @@ class CheckConfig(Settings):
     """Most tokens of a prompt with its answer."""
     truncation: Annotated[Truncation, OnlyWith("data")] = "error"
     """What to do with longer rows."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        if (self.model is None) == (self.config is None):
+            yield "give either --model, to audit its template, or --config, to plan a run's memory"
 
 
 @dataclass(frozen=True, kw_only=True)

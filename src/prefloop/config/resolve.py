@@ -17,6 +17,10 @@ from prefloop.errors import UserError
 C = TypeVar("C")
 
 
+class OrAuto:
+    """Stands beside a number for which the word `auto` may be given, too; it is kept as 0."""
+
+
 def flag(name: str) -> str:
     """The flag of a field: `max_steps` is `--max-steps`."""
     return "--" + name.replace("_", "-")
@@ -86,7 +90,8 @@ def _unique_keys_loader() -> type:
 
 def coerce(config_class: type, settings: Mapping[str, object], where: str) -> dict[str, Any]:
     """`settings` as the field types of `config_class`; unknown keys and wrong types are errors."""
-    types = get_type_hints(config_class)
+    types, automatic = get_type_hints(config_class), _automatic(config_class)
+    settings = {k: 0 if v == "auto" and k in automatic else v for k, v in settings.items()}
     for key in settings:
         if key not in types:
             raise UserError(
@@ -94,6 +99,12 @@ def coerce(config_class: type, settings: Mapping[str, object], where: str) -> di
                 + (nearest(key, types) or "; its keys are the flags of `--help`, with underscores")
             )
     return {key: _convert(value, types[key], where, key) for key, value in settings.items()}
+
+
+def _automatic(config_class: type) -> set[str]:
+    """Settings that may be `auto`."""
+    hints = get_type_hints(config_class, include_extras=True)
+    return {name for name, hint in hints.items() if OrAuto in getattr(hint, "__metadata__", ())}
 
 
 def _convert(value: object, wanted: Any, where: str, key: str) -> Any:
@@ -153,13 +164,19 @@ def _parse_flags(
             if name not in values and flag(name) not in given:
                 in_file = f", or `{name}` in {yaml_path}" if yaml_path else ""
                 raise UserError(f"{flag(name)} is missing; give it{in_file}")
+    automatic = {flag(name) for name in _automatic(config_class)}
+    words = [
+        "0" if word == "auto" and before in automatic else word
+        for before, word in zip(["", *argv], argv, strict=False)
+    ]
+    words = [f"{w[:-5]}=0" if w[:-5] in automatic and w.endswith("=auto") else w for w in words]
     start = dict.fromkeys(_required(config_class), tyro.MISSING) | values
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(
                 config_class,
-                args=list(argv),
+                args=words,
                 prog=prog,
                 description=f"{config_class.__doc__}\n\n--config FILE reads settings from YAML.",
                 default=config_class(**start),

@@ -27,7 +27,7 @@ from prefloop.config.ranges import (
     Within,
     no_room,
 )
-from prefloop.config.resolve import flag
+from prefloop.config.resolve import OrAuto, flag
 
 BadRows = Literal["error", "drop"]
 Truncation = Literal["error", "drop", "left", "right"]
@@ -75,8 +75,9 @@ class TrainingConfig(Settings):
     """Stop after this many optimiser steps, whatever `epochs` says; 0 means `epochs` decides."""
     batch_size: Annotated[int, Above(0)] = 64
     """Rows (prompts or pairs) of one optimiser step, over all ranks."""
-    micro_batch_tokens: Annotated[int, Above(0)] = 8192
-    """Most tokens in one forward pass; a step is split to fit. Does not change results."""
+    micro_batch_tokens: Annotated[int, AtLeast(0), OrAuto] = 8192
+    """Most tokens in one forward pass; a step is split to fit. Does not change results. `auto` (or
+    0): as many as fit the GPU, 8192 on a CPU."""
     lr: Annotated[float, Above(0)] = 1e-5
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -270,8 +271,8 @@ class PPOConfig(TrainingConfig):
     """Demonstrations of the PPO-ptx term, in the same forms as --data, weights included."""
     ptx_coef: Annotated[float, AtLeast(0)] = 0.0
     """Weight of the PPO-ptx term (SFT loss on --sft-data)."""
-    max_concurrent: Annotated[int, Above(0)] = 64
-    """Answers generated at once."""
+    max_concurrent: Annotated[int, AtLeast(0), OrAuto] = 64
+    """Answers generated at once. `auto` (or 0): as many as fit the GPU, 64 on a CPU."""
     lr: Annotated[float, Above(0)] = 3e-6
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -112,6 +112,12 @@ def _copy(
     return copied, Linears(single, joined)
 
 
+def packed_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the packed copy on the CPU; 0 where there is none."""
+    plain: list[Any] = [part for part in module.modules() if _is_plain(part)]
+    return dtype.itemsize * sum(part.weight.numel() for part in plain) if _serves(dtype) else 0
+
+
 def _serves(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False

@@ -15,6 +15,7 @@ from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.attention.plan import plan_of
 from prefloop.models.lean import Linear, forward_of
+from prefloop.models.memory import RECOMPUTED
 from prefloop.models.pieces import split_answers
 from prefloop.models.precision import autocast
 
@@ -104,7 +105,7 @@ def head_log_probs(
 
     return torch.cat(
         [
-            checkpoint(chunk, h, t, use_reentrant=False) if recompute else chunk(h, t)
+            checkpoint(chunk, h, t, **RECOMPUTED) if recompute else chunk(h, t)
             for h, t in zip(hidden.split(size), targets.split(size), strict=True)
         ]
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.models.attention.plan import AttentionPlan
+from prefloop.models.memory import RECOMPUTED
 from prefloop.models.operations import gated, rms_norm, rotated
 from prefloop.models.precision import product_dtype
 
@@ -185,9 +186,7 @@ class Stack:
         recompute = self.recompute and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
-                x = checkpoint(
-                    layer, x, tables, plan, use_reentrant=False, context_fn=self._contexts
-                )
+                x = checkpoint(layer, x, tables, plan, **RECOMPUTED, context_fn=self._contexts)
             else:
                 x = layer(x, tables, plan)
         return self.norm(x)  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest, shared
-from prefloop.models.memory import keep_freed_memory
+from prefloop.models.memory import RECOMPUTED, keep_freed_memory
 from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.precision import speed_up_float32
 from prefloop.models.weights import Kept, Storage, exact_products, kept, loading_type, settle
@@ -316,12 +316,16 @@ def _prepare_training(
 
 def recompute_activations(model: LoadedModel) -> None:
     """Recomputes each layer's activations in the backward pass."""
-    module: Any = model.hf
-    new_name = "activation_checkpointing_enable"  # since Transformers 5.20 or so
-    enable = getattr(module, new_name, None) or module.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": partial(adapters.now_and_again, module)})
+    enable_checkpointing(model.hf)
     model.lean = replace(model.lean, recompute=True) if model.lean else None
     model.module.train()  # Transformers recomputes in training mode only
+
+
+def enable_checkpointing(module: Any) -> None:
+    """The same of the layers that Transformers calls."""
+    new_name = "activation_checkpointing_enable"  # since Transformers 5.20 or so
+    enable = getattr(module, new_name, None) or module.gradient_checkpointing_enable
+    enable(RECOMPUTED | {"context_fn": partial(adapters.now_and_again, module)})
 
 
 def _mend_generation_config(module: PreTrainedModel) -> None:

@@ -7,9 +7,12 @@ import functools
 import mmap
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
+"""How torch's `checkpoint` is called; its check would look at devices, which planning makes up."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NEVER = -1
 MADV_DONTNEED = 4  # mman.h

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prefloop.data.batches import TokenBatch, micro_batches, pack, packed_length
 from prefloop.data.tokenize import Example
+from prefloop.models.memory import RECOMPUTED
 from prefloop.models.model import LoadedModel
 
 
@@ -66,7 +67,7 @@ def in_pieces(
     numbers = []
     for piece in (pack(group).to(device) for group in pieces):
         if len(pieces) > 1 and torch.is_grad_enabled():
-            numbers.append(checkpoint(compute, model, piece, use_reentrant=False))
+            numbers.append(checkpoint(compute, model, piece, **RECOMPUTED))
         else:
             numbers.append(compute(model, piece))
     return torch.cat(numbers)

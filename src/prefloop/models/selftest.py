@@ -24,7 +24,7 @@ from prefloop.models.attention import varlen as varlen_attention
 from prefloop.models.precision import Products
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from prefloop.models.model import LoadedModel
 
@@ -149,6 +149,13 @@ def _is_packable(model: LoadedModel, batch: TokenBatch, alone: Tensor) -> bool:
     model.packed = False
     hf.set_attn_implementation(before)
     return False
+
+
+def may_pack(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration is one to try packed attention on."""
+    text = config.get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None)
+    return not capped and set(getattr(text, "layer_types", None) or []) <= PACKABLE
 
 
 def _kinds(hf: PreTrainedModel) -> set[str]:

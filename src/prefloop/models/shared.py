@@ -62,9 +62,14 @@ def stands_on_base(policy: LoadedModel, path: str) -> bool:
     """Whether a folder is an adapter that can be put on the policy's own base: of equal weights."""
     ours = model_path(policy.source)
     on_base = not adapters.is_adapter_folder(ours) or BEGUN_FROM in (policy.adapters or ())
-    if not (isinstance(policy.module, PeftModel) and on_base and stackable(model_path(path))):
+    return isinstance(policy.module, PeftModel) and on_base and may_stand_on(ours, path)
+
+
+def may_stand_on(policy: str, path: str) -> bool:
+    """The same of folders, before any is loaded; the policy's may be an adapter's."""
+    if not stackable(model_path(path)):
         return False
-    pair = base_of(ours), base_of(path)
+    pair = base_of(policy), base_of(path)
     if pair[0] == pair[1]:
         return True
     digests = [files_digest(base) for base in pair if Path(base).is_dir()]
@@ -79,8 +84,8 @@ def add_frozen(model: LoadedModel, path: str, name: str) -> dict[str, Tensor]:
     assert config is not None, path
     weights = load_peft_weights(path, device=str(model.device))
     own = {key: tensor for key, tensor in weights.items() if "lora_" in key}
-    _add(model, name, config)
-    fresh = _weights_of(model, name)
+    add_adapter(model, name, config)
+    fresh = adapter_weights(model, name)
     placed = {key.removesuffix(".weight"): tensor for key, tensor in own.items()}
     assert fresh.keys() == placed.keys(), path
     for key, parameter in fresh.items():
@@ -89,25 +94,27 @@ def add_frozen(model: LoadedModel, path: str, name: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in weights.items() if key not in own}
 
 
-def _add(model: LoadedModel, name: str, config: LoraConfig) -> None:
+def add_adapter(model: LoadedModel, name: str, config: LoraConfig) -> None:
     """A fresh adapter; which ones are on, and which learn, stays as it was."""
     config.task_type = config.modules_to_save = None  # the head is the role's own
     config.exclude_modules, config.lora_dropout = None, 0.0
-    base = base_of(model.source)
-    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.base_model_name_or_path = None  # PEFT fills in what it is added to
     learning = [p for p in model.module.parameters() if p.requires_grad]
     with adapters.quiet():
         if isinstance(model.module, PeftModel):
             model.module.add_adapter(name, config)
         else:
             model.module = get_peft_model(model.hf, config, adapter_name=name)
+    base = base_of(model.source)
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    model.module.peft_config[name].base_model_name_or_path = base
     for parameter in learning:
         parameter.requires_grad_(True)
-    for parameter in _weights_of(model, name).values():
+    for parameter in adapter_weights(model, name).values():
         parameter.data = parameter.data.float()
 
 
-def _weights_of(model: LoadedModel, name: str) -> dict[str, nn.Parameter]:
+def adapter_weights(model: LoadedModel, name: str) -> dict[str, nn.Parameter]:
     """An adapter's weights by the names that they have in a file, but for `.weight` behind."""
     named = model.module.named_parameters()
     part = f".{name}"
@@ -159,8 +166,8 @@ def critic_role(start: LoadedModel, name: str, lora: LoraConfig) -> LoadedModel:
     """
     score: Any = start.score_head
     before = start.adapters or ()
-    _add(start, name, copy.copy(lora))
-    for parameter in _weights_of(start, name).values():
+    add_adapter(start, name, copy.copy(lora))
+    for parameter in adapter_weights(start, name).values():
         parameter.requires_grad_(True)
     own = copy.deepcopy(start.config)
     head = _head(score.weight.detach())

@@ -83,7 +83,7 @@ class AdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
-                    self._start(p)
+                    self.start(p)
                 if p.dtype == torch.bfloat16 or "scale" in self.state[p]:
                     if p.device not in generators:
                         generators[p.device] = torch.Generator(p.device)
@@ -98,7 +98,7 @@ class AdamW(torch.optim.Optimizer):
                 _adamw(whole, [p.grad for p in whole], first, second, steps, group)
         self.steps += 1
 
-    def _start(self, p: Tensor) -> None:
+    def start(self, p: Tensor) -> None:
         """Moments of zero."""
         p.data = p.data.contiguous()  # for what goes through it in chunks
         eight = self.bits == 8 and p.numel() >= FEWEST

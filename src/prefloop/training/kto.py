@@ -20,8 +20,16 @@ from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.model import LoadedModel
 from prefloop.training import checkpoint, rows
+from prefloop.training.full_rows import SMALLEST
 from prefloop.training.method import LossSums, Step
-from prefloop.training.reference import Reference, mismatched
+from prefloop.training.reference import (
+    MakeReference,
+    NoReference,
+    Reference,
+    References,
+    mismatched,
+)
+from prefloop.training.rehearsal import Work
 from prefloop.training.step import evaluate
 
 
@@ -48,6 +56,7 @@ class KTO:
         examples: list[Example],
         eval_examples: list[Example],
         cache: Path,
+        make_reference: MakeReference = Reference,
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
         self.trained = {"policy": policy}
@@ -56,7 +65,7 @@ class KTO:
         self.mismatched = mismatched(examples)
         self.eval_mismatched = mismatched(eval_examples)
         everything = [*examples, *eval_examples, *self.mismatched, *self.eval_mismatched]
-        self.reference = Reference(config, policy, everything, cache)
+        self.reference: References = make_reference(config, policy, everything, cache)
 
     def steps(self, start_step: int) -> Iterator[Step[WithEstimate]]:
         """See Method."""
@@ -140,3 +149,10 @@ class KTO:
     def export(self, folder: Path) -> None:
         """See Method."""
         export_model(self.policy, folder / "model")
+
+
+KTO_WORK = Work(
+    "dpo",
+    lambda config, models: KTO(config, models["policy"], [SMALLEST], [], Path(), NoReference),
+    lambda batch: WithEstimate(batch, 0.0),
+)

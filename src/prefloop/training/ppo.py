@@ -37,8 +37,10 @@ from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.rewards.functions import function_judge
 from prefloop.rewards.scorers import model_scorer, text_scorer, together
 from prefloop.runs import Run
-from prefloop.training import checkpoint, loop
+from prefloop.training import checkpoint, loop, planning
+from prefloop.training.full_rows import SMALLEST, example
 from prefloop.training.method import LossSums, Step
+from prefloop.training.rehearsal import Work
 from prefloop.training.roles import load_beside
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler
 from prefloop.training.rows import Prompts, order_of, read_for_ppo
@@ -272,6 +274,19 @@ class PPO:
             export_model(self.critic, folder / "value_model")
 
 
+def _bare(config: PPOConfig, models: Mapping[str, LoadedModel]) -> PPO:
+    roles = (models.get(name) for name in ("policy", "critic", "reference"))
+    sampler = Sampler(config, *roles, None, frozenset(), None)  # type: ignore[arg-type,call-arg]
+    return PPO(config, sampler, Prompts((), (SMALLEST,)), [], Prompts((), ()), [])
+
+
+def _bare_batch(batch: TokenBatch) -> RolloutBatch:
+    return RolloutBatch(batch, *(torch.zeros(len(batch.target_ids)) for _ in range(4)))
+
+
+WORK = Work("ppo", _bare, _bare_batch)
+
+
 def build(
     config: PPOConfig, device: torch.device, run: Run, make_engine: MakeEngine = in_process
 ) -> PPO:
@@ -343,5 +358,10 @@ def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
     with run:
         if run.finished:
             return run
-        loop.train(build(config, device, run, make_engine), config, run)
+        config = planning.settle(WORK, config, run, device)
+        method = build(config, device, run, make_engine)
+        answers = [config.max_new_tokens] * config.samples_per_prompt
+        rows = [example(len(p.prompt), answers) for p in method.prompts.examples]
+        planning.announce(WORK, config, run, device, rows)
+        loop.train(method, config, run)
     return run

@@ -23,10 +23,12 @@ from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import in_pieces
 from prefloop.runs import Run
-from prefloop.training import checkpoint, loop, rows
-from prefloop.training.kto import KTO
+from prefloop.training import checkpoint, loop, planning, rows
+from prefloop.training.full_rows import SMALLEST
+from prefloop.training.kto import KTO, KTO_WORK
 from prefloop.training.method import LossSums, Step
-from prefloop.training.reference import Reference
+from prefloop.training.reference import MakeReference, NoReference, Reference, References
+from prefloop.training.rehearsal import Work
 from prefloop.training.start import model_options, start
 from prefloop.training.step import evaluate
 
@@ -111,15 +113,16 @@ class Preference:
         examples: list[Example],
         eval_examples: list[Example],
         cache: Path,
+        make_reference: MakeReference = Reference,
     ) -> None:
         self.config, self.policy, self.examples = config, policy, examples
         self.trained = {"policy": policy}
         self.total_steps = rows.total_steps(config, len(examples))
         self.eval_examples = eval_examples
         self.pair_loss = None if config.loss == "plackett-luce" else PAIR_LOSSES[config.loss]
-        self.reference = None
+        self.reference: References | None = None
         if self.pair_loss is None or self.pair_loss.needs_reference:
-            self.reference = Reference(config, policy, [*examples, *eval_examples], cache)
+            self.reference = make_reference(config, policy, [*examples, *eval_examples], cache)
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
@@ -232,12 +235,25 @@ class Preference:
         export_model(self.policy, folder / "model")
 
 
+def work(config: DPOConfig) -> Work:
+    """What is done by the chosen loss, to be planned."""
+    if config.loss == "kto":
+        return KTO_WORK
+    return Work(
+        "dpo",
+        lambda config, models: Preference(
+            config, models["policy"], [SMALLEST], [], Path(), NoReference
+        ),
+    )
+
+
 def run(config: DPOConfig) -> Run:
     """`prefloop dpo`: trains and returns the finished run."""
     run, device = start(config, "dpo")
     with run:
         if run.finished:
             return run
+        config = planning.settle(work(config), config, run, device)
         policy = load_policy(config.model, device, **model_options(config))
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
         examples, held_out = rows.read_examples(
@@ -245,5 +261,6 @@ def run(config: DPOConfig) -> Run:
         )
         cache = run.directory / "reference_log_probs.safetensors"
         method = KTO if config.loss == "kto" else Preference
+        planning.announce(work(config), config, run, device, examples)
         loop.train(method(config, policy, examples, held_out, cache), config, run)
     return run

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,33 @@ from prefloop.models.load import load_policy, require_same_ids
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import storage_of
 from prefloop.training import checkpoint
+
+
+class References(Protocol):
+    """The reference policy's log-probs of a method's examples."""
+
+    digest: str
+
+    def of(self, batch: TokenBatch) -> Tensor:
+        """Of the batch's answers [A], in nats."""
+        ...
+
+
+MakeReference = Callable[[DPOConfig, LoadedModel, list[Example], Path], References]
+"""Makes them; `Reference` unless another is given."""
+
+
+class NoReference:
+    """In the place of a Reference where its numbers weigh nothing."""
+
+    digest = ""
+
+    def __init__(self, *_: object) -> None:
+        """See MakeReference."""
+
+    def of(self, batch: TokenBatch) -> Tensor:
+        """Zeros."""
+        return torch.zeros(batch.answers, device=batch.input_ids.device)
 
 
 def mismatched(examples: list[Example]) -> list[Example]:

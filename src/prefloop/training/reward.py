@@ -23,8 +23,10 @@ from prefloop.models.load import load_scorer
 from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.pieces import in_pieces, split_answers
 from prefloop.runs import Run
-from prefloop.training import checkpoint, loop, rows
+from prefloop.training import checkpoint, loop, planning, rows
+from prefloop.training.full_rows import SMALLEST
 from prefloop.training.method import LossSums, Step
+from prefloop.training.rehearsal import Work
 from prefloop.training.start import model_options, start
 from prefloop.training.step import evaluate
 
@@ -137,6 +139,9 @@ class Reward:
         return torch.cat(scores)
 
 
+WORK = Work("reward", lambda config, models: Reward(config, models["reward model"], [SMALLEST], []))
+
+
 def _strict_pairs(example: Example) -> int:
     return comb(len(example.answers), 2) - sum(comb(len(tier), 2) for tier in example.tiers)
 
@@ -147,6 +152,7 @@ def run(config: RewardConfig) -> Run:
     with run:
         if run.finished:
             return run
+        config = planning.settle(WORK, config, run, device)
         scorer = load_scorer(config.model, device, seed=config.seed, **model_options(config))
         # What is trained now is scored as Transformers does, whatever it began from.
         setattr(scorer.config, SCORE_POSITION, "rendered")
@@ -156,5 +162,6 @@ def run(config: RewardConfig) -> Run:
         examples, held_out = rows.read_examples(
             config, "preference", scorer, run, "answer", loss in LEARN_FROM_TIES, refused
         )
+        planning.announce(WORK, config, run, device, examples)
         loop.train(Reward(config, scorer, examples, held_out), config, run)
     return run

@@ -17,8 +17,10 @@ from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
 from prefloop.runs import Run
-from prefloop.training import checkpoint, loop, rows
+from prefloop.training import checkpoint, loop, planning, rows
+from prefloop.training.full_rows import SMALLEST
 from prefloop.training.method import LossSums, Step
+from prefloop.training.rehearsal import Work
 from prefloop.training.start import model_options, start
 from prefloop.training.step import evaluate
 
@@ -79,15 +81,20 @@ class SFT:
         export_model(self.policy, folder / "model")
 
 
+WORK = Work("sft", lambda config, models: SFT(config, models["policy"], [SMALLEST], []))
+
+
 def run(config: SFTConfig) -> Run:
     """`prefloop sft`: trains and returns the finished run."""
     run, device = start(config, "sft")
     with run:
         if run.finished:
             return run
+        config = planning.settle(WORK, config, run, device)
         policy = load_policy(config.model, device, **model_options(config))
         examples, held_out = rows.read_examples(
             config, "demonstration", policy, run, config.train_on
         )
+        planning.announce(WORK, config, run, device, examples)
         loop.train(SFT(config, policy, examples, held_out), config, run)
     return run

@@ -1,0 +1,173 @@
+"""`prefloop check --config RUN.yaml`: a run's memory as a table, and what of it fits a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from prefloop.config import (
+    CheckConfig,
+    DPOConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainingConfig,
+)
+from prefloop.config.checks import validate
+from prefloop.config.resolve import build, read_yaml
+from prefloop.errors import UserError
+from prefloop.models.load import pick_device
+from prefloop.resume import read_record
+from prefloop.training import ppo, preference, reward, sft
+from prefloop.training.bare_models import Role
+from prefloop.training.full_rows import full_rows
+from prefloop.training.planning import (
+    CPU_CONCURRENT,
+    CPU_TOKENS,
+    GIB,
+    MARGIN,
+    Plan,
+    does_not_fit,
+    free_memory,
+    full_plan,
+    in_words,
+    longest_micro_batch,
+    most_concurrent,
+    plan,
+    roles_of,
+)
+from prefloop.training.rehearsal import Work
+from prefloop.training.tracing import KINDS, Part
+
+COMMANDS: dict[str, type[TrainingConfig]] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+}
+
+
+def check_plan(config: CheckConfig) -> None:
+    """Print what each rank of a run will hold, by model and part, and what fits."""
+    assert config.config is not None
+    settings = read_run(config.config, config.command)
+    device = _device(settings, config.memory)
+    memory = None
+    if config.memory is not None:
+        memory = MARGIN * GIB * float(config.memory.rstrip("GiB"))
+    elif device.type == "cuda":
+        memory = MARGIN * free_memory(device)
+    work, roles = work_of(settings), roles_of(settings, device)
+    settings = _settled(work, settings, roles, device, memory)
+    found = full_plan(work, settings, roles, device)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has room for every column
+    console.print(table(found))
+    for line in _lines(work, settings, roles, device, memory, found):
+        print(line)
+
+
+def read_run(path: Path, command: str | None) -> Any:
+    """The settings of a training run, checked, in a YAML file or a run directory's config.yaml."""
+    content = read_yaml(path)
+    named = content.pop("command", None)
+    if "stages" in content:
+        raise UserError(f"{path}: a pipeline; give the settings of one of its stages")
+    record = read_record(path.parent) if path.name == "config.yaml" else None
+    command = command or (str(named) if named else None) or (record or {}).get("command")
+    if command not in COMMANDS:
+        raise UserError(
+            f"{path}: which command it is for is not known; give --command sft, reward, dpo or ppo"
+        )
+    settings: Any = build(COMMANDS[command], {"output": "run", "data": "rows"} | content, str(path))
+    validate(settings)
+    return settings
+
+
+def work_of(settings: TrainingConfig) -> Work:
+    """What the command of these settings does."""
+    if isinstance(settings, DPOConfig):
+        return preference.work(settings)
+    return {SFTConfig: sft.WORK, RewardConfig: reward.WORK, PPOConfig: ppo.WORK}[type(settings)]
+
+
+def _device(settings: TrainingConfig, memory: str | None) -> torch.device:
+    """Where it will run: a GPU that is spoken of need not be there."""
+    if memory is not None and settings.device != "cpu":
+        return torch.device("cuda")
+    return pick_device(settings.device)
+
+
+def _settled(
+    work: Work,
+    settings: Any,
+    roles: Sequence[Role],
+    device: torch.device,
+    memory: float | None,
+) -> Any:
+    """With numbers in the place of `auto`, as a run would take them."""
+    if isinstance(settings, PPOConfig) and not settings.max_concurrent:
+        most = CPU_CONCURRENT
+        if memory is not None and device.type == "cuda":
+            most = most_concurrent(work, settings, roles, device, memory)
+        settings = replace(settings, max_concurrent=max(most, 1))
+    if not settings.micro_batch_tokens:
+        most = CPU_TOKENS
+        if memory is not None and device.type == "cuda":
+            most = longest_micro_batch(work, settings, roles, device, memory)
+        settings = replace(settings, micro_batch_tokens=max(most, 1))
+    return settings
+
+
+def table(found: Plan) -> Table:
+    """GiB by model and part at the peak."""
+    kinds = [kind for kind in KINDS if any(part.kind == kind for part in found.parts)]
+    rows = Table(title=f"GiB of each rank at the peak, in {found.when}")
+    rows.add_column("model")
+    for kind in (*kinds, "sum"):
+        rows.add_column(kind, justify="right")
+    models = list(dict.fromkeys(part.model for part in found.parts))
+    for model in models:
+        sizes = [found.parts.get(Part(model, kind), 0) for kind in kinds]
+        rows.add_row(model, *map(_cell, sizes), _cell(sum(sizes)))
+    if len(models) > 1:
+        sizes = [sum(s for p, s in found.parts.items() if p.kind == kind) for kind in kinds]
+        rows.add_row("all", *map(_cell, sizes), _cell(sum(sizes)))
+    return rows
+
+
+def _cell(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else ""
+
+
+def _lines(
+    work: Work,
+    settings: Any,
+    roles: Sequence[Role],
+    device: torch.device,
+    memory: float | None,
+    found: Plan,
+) -> list[str]:
+    lines = [
+        f"peak: {found.peak / GIB:.2f} GiB with micro-batches of {found.tokens} tokens, rows of "
+        f"--max-length {settings.max_length}"
+    ]
+    if memory is None:
+        return lines
+    room = f"{in_words(memory)} ({MARGIN:.0%} of what is there)"
+    most = longest_micro_batch(work, settings, roles, device, memory)
+    if not most:
+        least = plan(work, settings, roles, device, full_rows(settings, 1), True)
+        return [*lines, f"does not fit: {does_not_fit(settings, least, memory)}"]
+    if found.peak > memory:
+        lines.append(f"does not fit {room}: lower --micro-batch-tokens to {most}")
+    else:
+        lines.append(f"fits {room}")
+    return [*lines, f"longest micro-batch that fits: {most} tokens"]

@@ -1,0 +1,348 @@
+"""What a run will hold, before it is run: its own step, rehearsed on tensors without memory.
+
+Nothing is read but the models' configurations. A model of two layers is rehearsed and one of three,
+and what each stage of a step holds at its peak is a straight line in their number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from prefloop import distributed
+from prefloop.config import DPOConfig, PPOConfig, RewardConfig, TrainingConfig
+from prefloop.data.batches import packed_length
+from prefloop.data.tokenize import Example
+from prefloop.errors import UserError, first_line
+from prefloop.models.shared import may_stand_on, stackable
+from prefloop.runs import Run, model_path
+from prefloop.training.bare_models import Role, make_role, read_config
+from prefloop.training.full_rows import answers_an_iteration, full_row, full_rows, rows_a_step
+from prefloop.training.rehearsal import BETWEEN, Rehearsal, Work
+from prefloop.training.tracing import KINDS, Parts
+
+GIB = 2**30
+FEWEST = 2
+"""Layers of the smaller model that is rehearsed: one at the top, one at the bottom."""
+MARGIN = 0.9
+"""Share of a GPU's memory that a plan may fill: the rest is for the driver and for gaps."""
+CPU_TOKENS = 8192
+"""What `--micro-batch-tokens auto` is where no GPU bounds it."""
+CPU_CONCURRENT = 64
+STAGES = {
+    "reference": "computing the reference",
+    "forward": "the forward pass",
+    "backward": "the backward pass",
+    "update": "the update",
+    "sampling": "sampling",
+    "scoring": "scoring",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each rank holds at the peak of each stage, in bytes by part."""
+
+    tokens: int
+    """Of the longest micro-batch."""
+    stages: Mapping[str, Parts]
+
+    @cached_property
+    def fullest(self) -> str:
+        """The stage that holds most."""
+        return max(self.stages, key=lambda stage: sum(self.stages[stage].values()))
+
+    @property
+    def parts(self) -> Parts:
+        """What is held at the peak."""
+        return self.stages[self.fullest]
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def when(self) -> str:
+        """The stage of the peak in words."""
+        return next(words for name, words in STAGES.items() if self.fullest.startswith(name))
+
+    def line(self) -> str:
+        """Peak, stage, and the models' parts, in GiB."""
+        models: dict[str, dict[str, int]] = {}
+        for part, size in sorted(self.parts.items(), key=lambda item: KINDS.index(item[0].kind)):
+            models.setdefault(part.model, {})[part.kind] = size
+        told = "; ".join(
+            f"{model} {in_words(sum(kinds.values()))} ("
+            + ", ".join(f"{kind} {in_words(size)}" for kind, size in kinds.items())
+            + ")"
+            for model, kinds in models.items()
+        )
+        return (
+            f"planned memory of each rank: {in_words(self.peak)} at most, in {self.when}, with "
+            f"micro-batches of {self.tokens} tokens: {told}"
+        )
+
+
+def in_words(size: float) -> str:
+    """Bytes as GiB, or as MiB where they are few."""
+    return f"{size / GIB:.1f} GiB" if size > GIB else f"{size / 2**20:.1f} MiB"
+
+
+# --- One plan -----------------------------------------------------------------------------------
+
+
+def plan(
+    work: Work,
+    config: TrainingConfig,
+    roles: Sequence[Role],
+    device: torch.device,
+    rows: Sequence[Example],
+    several: bool,
+) -> Plan:
+    """The memory of a training command whose longest micro-batch holds these rows.
+
+    `several`: a step has several micro-batches, so that gradients stand while one is computed.
+    """
+    tokens = sum(map(packed_length, rows))
+
+    def rehearse(layers: Mapping[str, int]) -> dict[str, Parts]:
+        return Rehearsal(work, config, roles, device, rows, several, layers).run()
+
+    depth = {role.name: role.config.get_text_config().num_hidden_layers for role in roles}
+    if max(depth.values()) <= FEWEST + 1 or not all(role.regular for role in roles):
+        return Plan(tokens, rehearse(depth))
+    low = {name: min(layers, FEWEST) for name, layers in depth.items()}
+    stages = base = rehearse(low)
+    for layers in set(depth.values()):  # roles of one depth grow together
+        further = layers - FEWEST
+        if further > 0:
+            grown = {n: low[n] + (depth[n] == layers) for n in low}
+            stages = _on_line(stages, base, rehearse(grown), further)
+    stages = {
+        name: {part: size for part, size in parts.items() if size > 0}
+        for name, parts in stages.items()
+        if name != BETWEEN
+    }
+    return Plan(tokens, stages)
+
+
+def _on_line(
+    start: Mapping[str, Parts], low: Mapping[str, Parts], high: Mapping[str, Parts], further: int
+) -> dict[str, Parts]:
+    """`start` with `further` times what `high` holds beyond `low`, at each stage's peak."""
+    return {
+        stage: {
+            part: parts.get(part, 0)
+            + further * (high[stage].get(part, 0) - low[stage].get(part, 0))
+            for part in {*parts, *high[stage]}
+        }
+        for stage, parts in start.items()
+        if stage != BETWEEN
+    }
+
+
+# --- What a command holds -----------------------------------------------------------------------
+
+
+def roles_of(
+    config: TrainingConfig,
+    device: torch.device,
+    read: Callable[[str], PretrainedConfig] = read_config,
+) -> list[Role]:
+    """The models of a command, from their configurations, which `read` finds by path."""
+
+    def role(name: str, path: str, **more: bool) -> Role:
+        return make_role(name, path, read(path), config, device, **more)
+
+    if isinstance(config, RewardConfig):
+        return [role("reward model", config.model, scorer=True, trained=True)]
+    found = [role("policy", config.model, trained=True)]
+    if isinstance(config, DPOConfig) and config.ref_model:
+        found.append(role("reference", config.ref_model))
+    if isinstance(config, PPOConfig):
+        if config.ref_model:
+            found.append(role("reference", config.ref_model))
+        elif config.kl_coef and not config.lora_rank:  # a copy of what is trained
+            found.append(role("reference", config.model)._replace(stored=torch.float32))
+        found += _beside(config, role)
+    return found
+
+
+def _beside(config: PPOConfig, role: Callable[..., Role]) -> Iterator[Role]:
+    """Reward models and critic, as training/roles.py loads them."""
+    shares, hosts = config.lora_rank > 0 and config.share_base == "auto", []
+    for number, path in enumerate(config.reward_models):
+        name = f"reward model {number + 1}" if number else "reward model"
+        made = role(name, path, scorer=True)
+        if shares and may_stand_on(config.model, path):
+            made = made._replace(on="policy", adapter=stackable(model_path(path)))
+        hosts.append(made.on or name)
+        yield made
+    if config.advantage != "gae":
+        return
+    named = config.value_model
+    start = named or next(iter(config.reward_models), config.model)
+    critic = role("critic", start, scorer=True, trained=True)
+    if shares and (not named or may_stand_on(config.model, named)):
+        critic = critic._replace(on="policy" if named or not hosts else hosts[0])
+    yield critic
+
+
+# --- What fits ----------------------------------------------------------------------------------
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, 0 if none does; what fits is taken to be less."""
+    if fits(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def full_plan(
+    work: Work, config: TrainingConfig, roles: Sequence[Role], device: torch.device
+) -> Plan:
+    """With the fullest micro-batch of `--micro-batch-tokens` tokens."""
+    rows = full_rows(config, config.micro_batch_tokens)
+    return plan(work, config, roles, device, rows, len(rows) < rows_a_step(config))
+
+
+def longest_micro_batch(
+    work: Work, config: TrainingConfig, roles: Sequence[Role], device: torch.device, memory: float
+) -> int:
+    """Tokens of the longest micro-batch whose plan keeps to `memory` bytes; 0 if none does."""
+
+    def fits(tokens: int) -> bool:
+        chosen = replace(config, micro_batch_tokens=tokens)
+        return full_plan(work, chosen, roles, device).peak <= memory
+
+    row = full_row(config)
+    each = packed_length(row)
+    if rows := largest(lambda rows: fits(rows * each), rows_a_step(config)):
+        return rows * each
+    one = len(row.prompt) + len(row.answers[0])  # a row's answers can be computed one by one
+    return one if one < each and fits(one) else 0
+
+
+def most_concurrent(
+    work: Work, config: PPOConfig, roles: Sequence[Role], device: torch.device, memory: float
+) -> int:
+    """Answers that can be sampled at once with `memory` bytes; 0 if not one."""
+
+    def fits(count: int) -> bool:
+        chosen = replace(config, max_concurrent=count, micro_batch_tokens=1)
+        stages = full_plan(work, chosen, roles, device).stages
+        return sum(stages["sampling"].values()) <= memory
+
+    return largest(fits, answers_an_iteration(config))
+
+
+# --- At the start of a run ----------------------------------------------------------------------
+
+
+def settle(work: Work, config: TrainingConfig, run: Run, device: torch.device) -> Any:
+    """The settings with numbers in the place of `auto`, which the run records: what fits a GPU.
+
+    A run that goes on takes what it took before.
+    """
+    names = [n for n in ("max_concurrent", "micro_batch_tokens") if getattr(config, n, 1) == 0]
+    if not names:
+        return config
+    found: dict[str, Any] = {n: v for n, v in run.record.get("auto", {}).items() if n in names}
+    for name in names:
+        if name not in found:
+            value = _automatic(name, work, replace(config, **found), device)
+            found[name] = min(distributed.gather(value))
+    run.note(auto=found)
+    if distributed.rank() == 0:
+        told = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.items())
+        print(f"auto: {told}", file=sys.stderr)
+    return replace(config, **found)
+
+
+def _automatic(name: str, work: Work, config: TrainingConfig, device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_CONCURRENT if name == "max_concurrent" else CPU_TOKENS
+    roles, memory = roles_of(config, device), MARGIN * free_memory(device)
+    if name == "max_concurrent":
+        assert isinstance(config, PPOConfig)
+        value = most_concurrent(work, config, roles, device, memory)
+    else:
+        value = longest_micro_batch(work, config, roles, device, memory)
+    if not value:
+        least = plan(work, config, roles, device, full_rows(config, 1), True)
+        raise UserError(does_not_fit(config, least, memory))
+    return value
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process has or can have."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device)
+
+
+def does_not_fit(config: TrainingConfig, least: Plan, memory: float) -> str:
+    """What to change where not even one row fits."""
+    remedies = []
+    if isinstance(config, PPOConfig) and least.fullest == "sampling":
+        remedies.append("lower --max-concurrent or --max-new-tokens")
+    if not config.lora_rank:
+        remedies.append("give --lora-rank 16")
+    if not config.gradient_checkpointing:
+        remedies.append("give --gradient-checkpointing")
+    remedies.append("lower --max-length, or take a smaller model or more GPU memory")
+    return (
+        f"a micro-batch of one row needs {in_words(least.peak)} in {least.when}, and there are "
+        f"{in_words(memory)}; {', '.join(remedies)}"
+    )
+
+
+def announce(
+    work: Work,
+    config: TrainingConfig,
+    run: Run,
+    device: torch.device,
+    examples: Sequence[Example],
+) -> None:
+    """Prints and records what the longest micro-batch of these rows will need, before it is tried.
+
+    A model that cannot be rehearsed is trained all the same.
+    """
+    if distributed.rank() > 0:
+        return
+    longest, tokens = sorted(examples, key=packed_length, reverse=True), 0
+    rows: list[Example] = []
+    for row in longest[: rows_a_step(config)]:
+        tokens += packed_length(row)
+        if rows and tokens > config.micro_batch_tokens:
+            break
+        rows.append(row)
+    several = len(rows) < min(rows_a_step(config), len(examples))
+    try:
+        found = plan(work, config, roles_of(config, device), device, rows, several)
+    except Exception as error:  # an architecture may differ in any way
+        print(f"memory is not planned: {first_line(error)}", file=sys.stderr)
+        return
+    run.note(planned_gib=round(found.peak / GIB, 3))
+    print(found.line() + _room(work, config, device, found), file=sys.stderr)
+
+
+def _room(work: Work, config: TrainingConfig, device: torch.device, found: Plan) -> str:
+    """What would fit a GPU."""
+    if device.type != "cuda":
+        return ""
+    memory = MARGIN * free_memory(device)
+    if found.peak > memory:
+        return f"; that is more than the {in_words(memory)} there are"
+    most = longest_micro_batch(work, config, roles_of(config, device), device, memory)
+    return f"; of {in_words(memory)}, which hold --micro-batch-tokens {most}"
