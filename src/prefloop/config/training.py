@@ -1,4 +1,4 @@
-"""Every setting of every command, as frozen dataclasses. Imports no torch.
+"""Settings of the four training commands, as frozen dataclasses. Imports no torch.
 
 The name of a field is the name of its flag (`micro_batch_tokens` is `--micro-batch-tokens`) and of
 its key in a YAML file. The text under a field is its help. Precedence: defaults < YAML < flags.
