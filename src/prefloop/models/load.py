@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -28,12 +28,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from prefloop.config.ranges import ALL_LINEAR
 from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest
 from prefloop.models.memory import keep_freed_memory
-from prefloop.models.model import SCORE_POSITION, LoadedModel
+from prefloop.models.model import SCORE_POSITION, LoadedModel, LoraOptions
 from prefloop.models.precision import speed_up_float32
 from prefloop.models.weights import Kept, Storage, exact_products, kept, loading_type, settle
 from prefloop.runs import model_path
@@ -101,20 +102,19 @@ def load_policy(
     storage: Storage = FLOAT32,
     *,
     trained: bool = False,
-    lora_rank: int = 0,
-    lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
     template_args: Mapping[str, Any] | None = None,
+    **lora: Unpack[LoraOptions],
 ) -> LoadedModel:
     """A causal LM with its tokenizer; `lora_rank` > 0 adds fresh adapters and freezes the rest."""
-    plan = kept(storage, device, trained and not lora_rank)
+    plan = kept(storage, device, trained and not lora.get("lora_rank"))
     path = model_path(path)
     if is_scorer_folder(path):
         raise UserError(f"{path}: a sequence classifier, not a language model; give a policy")
     tokenizer = load_tokenizer(path, template_args)
     module = _from_pretrained(AutoModelForCausalLM, path, plan)
     model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, lora_rank, lora_alpha, gradient_checkpointing)
+    _prepare_training(model, gradient_checkpointing, **lora)
     return replace(model, template_args=template_args)
 
 
@@ -125,16 +125,15 @@ def load_scorer(
     *,
     seed: int = 0,
     trained: bool = False,
-    lora_rank: int = 0,
-    lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
     template_args: Mapping[str, Any] | None = None,
+    **lora: Unpack[LoraOptions],
 ) -> LoadedModel:
     """A reward or value model: the trained head of a scorer's folder, or a new one on a causal LM.
 
     A new head is drawn with standard deviation 1/sqrt(width + 1) (lm-human-preferences).
     """
-    plan = kept(storage, device, trained and not lora_rank)
+    plan = kept(storage, device, trained and not lora.get("lora_rank"))
     path = model_path(path)
     ready = is_scorer_folder(path)
     tokenizer = load_tokenizer(path, template_args)
@@ -151,7 +150,7 @@ def load_scorer(
     if not ready or module.config.get_text_config().pad_token_id is None:
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
     model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, lora_rank, lora_alpha, gradient_checkpointing)
+    _prepare_training(model, gradient_checkpointing, **lora)
     return replace(model, template_args=template_args)
 
 
@@ -274,16 +273,23 @@ def _ready(
 
 
 def _prepare_training(
-    model: LoadedModel, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
+    model: LoadedModel, gradient_checkpointing: bool, **lora: Unpack[LoraOptions]
 ) -> None:
     """Recomputation and fresh adapters, where asked for."""
     module, source = model.hf, model.source
     if gradient_checkpointing:
         _enable_checkpointing(module)
         model.lean = replace(model.lean, recompute=True) if model.lean else None
-    if lora_rank:
+    if rank := lora.get("lora_rank", 0):
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
-        model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
+        model.module = adapters.add_lora(
+            module,
+            rank,
+            lora.get("lora_alpha") or 2.0 * rank,
+            lora.get("lora_targets", (ALL_LINEAR,)),
+            lora.get("lora_dropout", 0.0),
+            lora.get("modules_to_save", ()),
+        )
     model.module.train(gradient_checkpointing)  # Transformers recomputes in training mode only
 
 

@@ -134,12 +134,20 @@ class LoadedModel:
         return named
 
 
-class ModelOptions(TypedDict):
+class LoraOptions(TypedDict, total=False):
+    """Which fresh adapters a model gets; none at rank 0 (see adapters.add_lora)."""
+
+    lora_rank: int
+    lora_alpha: float  # 0 means 2 x rank
+    lora_targets: Sequence[str]
+    lora_dropout: float
+    modules_to_save: Sequence[str]
+
+
+class ModelOptions(LoraOptions):
     """How a trained model differs from one that is only read."""
 
     storage: Storage
     trained: bool
-    lora_rank: int
-    lora_alpha: float
     gradient_checkpointing: bool
     template_args: Mapping[str, Any]
