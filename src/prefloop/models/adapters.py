@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prefloop.config.ranges import ALL_LINEAR, is_pattern
 from prefloop.errors import UserError, first_line
+from prefloop.runs import model_path
 
 EMBEDDINGS = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|lm_head)\S*weight$")
 MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -271,8 +272,14 @@ def require_there(path: str, what: str = "") -> None:
 
 def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The base model named by an adapter folder, with the adapter merged in, and how it loaded."""
+    root_base(path)  # which says where the way to it leads round
     config = PeftConfig.from_pretrained(path)
-    base, info = kind.from_pretrained(base_path(path, config), **options)
+    start = base_path(path, config)
+    base: Any
+    if is_adapter_folder(start):
+        base, info = load_merged(kind, start, **options)
+    else:
+        base, info = kind.from_pretrained(start, **options)
     if (Path(path) / "config.json").exists():  # a scorer's: its pad token, its mean score
         own = AutoConfig.from_pretrained(path)
         own._attn_implementation = base.config._attn_implementation
@@ -300,7 +307,21 @@ def base_path(path: str, config: PeftConfig) -> str:
     beside = Path(path) / name
     found = name if Path(name).exists() or not beside.exists() else str(beside)
     require_there(found, f"{path}: its base model ")
-    return found
+    return model_path(found)
+
+
+def root_base(path: str) -> str:
+    """The folder or hub id of whole weights that an adapter, or one on another, stands on."""
+    passed: list[str] = []
+    while is_adapter_folder(path):
+        passed.append(str(Path(path).resolve()))
+        path = base_path(path, PeftConfig.from_pretrained(path))
+        if str(Path(path).resolve()) in passed:
+            raise UserError(
+                f"{path}: adapters name each other as their base; mend base_model_name_or_path in "
+                "adapter_config.json"
+            )
+    return path
 
 
 def embedding_rows(path: str) -> int | None:

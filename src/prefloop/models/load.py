@@ -33,6 +33,7 @@ from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest
+from prefloop.models.export import source_dtype
 from prefloop.models.memory import keep_freed_memory
 from prefloop.models.model import SCORE_POSITION, LoadedModel, LoraOptions
 from prefloop.models.precision import speed_up_float32
@@ -115,7 +116,7 @@ def load_policy(
     module = _from_pretrained(AutoModelForCausalLM, path, plan)
     model = _ready(module, tokenizer, device, path, plan)
     _prepare_training(model, gradient_checkpointing, **lora)
-    return replace(model, template_args=template_args)
+    return replace(model, template_args=template_args, source_dtype=source_dtype(path))
 
 
 def load_scorer(
@@ -151,7 +152,7 @@ def load_scorer(
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
     model = _ready(module, tokenizer, device, path, plan)
     _prepare_training(model, gradient_checkpointing, **lora)
-    return replace(model, template_args=template_args)
+    return replace(model, template_args=template_args, source_dtype=source_dtype(path))
 
 
 def load_reward_model(

@@ -43,6 +43,7 @@ class LoadedModel:
     adapters: tuple[str, ...] | None = None  # those that add to it; None: as the module stands
     own_head: nn.Module | None = None  # a scorer's
     own_config: PretrainedConfig | None = None  # a scorer's
+    source_dtype: torch.dtype = torch.float32  # in which its folder came and is exported
 
     @property
     def hf(self) -> PreTrainedModel:
