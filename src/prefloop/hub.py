@@ -24,15 +24,16 @@ def require_login(repo: str) -> None:
         HfApi().whoami()
 
 
-def push(folder: Path, repo: str, private: bool) -> str:
+def push(folder: Path, repo: str, private: bool, mend: str = "") -> str:
     """Uploads a folder as one commit to a model repository, made where it is not there; its URL.
 
-    An existing repository keeps its visibility, its history, and files of other names.
+    `mend` is what to do where it fails. An existing repository keeps its visibility, its history,
+    and files of other names.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _one_line(repo, f"the folder is whole; push it again, from {folder}"):
+    with _one_line(repo, mend or f"{folder} is whole, push it again from there"):
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="prefloop export")
     log.info("pushed to %s", url)

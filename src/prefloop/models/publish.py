@@ -41,11 +41,8 @@ def export(config: ExportConfig) -> Path | str:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
             _write(config, source, folder)
-            try:
-                return hub.push(folder, config.push_to_hub, config.private)
-            except UserError as error:
-                told = str(error).replace(f", from {folder}", "; --output FOLDER would keep it")
-                raise UserError(told) from error
+            mend = "give the same command again, or --output FOLDER to keep what was written"
+            return hub.push(folder, config.push_to_hub, config.private, mend)
     _write(config, source, config.output)
     # 3. The hub.
     if config.push_to_hub is not None:
