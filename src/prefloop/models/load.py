@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -28,12 +28,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from prefloop.config.ranges import ALL_LINEAR
 from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest, shared
+from prefloop.models.export import source_dtype
 from prefloop.models.memory import RECOMPUTED, keep_freed_memory
-from prefloop.models.model import SCORE_POSITION, LoadedModel
+from prefloop.models.model import SCORE_POSITION, LoadedModel, LoraOptions
 from prefloop.models.precision import speed_up_float32
 from prefloop.models.weights import Kept, Storage, exact_products, kept, loading_type, settle
 from prefloop.runs import model_path
@@ -68,9 +70,7 @@ def load_tokenizer(
             "model's folder with tokenizer.save_pretrained"
         ) from error
     for name in unread_arguments(tokenizer, template_args or {}):
-        raise UserError(
-            f"--template-args: the chat template of {path} reads no `{name}`; leave it out"
-        )
+        raise UserError(f"--template-args: {path}'s chat template reads no `{name}`; leave it out")
     return tokenizer
 
 
@@ -101,24 +101,23 @@ def load_policy(
     storage: Storage = FLOAT32,
     *,
     trained: bool = False,
-    lora_rank: int = 0,
-    lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
     template_args: Mapping[str, Any] | None = None,
+    **lora: Unpack[LoraOptions],
 ) -> LoadedModel:
     """A causal LM with its tokenizer; `lora_rank` > 0 adds fresh adapters and freezes the rest."""
-    plan = kept(storage, device, trained and not lora_rank)
+    plan = kept(storage, device, trained and not lora.get("lora_rank"))
     path = model_path(path)
     if is_scorer_folder(path):
         raise UserError(f"{path}: a sequence classifier, not a language model; give a policy")
     tokenizer = load_tokenizer(path, template_args)
-    start = _stacked(path, lora_rank, plan)
+    start = _stacked(path, plan, **lora)
     module = _from_pretrained(AutoModelForCausalLM, start or path, plan)
     model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, start or path, lora_rank, lora_alpha, gradient_checkpointing)
+    _prepare_training(model, start or path, gradient_checkpointing, **lora)
     if start:
         model = shared.begin_from(model, path)
-    return replace(model, template_args=template_args)
+    return replace(model, template_args=template_args, source_dtype=source_dtype(path))
 
 
 def load_scorer(
@@ -128,20 +127,19 @@ def load_scorer(
     *,
     seed: int = 0,
     trained: bool = False,
-    lora_rank: int = 0,
-    lora_alpha: float = 0.0,
     gradient_checkpointing: bool = False,
     template_args: Mapping[str, Any] | None = None,
+    **lora: Unpack[LoraOptions],
 ) -> LoadedModel:
     """A reward or value model: the trained head of a scorer's folder, or a new one on a causal LM.
 
     A new head is drawn with standard deviation 1/sqrt(width + 1) (lm-human-preferences).
     """
-    plan = kept(storage, device, trained and not lora_rank)
+    plan = kept(storage, device, trained and not lora.get("lora_rank"))
     path = model_path(path)
     ready = is_scorer_folder(path)
     tokenizer = load_tokenizer(path, template_args)
-    start = _stacked(path, lora_rank, plan)
+    start = _stacked(path, plan, **lora)
     module = _from_pretrained(
         AutoModelForSequenceClassification,
         start or path,
@@ -161,20 +159,20 @@ def load_scorer(
     if not ready or module.config.get_text_config().pad_token_id is None:
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
     model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, start or path, lora_rank, lora_alpha, gradient_checkpointing)
+    _prepare_training(model, start or path, gradient_checkpointing, **lora)
     if start:
         model = shared.begin_from(model, path)
-    return replace(model, template_args=template_args)
+    return replace(model, template_args=template_args, source_dtype=source_dtype(path))
 
 
-def _stacked(path: str, lora_rank: int, plan: Kept) -> str | None:
+def _stacked(path: str, plan: Kept, **lora: Unpack[LoraOptions]) -> str | None:
     """The base of an adapter folder whose adapter stays apart from it: where more are trained on
     top of it, or the base is in 4 bits. None where it is merged, and for whole weights.
     """
-    if not (adapters.is_adapter_folder(path) and (lora_rank or plan.nf4)):
+    if not (adapters.is_adapter_folder(path) and (lora.get("lora_rank", 0) or plan.nf4)):
         return None
-    if shared.stackable(path):
-        return shared.base_of(path)
+    if shared.stackable(path) and not lora.get("modules_to_save", ()):
+        return adapters.root_base(path)
     if plan.nf4:
         raise UserError(
             f"{path}: an adapter of a kind that must be merged, which --weights nf4 cannot; merge "
@@ -302,15 +300,22 @@ def _ready(
 
 
 def _prepare_training(
-    model: LoadedModel, source: str, lora_rank: int, lora_alpha: float, gradient_checkpointing: bool
+    model: LoadedModel, source: str, gradient_checkpointing: bool, **lora: Unpack[LoraOptions]
 ) -> None:
     """Recomputation and fresh adapters, where asked for."""
     module = model.hf
     if gradient_checkpointing:
         recompute_activations(model)
-    if lora_rank:
+    if rank := lora.get("lora_rank", 0):
         module.name_or_path = str(Path(source).resolve()) if Path(source).is_dir() else source
-        model.module = adapters.add_lora(module, lora_rank, lora_alpha or 2.0 * lora_rank)
+        model.module = adapters.add_lora(
+            module,
+            rank,
+            lora.get("lora_alpha") or 2.0 * rank,
+            lora.get("lora_targets", (ALL_LINEAR,)),
+            lora.get("lora_dropout", 0.0),
+            lora.get("modules_to_save", ()),
+        )
     model.module.train(gradient_checkpointing)
 
 
@@ -386,7 +391,7 @@ def distinct_pad(tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel) ->
     if tokenizer.pad_token_id not in used:
         return True
     rows = len(module.get_input_embeddings().weight)  # type: ignore[arg-type]
-    added = {t: n for t, n in tokenizer.get_added_vocab().items() if n not in used and n < rows}
+    added = [t for t, n in tokenizer.get_added_vocab().items() if n not in used and n < rows]
     unused = [t for t in added if "pad" in t.lower() or "reserved" in t.lower()]
     if tokenizer.unk_token_id not in used:
         unused.append(str(tokenizer.unk_token))

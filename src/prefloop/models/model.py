@@ -43,6 +43,7 @@ class LoadedModel:
     adapters: tuple[str, ...] | None = None  # those that add to it; None: as the module stands
     own_head: nn.Module | None = None  # a scorer's
     own_config: PretrainedConfig | None = None  # a scorer's
+    source_dtype: torch.dtype = torch.float32  # in which its folder came and is exported
 
     @property
     def hf(self) -> PreTrainedModel:
@@ -134,12 +135,20 @@ class LoadedModel:
         return named
 
 
-class ModelOptions(TypedDict):
+class LoraOptions(TypedDict, total=False):
+    """Which fresh adapters a model gets; none at rank 0 (see adapters.add_lora)."""
+
+    lora_rank: int
+    lora_alpha: float  # 0 means 2 x rank
+    lora_targets: Sequence[str]
+    lora_dropout: float
+    modules_to_save: Sequence[str]
+
+
+class ModelOptions(LoraOptions):
     """How a trained model differs from one that is only read."""
 
     storage: Storage
     trained: bool
-    lora_rank: int
-    lora_alpha: float
     gradient_checkpointing: bool
     template_args: Mapping[str, Any]

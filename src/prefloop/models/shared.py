@@ -50,14 +50,6 @@ def stackable(path: str) -> LoraConfig | None:
     return config if plain else None
 
 
-def base_of(path: str) -> str:
-    """The folder or hub id of the whole weights that a folder stands on."""
-    path = model_path(path)
-    if not adapters.is_adapter_folder(path):
-        return path
-    return model_path(adapters.base_path(path, PeftConfig.from_pretrained(path)))
-
-
 def stands_on_base(policy: LoadedModel, path: str) -> bool:
     """Whether a folder is an adapter that can be put on the policy's own base: of equal weights."""
     ours = model_path(policy.source)
@@ -69,7 +61,7 @@ def may_stand_on(policy: str, path: str) -> bool:
     """The same of folders, before any is loaded; the policy's may be an adapter's."""
     if not stackable(model_path(path)):
         return False
-    pair = base_of(policy), base_of(path)
+    pair = adapters.root_base(policy), adapters.root_base(path)
     if pair[0] == pair[1]:
         return True
     digests = [files_digest(base) for base in pair if Path(base).is_dir()]
@@ -105,7 +97,7 @@ def add_adapter(model: LoadedModel, name: str, config: LoraConfig) -> None:
             model.module.add_adapter(name, config)
         else:
             model.module = get_peft_model(model.hf, config, adapter_name=name)
-    base = base_of(model.source)
+    base = adapters.root_base(model.source)
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     model.module.peft_config[name].base_model_name_or_path = base
     for parameter in learning:

@@ -100,7 +100,7 @@ def make_role(
 def read_config(path: str) -> PretrainedConfig:
     """A model's configuration, an adapter's base's; no weights are read."""
     adapters.require_there(path)
-    path = shared.base_of(path)
+    path = adapters.root_base(path)
     try:
         found: PretrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

@@ -47,7 +47,7 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
             optim.set_lr(optimizer, factor)
             try:
                 outcome = optimizer_step(
-                    method, item.batches, parameters, optimizer, config, keeper.forget
+                    method, item.batches, parameters, optimizer, config, keeper.forget, number
                 )
             except NotFinite as error:
                 kept = newest_checkpoint(run.directory) or "the start"

@@ -44,6 +44,9 @@ def model_options(config: TrainingConfig) -> ModelOptions:
         "trained": True,
         "lora_rank": config.lora_rank,
         "lora_alpha": config.lora_alpha,
+        "lora_targets": config.lora_targets,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": config.modules_to_save,
         "gradient_checkpointing": config.gradient_checkpointing,
         "template_args": template_arguments(config.template_args),
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig
+from prefloop.models.adapters import adapter_dropout
 from prefloop.training import optim
 from prefloop.training.keeper import NotFinite
 from prefloop.training.method import Batch, Method
@@ -34,14 +35,19 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     before_update: Callable[[], None] = lambda: None,
+    number: int = 0,
 ) -> Outcome:
     """One optimiser step on this rank's batches; the method hears of its metrics.
 
     `before_update` is called when weights are about to change. Where the loss or a gradient is not
-    finite, NotFinite is raised and they do not. Where no rank has a batch nothing is done.
+    finite, NotFinite is raised and they do not. Where no rank has a batch nothing is done. The
+    step's `number`, with seed and rank, says what adapters drop.
     """
     optimizer.zero_grad()
-    outcome = gradients(method, batches, parameters, config)
+    models, world = list(method.trained.values()), distributed.world()
+    seed = (config.seed * 1_000_003 + number) * world + distributed.rank()
+    with adapter_dropout((model.module for model in models), models[0].device, seed):
+        outcome = gradients(method, batches, parameters, config)
     if outcome.losses:
         loss = outcome.losses["loss"]
         if not all(map(math.isfinite, (loss, *outcome.norms.values()))):
