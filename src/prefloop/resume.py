@@ -76,14 +76,9 @@ def require_same(
         )
     settings = as_dict(config)
     stored = default_settings(config) | read_yaml(directory / "config.yaml")
-    named = config.resume not in ("auto", "never")
-    differing = sorted(
-        key
-        for key in settings.keys() | stored.keys()
-        if key not in FREE_TO_CHANGE
-        and not (named and key in APPLIED)
-        and stored.get(key) != settings.get(key)
-    )
+    free = FREE_TO_CHANGE if config.resume in ("auto", "never") else FREE_TO_CHANGE | APPLIED
+    keys = (settings.keys() | stored.keys()) - free
+    differing = sorted(key for key in keys if stored.get(key) != settings.get(key))
     if differing:
         changes = [f"{flag(k)} was {stored.get(k)}, now {settings.get(k)}" for k in differing]
         mend = "give the same ones or another --output"

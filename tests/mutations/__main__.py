@@ -67,8 +67,8 @@ BUGS = (
     Bug(
         "reference not frozen",
         "training/ppo.py",
-        "frozen = copy.deepcopy(policy.module).requires_grad_(False)",
-        "frozen = policy.module",
+        "return replace(policy, module=frozen_copy(policy.module, plan))",
+        "return policy",
         (f"{EXACT}::test_ppo_reports_the_enumerated_kl_and_objective",),
     ),
     Bug(

@@ -37,6 +37,8 @@ class InferenceConfig(Settings):
     """How weights are kept; auto: in the products' type; nf4: linear layers in 4 bits."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
+    template_args: TemplateArgs = "{}"
+    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,6 @@ class PolicyConfig(InferenceConfig):
 
     model: str
     """Policy: a Hugging Face folder or hub id."""
-    template_args: TemplateArgs = "{}"
-    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     max_new_tokens: Annotated[int, Above(0)] = 128
     """Most tokens of an answer."""
     temperature: Annotated[float, AtLeast(0)] = 1.0
@@ -133,8 +133,6 @@ class CompareConfig(PromptsConfig, InferenceConfig):
 
     sft: str
     """The SFT model: a run directory, a Hugging Face folder or a hub id."""
-    template_args: TemplateArgs = "{}"
-    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     models: tuple[str, ...]
     """`name=path` of each model to compare: run directories, folders or hub ids."""
     data: str
@@ -183,8 +181,6 @@ class WinrateConfig(InferenceConfig):
     """The other side's answers to the same prompts, in the same form."""
     judge: str
     """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
-    template_args: TemplateArgs = "{}"
-    """JSON mapping given to a judge's chat template, such as '{"enable_thinking": false}'."""
     chat: bool = False
     """Take string prompts for the user's messages."""
     output: Path | None = None
@@ -206,8 +202,6 @@ class RewardQualityConfig(InferenceConfig):
 
     reward_model: str
     """Sequence-classification folder, run directory or hub id with one label."""
-    template_args: TemplateArgs = "{}"
-    """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     data: str
     """Held-out rankings or pairs."""
     chat: bool = False
