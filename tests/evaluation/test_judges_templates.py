@@ -101,6 +101,7 @@ def ppo_scores(tmp_path, policy, scorer, rows, answers, **changes):
         max_new_tokens=8,
         max_length=128,
         device="cpu",
+        dtype="float32",
         **changes,
     )
     run, device = start(config, "ppo")
@@ -248,6 +249,7 @@ def test_compare_gives_them_to_judge_and_reward_model(scorer, tmp_path):
             samples_per_prompt=3,
             max_new_tokens=5,
             device="cpu",
+            dtype="float32",
         )
     )
     for row in lines(tmp_path / "out", "answers.jsonl"):
@@ -263,7 +265,12 @@ def test_winrate_gives_them_to_its_judge(scorer, tmp_path):
         for n, answer in enumerate(ANSWERS[:2])
     ]
     config = WinrateConfig(
-        answers=sides[0], baseline=sides[1], judge=scorer, template_args=ARGS, device="cpu"
+        answers=sides[0],
+        baseline=sides[1],
+        judge=scorer,
+        template_args=ARGS,
+        device="cpu",
+        dtype="float32",
     )
     told = commands.winrate(config)
     assert told["score"]["mean"] == pytest.approx(expected(scorer, ANSWERS[0]), abs=1e-4)
@@ -274,7 +281,9 @@ def test_a_prompt_with_other_tools_is_another_prompt(scorer, tmp_path):
     one = write_rows(tmp_path / "one.jsonl", [ROW | {"completion": "a"}])
     two = write_rows(tmp_path / "two.jsonl", [{"prompt": CHAT, "completion": "b"}])
     with pytest.raises(UserError, match="no answer to the prompt"):
-        commands.winrate(WinrateConfig(answers=one, baseline=two, judge=scorer, device="cpu"))
+        commands.winrate(
+            WinrateConfig(answers=one, baseline=two, judge=scorer, device="cpu", dtype="float32")
+        )
 
 
 def test_label_score_gives_them_to_its_models(scorer, tmp_path):
@@ -282,7 +291,12 @@ def test_label_score_gives_them_to_its_models(scorer, tmp_path):
     store = str(tmp_path / "labels.db")
     commands.label_score(
         LabelScoreConfig(
-            store=store, reward_model=(scorer,), strategy="gap", template_args=ARGS, device="cpu"
+            store=store,
+            reward_model=(scorer,),
+            strategy="gap",
+            template_args=ARGS,
+            device="cpu",
+            dtype="float32",
         )
     )
     with open_store(tmp_path).read() as t:
@@ -297,7 +311,9 @@ def test_evaluate_reward_model_gives_them_to_it(scorer, tmp_path):
     said = [[{"role": "assistant", "content": text}] for text in ANSWERS[:2]]
     data = write_rows(tmp_path / "rows.jsonl", [ROW | {"chosen": said[0], "rejected": said[1]}])
     told = commands.reward_quality(
-        RewardQualityConfig(reward_model=scorer, data=str(data), template_args=ARGS, device="cpu")
+        RewardQualityConfig(
+            reward_model=scorer, data=str(data), template_args=ARGS, device="cpu", dtype="float32"
+        )
     )
     delta = expected(scorer, ANSWERS[0]) - expected(scorer, ANSWERS[1])
     assert told["log_loss"] == pytest.approx(math.log1p(math.exp(-delta)), abs=1e-4)
@@ -311,7 +327,9 @@ def test_a_template_that_ignores_tools_is_told_before_the_work(tmp_path):
         ppo_scores(tmp_path, policy, blind, [ROW], ids_of(policy, "a<|im_end|>"))
     one = write_rows(tmp_path / "rows.jsonl", [ROW | {"completion": "a"}])
     with pytest.raises(UserError, match=told):
-        commands.winrate(WinrateConfig(answers=one, baseline=one, judge=blind, device="cpu"))
+        commands.winrate(
+            WinrateConfig(answers=one, baseline=one, judge=blind, device="cpu", dtype="float32")
+        )
     put(tmp_path, [ROW | {"completions": ANSWERS}])
     with pytest.raises(UserError, match=r"#main: prompt 1: .*blind: the chat template ignores"):
         commands.label_score(
@@ -320,6 +338,7 @@ def test_a_template_that_ignores_tools_is_told_before_the_work(tmp_path):
                 reward_model=(blind,),
                 strategy="gap",
                 device="cpu",
+                dtype="float32",
             )
         )
 
@@ -335,7 +354,7 @@ def test_arguments_that_a_judge_does_not_read(scorer, tmp_path, capsys):
     assert "plainer: its chat template reads no `enable_thinking`" in capsys.readouterr().err
     one = write_rows(tmp_path / "one.jsonl", [ROW | {"completion": "a"}])
     config = WinrateConfig(
-        answers=one, baseline=one, judge=plainer, template_args=ARGS, device="cpu"
+        answers=one, baseline=one, judge=plainer, template_args=ARGS, device="cpu", dtype="float32"
     )
     with pytest.raises(UserError, match=r"--template-args: no chat template of .*plainer reads"):
         commands.winrate(config)

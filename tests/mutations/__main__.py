@@ -117,8 +117,8 @@ BUGS = (
     Bug(
         "a margin that the loss does not read is accepted",
         "training/rows.py",
-        "        if example.margin:",
-        "        if example.margin < 0:",
+        "        if example.margin and refuse_margins:",
+        "        if example.margin < 0 and refuse_margins:",
         ("tests/training/test_bad_input.py::test_a_margin_that_the_loss_does_not_read_is_told",),
     ),
     Bug(
