@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from prefloop.config import PPOConfig, TrainingConfig
+from prefloop.training.bare_models import Role
 from prefloop.training.plan_table import COMMANDS, work_of
 from prefloop.training.planning import GIB, MARGIN, Plan, full_plan, roles_of
 
@@ -33,6 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_rank": 16},
     "LoRA on 4 bits": {"lora_rank": 16, "weights": "nf4"},
 }
+LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 COMMON: dict[str, Any] = {
     "data": "rows",
     "output": Path("run"),
@@ -72,7 +75,20 @@ def plan_of(model: str, command: str, form: str) -> Plan:
     config: TrainingConfig = COMMANDS[command](**COMMON | own)
     assert isinstance(config, PPOConfig) == (command == "ppo")
     roles = roles_of(config, CUDA, config_of)
+    if command == "ppo" and config.lora_rank:
+        roles = on_one_base(roles, config.lora_rank)
     return full_plan(work_of(config), config, roles, CUDA)
+
+
+def on_one_base(roles: list[Role], rank: int) -> list[Role]:
+    """As of a reward model that is an adapter of the policy's base, and a critic that begins so."""
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR)
+    return [
+        role._replace(on="policy", adapter=None if role.trained else adapter)
+        if role.scorer
+        else role
+        for role in roles
+    ]
 
 
 def config_of(model: str) -> PretrainedConfig:
