@@ -74,10 +74,10 @@ def test_lists_of_words():
         ("lr: [1]", "`lr` is [1]; give a number"),
         ("model: 5", "`model` is 5; give text"),
         ("gradient_checkpointing: 1", "`gradient_checkpointing` is 1; give true or false"),
-        ("dtype: float16", "`dtype` is 'float16'; choose from float32, bfloat16"),
+        ("dtype: float16", "`dtype` is 'float16'; choose from auto, float32, bfloat16"),
         ("- 1", "holds a list; write `key: value` lines"),
         ("lr: 1\nmodel: [", ":2: "),
-        ("dtype: [float32]", "choose from float32, bfloat16"),
+        ("dtype: [float32]", "choose from auto, float32, bfloat16"),
     ],
 )
 def test_yaml_faults_name_file_and_key(tmp_path, text, message):

@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_cuda(arch: Arch = "llama", lora_rank: int = 0) -> LoadedModel:
     """A tiny policy as loading it on CUDA gives it."""
     model = _ready(tiny_model(arch), tiny_tokenizer(), CUDA, "tiny", kept(FLOAT32, CUDA, True))
-    _prepare_training(model, False, lora_rank=lora_rank)
+    _prepare_training(model, "tiny", False, lora_rank=lora_rank)
     assert model.packed
     return model
 

@@ -19,7 +19,7 @@ PROMPTS = [[5 + (7 * i * i + 3 * n) % 250 for i in range(n)] for n in (3, 11, 1,
 def policy(arch: Arch = "llama", *, lora_rank: int = 0, **overrides: object) -> LoadedModel:
     model = tiny_model(arch, **overrides)  # type: ignore[arg-type]
     ready = _ready(model, tiny_tokenizer(), CPU, "tiny", kept(FLOAT32, CPU, True))
-    _prepare_training(ready, False, lora_rank=lora_rank)
+    _prepare_training(ready, "tiny", False, lora_rank=lora_rank)
     assert ready.packed
     return ready
 

@@ -199,7 +199,9 @@ def test_merging_at_the_end_loses_nothing_to_how_the_base_is_kept(tmp_path):
     base = folder_of(tmp_path / "base", tiny_model("llama"))
     export_model(load_policy(base, CPU, lora_rank=2), tmp_path / "first")  # which adds nothing
     storage = Storage("bfloat16", "bfloat16")
-    second = load_policy(str(tmp_path / "first"), CPU, storage, trained=True, lora_rank=2)
+    whole = {"modules_to_save": ("norm",)}  # with which the first adapter is merged
+    path = str(tmp_path / "first")
+    second = load_policy(path, CPU, storage, trained=True, lora_rank=2, **whole)
     with torch.no_grad():
         for name, parameter in second.module.named_parameters():
             if "lora_B" in name:
@@ -290,7 +292,8 @@ def test_a_scorer_and_a_merged_adapter_keep_it_too(tmp_path):
     adapter = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert {t.dtype for t in adapter.values()} == {torch.float32}
     assert source_dtype(str(tmp_path / "one")) == HALF
-    export_model(load_policy(str(tmp_path / "one"), CPU, lora_rank=2), tmp_path / "two")
+    two = load_policy(str(tmp_path / "one"), CPU, lora_rank=2, modules_to_save=("norm",))
+    export_model(two, tmp_path / "two")
     assert {t.dtype for t in stored(tmp_path / "two").values()} == {HALF}
 
 

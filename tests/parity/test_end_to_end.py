@@ -74,6 +74,7 @@ def common(tmp_path: Path, data: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "micro_batch_tokens": 60,
         "max_steps": 1,
         "device": "cpu",
+        "dtype": "float32",
     }
 
 

@@ -12,6 +12,7 @@ from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.models import adapters, heads, shared
 from prefloop.models.load import load_policy, load_reward_model
+from prefloop.rewards.scorers import Scored, together
 from prefloop.runs import Run
 from prefloop.training import optim, ppo
 from prefloop.training.step import optimizer_step
@@ -191,3 +192,12 @@ def test_a_run_goes_on_in_mid_iteration(judged, tmp_path):
     only_checkpoint(whole, again, 3)
     train("ppo", judged, again, **changes)
     assert_same_run(whole, again)
+
+
+@pytest.mark.parametrize(("how", "right"), [("mean", [2.0, 3.0]), ("lower-bound", [1.0, 3.0])])
+def test_several_scores_are_one(how, right):
+    """By hand: 1 and 3 deviate by 1 from their mean, 3 and 3 not at all."""
+    scorers = [lambda *_, s=s: Scored(s, {}) for s in ([1.0, 3.0], [3.0, 3.0])]
+    found = together(("a", "b"), scorers, how)([], [], [])
+    assert found.scores == right
+    assert found.parts == {"a": [1.0, 3.0], "b": [3.0, 3.0], "spread": [1.0, 0.0]}

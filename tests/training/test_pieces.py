@@ -80,7 +80,8 @@ def test_no_forward_pass_exceeds_the_bound(name, world, tmp_path, monkeypatch):
     run = heads.hidden_states
 
     def watched(model, batch):
-        seen.append(batch.tokens)
+        if not batch.input_ids.is_meta:  # of a rehearsal, which computes nothing
+            seen.append(batch.tokens)
         return run(model, batch)
 
     monkeypatch.setattr(heads, "hidden_states", watched)

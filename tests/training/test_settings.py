@@ -59,6 +59,7 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "adam_eps": 1e-2,
     "max_grad_norm": 1e-3,
     "dtype": "bfloat16",
+    "share_base": "never",
     "weights": "nf4",
     "device": "cuda:63",
     "lora_rank": 2,
@@ -117,6 +118,7 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
 WITH = {  # read only with these, which have no default that shows it
     "lr_floor": {"lr_schedule": "linear"},
     "lora_alpha": {"lora_rank": 2},
+    "share_base": {"lora_rank": 2},
     "lora_targets": {"lora_rank": 2},
     "lora_dropout": {"lora_rank": 2},
     "modules_to_save": {"lora_rank": 2},
@@ -135,6 +137,7 @@ ALONE = {  # may be given where it changes nothing
     "keep_checkpoints": "an interruption and --save-every leave more than one",
 }
 ELSEWHERE = {  # changes no number: the test that finds its effect
+    "reward_ensemble": "training/test_one_base.py::test_several_scores_are_one",
     "micro_batch_tokens": "data/test_batches.py::test_micro_batches_keep_order_and_budget",
     "gradient_checkpointing": "training/test_loop.py::test_checkpointing_keeps_fewer_activations",
     "save_minutes": "training/test_keeper.py::test_runs_save_by_time_too",
