@@ -146,7 +146,7 @@ ELSEWHERE = {  # changes no number: the test that finds its effect
     "template_args": "training/test_template_args.py::test_training_takes_and_records_them",
     "max_concurrent": "training/test_settings.py::test_max_concurrent_bounds_what_is_decoded",
 }
-TOLD = {"device", "resume"}  # whose other value here is nothing but told
+TOLD = {"device", "resume", "weights"}  # whose other value here is nothing but told
 SHARED = {f.name for f in fields(CONFIGS["sft"])} - {"train_on"}
 
 
