@@ -43,7 +43,7 @@ def test_time_left_is_that_of_the_pieces_done_since_the_beginning():
     out = console(terminal=False)
     progress = Progress("step", 20, done=8, console=out, clock=lambda: next(now))
     progress.advance(2)
-    assert progress.told() == "1 s gone · about 5 s left"
+    assert progress.times() == "1 s gone · about 5 s left"
 
 
 def test_a_terminal_gets_a_bar():

@@ -118,8 +118,8 @@ def _making(run: Path, record: Mapping[str, Any]) -> Iterator[str]:
     cost = f"{record['steps']} steps, {record['tokens']} tokens"
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = {k: v for k, v in json.loads(lines[-1]).items() if k.partition("/")[0] not in NO_RESULT}
-    told = [f"| `{key}` | {value:.4g} |" for key, value in last.items() if value is not None]
-    yield "\n".join([f"After {cost}:\n\n| metric | value |\n|---|---|", *told])
+    measured = [f"| `{key}` | {value:.4g} |" for key, value in last.items() if value is not None]
+    yield "\n".join([f"After {cost}:\n\n| metric | value |\n|---|---|", *measured])
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     revision = f" (revision {record['revision']})" if record.get("revision") else ""
     yield f"Versions: {versions}{revision}."
@@ -176,10 +176,10 @@ def _metadata(model: str) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8", errors="replace")
     head = text.removeprefix("\ufeff").split("\n---", 1)[0].removeprefix("---")
     try:
-        found = yaml.safe_load(head) if text.lstrip("\ufeff").startswith("---") else None
+        about = yaml.safe_load(head) if text.lstrip("\ufeff").startswith("---") else None
     except yaml.YAMLError:
-        found = None
-    return found if isinstance(found, dict) else {}
+        about = None
+    return about if isinstance(about, dict) else {}
 
 
 def _yaml(about: Mapping[str, Any]) -> str:

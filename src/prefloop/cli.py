@@ -59,8 +59,8 @@ def main(
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        told = f"out of memory ({first_line(error)}); take less at once, or a smaller model"
-        print(shown(f"prefloop: {told}"), file=sys.stderr)
+        message = f"out of memory ({first_line(error)}); take less at once, or a smaller model"
+        print(shown(f"prefloop: {message}"), file=sys.stderr)
         return YOURS
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

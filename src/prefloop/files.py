@@ -51,8 +51,8 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            told = f"{path}: cannot be written ({error.strerror}); make room, or give another"
-            raise UserError(told) from error
+            message = f"{path}: cannot be written ({error.strerror}); make room, or give another"
+            raise UserError(message) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -179,11 +179,11 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        told = first_line(error)
+        problem = first_line(error)
         if isinstance(error, json.JSONDecodeError):
-            told = f"{error.msg}, column {error.colno}"
+            problem = f"{error.msg}, column {error.colno}"
         raise UserError(
-            f"{where}: malformed JSON ({told}); each line must be one JSON object"
+            f"{where}: malformed JSON ({problem}); each line must be one JSON object"
         ) from error
     if not isinstance(row, dict):
         raise UserError(
@@ -212,8 +212,8 @@ def _read_json(name: str, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]
         if isinstance(row, dict):
             yield where, row
         else:
-            told = f"{where}: a JSON {json_type(row)}; each row must be an object"
-            on_bad(where, UserError(told))
+            message = f"{where}: a JSON {json_type(row)}; each row must be an object"
+            on_bad(where, UserError(message))
 
 
 def _read_csv(name: str, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -232,11 +232,11 @@ def _read_csv(name: str, on_bad: OnBad) -> Iterator[tuple[str, dict[str, Any]]]:
             if not header:
                 header = cells
             elif len(cells) != len(header):
-                told = (
+                message = (
                     f"{where}: {len(cells)} cells under {len(header)} columns "
                     f"({', '.join(header)}); quote cells that hold commas or line breaks"
                 )
-                on_bad(where, UserError(told))
+                on_bad(where, UserError(message))
             else:
                 yield where, {k: v or None for k, v in zip(header, cells, strict=True)}
     except csv.Error as error:
@@ -258,8 +258,8 @@ def _read_parquet(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{name}:{number}", {k: plain(v) for k, v in row.items()}
     except (arrow.ArrowException, ValueError, OverflowError) as error:  # or too fine a time
-        told = f"{name}: malformed Parquet after row {number} ({first_line(error)})"
-        raise UserError(f"{told}; write it again, times in microseconds") from error
+        problem = f"{name}: malformed Parquet after row {number} ({first_line(error)})"
+        raise UserError(f"{problem}; write it again, times in microseconds") from error
 
 
 def plain(value: Any) -> Any:

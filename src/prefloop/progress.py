@@ -40,10 +40,10 @@ class Progress:
         self._console = console or Console(stderr=True)
         name = TextColumn("{task.description}", markup=False)  # a model's may hold anything
         columns = name, MofNCompleteColumn(), BarColumn()
-        last = TextColumn("{task.fields[told]}", markup=False)
+        last = TextColumn("{task.fields[times]}", markup=False)
         self._bar = Bar(*columns, last, console=self._console, transient=not leave)
         self._bar.disable = not (shown and self._console.is_terminal)
-        self._task = self._bar.add_task(self.what, total=total, completed=done, told="")
+        self._task = self._bar.add_task(self.what, total=total, completed=done, times="")
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
         self._clock, self._began = clock, clock()
@@ -69,9 +69,9 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """So many more pieces are done; `note` stands behind the times."""
         self.done, self.note = self.done + count, note or self.note
-        self._bar.update(self._task, completed=self.done, told=self.told())
+        self._bar.update(self._task, completed=self.done, times=self.times())
 
-    def told(self) -> str:
+    def times(self) -> str:
         """The time gone and left, and the note."""
         gone, pieces = self._clock() - self._began, self.done - self._first
         parts = [f"{in_words(gone)} gone"]
@@ -85,9 +85,9 @@ class Progress:
         has_bar = not self._bar.disable
         while not self._over.wait(1.0 if has_bar else self._every):
             if has_bar:
-                self._bar.update(self._task, told=self.told())
+                self._bar.update(self._task, times=self.times())
             else:
-                line = f"{self.what} {self.done}/{self.total} · {self.told()}"
+                line = f"{self.what} {self.done}/{self.total} · {self.times()}"
                 print(line, file=self._console.file, flush=True)
 
 

@@ -20,13 +20,13 @@ PACKAGES = ("prefloop", "torch", "transformers", "tokenizers", "peft", "numpy")
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def revision() -> str | None:
@@ -34,10 +34,10 @@ def revision() -> str | None:
     here = Path(__file__)
 
     def git(*words: str) -> str:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=True
         )
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # ours, not a repository around us
@@ -97,8 +97,8 @@ def files_digest(folder: Path | str) -> str:
     for path in files:
         state = path.stat()
         tensors |= _tensor_digests(path.resolve(), state.st_size, state.st_mtime_ns)
-    told = "".join(f"{name} {tensors[name]}\n" for name in sorted(tensors))
-    return hashlib.sha256(told.encode()).hexdigest() if files else ""
+    listing = "".join(f"{name} {tensors[name]}\n" for name in sorted(tensors))
+    return hashlib.sha256(listing.encode()).hexdigest() if files else ""
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def _tensor_digests(path: Path, size: int, changed: int) -> dict[str, str]:
 
     The file is the length of its header (8 bytes), the header as JSON, and the tensors' bytes.
     """
-    found = {}
+    digests = {}
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -123,9 +123,9 @@ def _tensor_digests(path: Path, size: int, changed: int) -> dict[str, str]:
                     first += len(part)
                 if first < end:
                     raise ValueError("it ends too early")
-                found[name] = f"{entry['dtype']} {entry['shape']} {digest.hexdigest()}"
+                digests[name] = f"{entry['dtype']} {entry['shape']} {digest.hexdigest()}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: not a safetensors file ({first_line(error)}); fetch or save it again"
         ) from error
-    return found
+    return digests

@@ -177,11 +177,11 @@ class RowCounts:
 
         Rows that are only too long are `--truncation`'s.
         """
-        told = str(error).removeprefix(located(where))
+        problem = str(error).removeprefix(located(where))
         if self.bad_rows == "error" or (self.bad_rows == "drop" and isinstance(error, TooLong)):
-            raise type(error)(located(where) + told) from error
-        self.bad.append((where, told))
-        self.drop(f"bad row: {_reason(told)}")
+            raise type(error)(located(where) + problem) from error
+        self.bad.append((where, problem))
+        self.drop(f"bad row: {_reason(problem)}")
 
     def as_dict(self) -> dict[str, object]:
         """For `run.json`."""
@@ -196,24 +196,24 @@ class RowCounts:
         'read 10 rows, used 8 (1 truncated, 3 tied pairs), dropped 2 (too long)'
         """
         line = f"read {self.read} rows, used {self.used}"
-        told = [f"{self.truncated} truncated"] if self.truncated else []
-        told += [f"{self.tied_pairs} tied pairs"] if self.tied_pairs else []
-        line += f" ({', '.join(told)})" if told else ""
+        details = [f"{self.truncated} truncated"] if self.truncated else []
+        details += [f"{self.tied_pairs} tied pairs"] if self.tied_pairs else []
+        line += f" ({', '.join(details)})" if details else ""
         parts = [f"{count} ({reason})" for reason, count in self.dropped.items()]
         line += f", dropped {', '.join(parts)}" if parts else ""
         roles = [f"{what} ({count})" for what, count in self.noted.items() if "role" in what]
         return shown("; ".join([line, *roles]))  # reasons name columns and roles
 
 
-def _reason(told: str) -> str:
+def _reason(problem: str) -> str:
     """What is wrong without the remedy and without what differs from row to row.
 
     >>> _reason("`messages[3]` is an empty answer; remove or fill it")
     '`messages[N]` is an empty answer'
     """
-    told = re.sub(r"^token .* \(\d+\)", "token", told)  # a token may hold anything
-    told = re.sub(r"\([^()]*\)|\[\[.*\]\]|'[^']*'", "...", told.partition("; ")[0])
-    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "N", told)
+    problem = re.sub(r"^token .* \(\d+\)", "token", problem)  # a token may hold anything
+    problem = re.sub(r"\([^()]*\)|\[\[.*\]\]|'[^']*'", "...", problem.partition("; ")[0])
+    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "N", problem)
 
 
 # --- records as JSON -----------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def tools_of(text: Text) -> list[dict[str, object]] | None:
     """The tools that a chat begins with."""
     if isinstance(text, str) or not text or text[0].role != "tools":
         return None
-    found: list[dict[str, object]] = json.loads(text[0].content)
-    return found
+    tools: list[dict[str, object]] = json.loads(text[0].content)
+    return tools
 
 
 def ranking_to_json(ranking: Ranking) -> dict[str, object]:

@@ -155,15 +155,15 @@ class Run:
 
     def lines_until(self, step: int) -> dict[Path, tuple[str, str]]:
         """Each file of lines as it is, and as it is without later steps and a line cut short."""
-        found = {}
+        texts = {}
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
             if path.exists():
                 text = path.read_text(encoding="utf-8", errors="replace")
                 lines = text.splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and _step(line, path) <= step]
-                found[path] = "".join(lines), "".join(kept)
-        return found
+                texts[path] = "".join(lines), "".join(kept)
+        return texts
 
     def go_on(self, step: int, logged: int) -> None:
         """The run goes on after `step`: what was done beyond it is dropped, and its lines too.
@@ -263,8 +263,8 @@ class Run:
 def newest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint with most steps in a run directory."""
     folder = directory / "checkpoints"
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(found, key=checkpoint_step, default=None)
+    folders = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return max(folders, key=checkpoint_step, default=None)
 
 
 def model_path(path: str) -> str:
@@ -337,8 +337,8 @@ def _step(line: str, path: Path) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:
-        told = line.strip()[:60]
-        raise UserError(f"{path}: not a line of a run: {told!r}; remove it") from error
+        shown = line.strip()[:60]
+        raise UserError(f"{path}: not a line of a run: {shown!r}; remove it") from error
 
 
 def _now() -> str:

@@ -54,9 +54,9 @@ def load_unanswered(source: str, counts: RowCounts, chat: bool = False) -> list[
     """Prompts to be answered: of a labelling store, those that have no answer yet."""
     if not is_store(source):
         return load(source, "prompt", counts, chat)
-    found = unanswered(source)
-    counts.read += len(found)
-    return _as_chats(found, counts) if chat else found
+    waiting = unanswered(source)
+    counts.read += len(waiting)
+    return _as_chats(waiting, counts) if chat else waiting
 
 
 def addresses_and_weights(
@@ -72,15 +72,15 @@ def addresses_and_weights(
     pairs = [_weighted(source) for source in ((data,) if isinstance(data, str) else data)]
     addresses = tuple(address for address, _ in pairs)
     weights = tuple(weight for _, weight in pairs if weight is not None)
-    told = " ".join((data,) if isinstance(data, str) else data)
+    given = " ".join((data,) if isinstance(data, str) else data)
     if not addresses:
         raise UserError(f"{of} is empty; give rows")
     if twice := [address for address in addresses if addresses.count(address) > 1]:
-        raise UserError(f"{of} {told}: {twice[0]} is given twice; give it once")
+        raise UserError(f"{of} {given}: {twice[0]} is given twice; give it once")
     if weights and len(weights) < len(pairs):
-        raise UserError(f"{of} {told}: give each source a weight, as NAME=0.7, or none")
+        raise UserError(f"{of} {given}: give each source a weight, as NAME=0.7, or none")
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise UserError(f"{of} {told}: weights must be above 0; leave a source of 0 out")
+        raise UserError(f"{of} {given}: weights must be above 0; leave a source of 0 out")
     return addresses, weights if len(weights) > 1 else ()
 
 

@@ -49,8 +49,8 @@ def rows_of(source: str, on_bad: OnBad = raise_bad) -> Iterator[tuple[str, dict[
             place = str(cache / _stamp(path)) if path.is_dir() else None
             data = datasets.load_dataset(name, *([config] if config else []), cache_dir=place)
     except Exception as error:  # whatever the package, the network or the hub say
-        told = " ".join(str(error).split("\n")[:2]).strip() or first_line(error)
-        raise UserError(f"{source}: datasets cannot load it ({told}); check the name") from error
+        problem = " ".join(str(error).split("\n")[:2]).strip() or first_line(error)
+        raise UserError(f"{source}: datasets cannot load it ({problem}); check the name") from error
     data = _split(data, split, source).with_format(None)  # Python's values, not arrays
     for number, row in enumerate(data, 1):
         yield f"{source}:{number}", {key: plain(_listed(value)) for key, value in row.items()}
@@ -59,8 +59,8 @@ def rows_of(source: str, on_bad: OnBad = raise_bad) -> Iterator[tuple[str, dict[
 def _stamp(folder: Path) -> str:
     """A digest of a folder's files: `datasets` may take those it read before for these."""
     files = sorted((str(p), p.stat()) for p in folder.rglob("*") if p.is_file())
-    told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    return blake2b(repr(told).encode(), digest_size=8).hexdigest()
+    states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return blake2b(repr(states).encode(), digest_size=8).hexdigest()
 
 
 def _listed(value: Any) -> Any:
@@ -79,11 +79,11 @@ def _split(data: Any, split: str, source: str) -> Any:
         if split:
             raise UserError(f"{source}: one table without splits; leave :{split} out")
         return data
-    told = ", ".join(data)
+    names = ", ".join(data)
     if split and split not in data:
-        raise UserError(f"{source}: splits {told}; choose one of them")
+        raise UserError(f"{source}: splits {names}; choose one of them")
     if not split and "train" not in data and len(data) > 1:
         raise UserError(
-            f"{source}: splits {told}, and none is `train`; name one, as {source}#:NAME"
+            f"{source}: splits {names}, and none is `train`; name one, as {source}#:NAME"
         )
     return data[split or ("train" if "train" in data else next(iter(data)))]

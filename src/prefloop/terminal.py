@@ -19,7 +19,7 @@ def shown(text: str) -> str:
     >>> shown("a\x1b[2Jb")
     'a\\x1b[2Jb'
     """
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def as_is(text: str) -> Text:

@@ -201,8 +201,8 @@ BUGS = (
     Bug(
         "answers keep the tokens of another tokenizer",
         "data/encoder.py",
-        "if not how.ids or how.tokenizer != self.fingerprint:",
-        "if not how.ids:",
+        "if not sampled.ids or sampled.tokenizer != self.fingerprint:",
+        "if not sampled.ids:",
         ("tests/generation/test_round_trip.py",),
     ),
     Bug(

@@ -96,11 +96,11 @@ FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 def template_arguments(text: str) -> dict[str, object]:
     """What --template-args says; UserError where it is not a JSON mapping."""
     try:
-        found = json.loads(text)
+        arguments = json.loads(text)
     except ValueError as error:
         raise UserError(f"--template-args {text}: not JSON ({error}); mend it") from error
-    assert isinstance(found, dict)  # by its form
-    return found
+    assert isinstance(arguments, dict)  # by its form
+    return arguments
 
 
 def is_pattern(name: str) -> bool:

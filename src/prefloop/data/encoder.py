@@ -72,8 +72,8 @@ class Encoder:
     def leading(self) -> list[int]:
         """Special tokens that the tokenizer itself puts before a text (BOS)."""
         plain, full = self.ids("a"), self.ids("a", specials=True)
-        found = [at for at in range(len(full)) if full[at : at + len(plain)] == plain]
-        return full[: found[0]] if found else []
+        places = [at for at in range(len(full)) if full[at : at + len(plain)] == plain]
+        return full[: places[0]] if places else []
 
     @cached_property
     def turn(self) -> Turn:
@@ -83,8 +83,8 @@ class Encoder:
     @cached_property
     def ending(self) -> tuple[str, str, int | None]:
         """What follows an answer: text to the stop token, text after it, and that token's id."""
-        _, found, tail = self.render([*ASKED, *ANSWERED], generation_prompt=False).rpartition(PROBE)
-        if not found:
+        _, probe, tail = self.render([*ASKED, *ANSWERED], generation_prompt=False).rpartition(PROBE)
+        if not probe:
             raise UserError("the chat template does not print an assistant message's content")
         added = {str(token): id_ for id_, token in self.tokenizer.added_tokens_decoder.items()}
         inside = [(tail.index(token), -len(token), token) for token in added if token in tail]
@@ -133,10 +133,10 @@ class Encoder:
     def _prints_tools(self) -> bool:
         name = "probe_of_tools"
         about: dict[str, object] = {"name": name, "description": name, "parameters": {}}
-        told = json.dumps([{"type": "function", "function": about}])
+        tools = json.dumps([{"type": "function", "function": about}])
         self.__dict__["_prints_tools"] = True  # so that the probe itself may render them
         try:
-            return name in self.render((Message("tools", told), *ASKED), generation_prompt=True)
+            return name in self.render((Message("tools", tools), *ASKED), generation_prompt=True)
         finally:
             del self.__dict__["_prints_tools"]
 
@@ -166,15 +166,15 @@ class Encoder:
         stop = str(self.tokenizer.convert_ids_to_tokens(turn.stop))
         return text.removesuffix(turn.end.removesuffix(stop))
 
-    def own_ids(self, prompt: Text, answer: Text, how: Sampled) -> tuple[int, ...]:
+    def own_ids(self, prompt: Text, answer: Text, sampled: Sampled) -> tuple[int, ...]:
         """The tokens that a model wrote, where they are this tokenizer's; UserError for others'."""
-        if not how.ids or how.tokenizer != self.fingerprint:
+        if not sampled.ids or sampled.tokenizer != self.fingerprint:
             return ()
         text = answer if isinstance(answer, str) else answer[0].content
-        if max(how.ids) >= len(self.tokenizer) or self.said(prompt, how.ids) != text:
-            told = f"the answer {text[:40]!r} is not the text of its token ids; "
-            raise UserError(told + "leave its ids out where the text was changed")
-        return how.ids
+        if max(sampled.ids) >= len(self.tokenizer) or self.said(prompt, sampled.ids) != text:
+            problem = f"the answer {text[:40]!r} is not the text of its token ids; "
+            raise UserError(problem + "leave its ids out where the text was changed")
+        return sampled.ids
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(
@@ -235,10 +235,10 @@ class Encoder:
             _ = self.turn
         asked = self.prompt(prompt)
         texts = [
-            asked + self.with_tail(own, chat=not isinstance(prompt, str) and not how.cut)
-            if (own := self.own_ids(prompt, answer, how))
-            else self._whole(prompt, answer, not how.cut)
-            for answer, how in zip(answers, sampled, strict=True)
+            asked + self.with_tail(own, chat=not isinstance(prompt, str) and not sample.cut)
+            if (own := self.own_ids(prompt, answer, sample))
+            else self._whole(prompt, answer, not sample.cut)
+            for answer, sample in zip(answers, sampled, strict=True)
         ]
         columns = zip(asked, *(text[:-1] for text in texts), strict=False)  # the shortest's length
         shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -278,13 +278,13 @@ class Encoder:
         whole = self.render(messages[: turns[-1] + 1], generation_prompt=False)
         ids: list[int] = []
         mask: list[bool] = []
-        prompt, done = 0, ""
+        prompt, printed = 0, ""
         for at in turns:
             begun = self.render(messages[:at], generation_prompt=True)
             ended = self.render(messages[: at + 1], generation_prompt=False)
             regular = ended.endswith(self.turn.end + self.turn.rest)
             ended = ended.removesuffix(self.turn.rest)
-            if not (regular and begun.startswith(done) and ended.startswith(begun)) or not (
+            if not (regular and begun.startswith(printed) and ended.startswith(begun)) or not (
                 whole.startswith(ended)
             ):
                 raise UserError(
@@ -292,19 +292,19 @@ class Encoder:
                     "(as templates that strip thinking do), so the turns cannot be trained in one "
                     "piece; give rows with one assistant turn, or mend the template"
                 )
-            context, turn = begun[len(done) :], self._turn_ids(ended[len(begun) :])
-            asked = self.continued(context) if done else self.ids(context)
+            context, turn = begun[len(printed) :], self._turn_ids(ended[len(begun) :])
+            asked = self.continued(context) if printed else self.ids(context)
             prompt = prompt or len(asked)
             ids += asked + turn
             mask += [False] * len(asked) + [messages[at].trained] * len(turn)
-            done = ended
+            printed = ended
         return ids[:prompt], ids[prompt:], mask[prompt:]
 
 
 def _cut(text: str, content: str) -> str:
     """A rendered chat up to its last content, which the template may have stripped."""
     for said in (content, content.rstrip(), content.strip()):
-        before, found, _ = text.rpartition(said)
-        if said and found:
-            return before + found
+        before, printed, _ = text.rpartition(said)
+        if said and printed:
+            return before + printed
     return text

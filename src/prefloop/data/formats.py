@@ -70,18 +70,18 @@ def load(source: str, kind: Kind, counts: RowCounts, chat: bool = False) -> list
 
     for where, row in rows_of(source, bad):
         try:
-            found = parse_row(row, where, kind, chat)
+            parsed = parse_row(row, where, kind, chat)
         except UserError as error:
             bad(where, error)
             continue
-        counts.read += max(1, len(found))
+        counts.read += max(1, len(parsed))
         for note in notes(row, kind):
             counts.note(note)
-        records += [item for item in found if not isinstance(item, str)]
-        for item in found:
+        records += [item for item in parsed if not isinstance(item, str)]
+        for item in parsed:
             if isinstance(item, Conversation) and item.messages[-1].role != "assistant":
                 counts.note("turns after the last answer not used")
-        for reason in found:
+        for reason in parsed:
             if isinstance(reason, str):
                 counts.drop(reason)
     if not records:
@@ -100,10 +100,10 @@ def parse_row(row: Row, where: str, kind: Kind, chat: bool = False) -> Sequence[
     """The records of one row; a string is the reason why the row gives none."""
     check_columns(row, kind, where)
     before = head(row, where)
-    found = _parsed(row, where, kind)
+    parsed = _parsed(row, where, kind)
     if chat:
-        found = [item if isinstance(item, str) else as_chat(item) for item in found]
-    return [_placed(item, before, where) for item in found] if before else found
+        parsed = [item if isinstance(item, str) else as_chat(item) for item in parsed]
+    return [_placed(item, before, where) for item in parsed] if before else parsed
 
 
 def _placed(item: Record | str, before: tuple[Message, ...], where: str) -> Record | str:
@@ -172,8 +172,8 @@ def _parsed(row: Row, where: str, kind: Kind) -> Sequence[Record | str]:
             Unpaired(pair.prompt, answer, label, where, pair.sampled[place : place + 1])
             for place, (answer, label) in enumerate(answers)
         ]
-    found = [f"`{name}`" + (" (null)" if row[name] is None else "") for name in row]
-    columns = ", ".join(found) or "none"
+    names = [f"`{name}`" + (" (null)" if row[name] is None else "") for name in row]
+    columns = ", ".join(names) or "none"
     raise UserError(f"{where}: columns {columns}; {kind} rows need {ACCEPTED[kind]}")
 
 

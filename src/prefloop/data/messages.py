@@ -56,10 +56,10 @@ def decoded(value: object, name: str, where: str) -> object:
     if not isinstance(value, str):
         return value
     listed = _listed(value, name, where)
-    found = _literal(value) if listed is value else listed
-    if isinstance(found, str):
+    literal = _literal(value) if listed is value else listed
+    if isinstance(literal, str):
         raise UserError(f"{where}: `{name}` must be a list (in CSV: as JSON)")
-    return found
+    return literal
 
 
 def _literal(value: str) -> Any:
@@ -79,14 +79,14 @@ def _listed(value: str, name: str, where: str) -> Any:
         return value
     array = ARRAY.fullmatch(value)
     bare = (array[1] if array else value).strip()
-    found = _literal(bare)
-    if isinstance(found, str) and found != bare:  # quoted once more
-        return _listed(found, name, where)
-    items = [found] if isinstance(found, dict) else found
+    literal = _literal(bare)
+    if isinstance(literal, str) and literal != bare:  # quoted once more
+        return _listed(literal, name, where)
+    items = [literal] if isinstance(literal, dict) else literal
     objects = isinstance(items, list | tuple) and all(isinstance(item, dict) for item in items)
     if objects:
         role = str(items[0].get("role", items[0].get("from"))).lower()
-        message = isinstance(found, list | tuple) or role in ROLES or role in FOREIGN_ROLES
+        message = isinstance(literal, list | tuple) or role in ROLES or role in FOREIGN_ROLES
         if message and any(item.keys() >= set(pair) for item in items for pair in PAIRS):
             return list(items)
     if objects or bare[0] == "{":
@@ -144,9 +144,11 @@ def _content(value: object, field: str, where: str) -> str:
         what = "null" if value is None else "an empty list"
         raise UserError(f"{where}: `{field}` is {what}; write its text, or remove the message")
     if isinstance(value, str) and PARTS.match(value):
-        found = _literal(value)
-        whole = isinstance(found, list) and all(isinstance(p, dict) and "type" in p for p in found)
-        value = found if whole else value
+        literal = _literal(value)
+        whole = isinstance(literal, list) and all(
+            isinstance(p, dict) and "type" in p for p in literal
+        )
+        value = literal if whole else value
     if not isinstance(value, list):
         return string(value, field, where, "a string, or a list of text parts")
     parts = []
@@ -177,18 +179,18 @@ def _is_trained(item: Mapping[str, Any], field: str, where: str) -> bool:
 
 def head(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """What a row's `tools` and `system` columns put before its messages."""
-    found = []
+    before = []
     tools = _without_nulls(row.get(TOOLS))
     if isinstance(tools, str) and tools.strip():
         tools = _without_nulls(decoded(tools, TOOLS, where))
     if not is_empty(tools):
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise UserError(f"{where}: `tools` must be a list of objects, as chat templates take")
-        found.append(Message(TOOLS, json.dumps(tools, ensure_ascii=False)))
+        before.append(Message(TOOLS, json.dumps(tools, ensure_ascii=False)))
     for name in HEADS:
         if not is_empty(row.get(name)):
-            found.append(Message("system", string(row[name], name, where)))
-    return tuple(found)
+            before.append(Message("system", string(row[name], name, where)))
+    return tuple(before)
 
 
 def with_head(prompt: Text, before: tuple[Message, ...], where: str) -> Text:
@@ -224,20 +226,20 @@ def notes(row: Mapping[str, Any], kind: str) -> set[str]:
     read = {*form, *HEADS, TOOLS, *columns.ANSWERS, "labeller"}
     read |= {"prompt"} if "chosen" in form else set()
     read |= {"margin"} if kind == "preference" else set()
-    found = set()
+    remarks = set()
     for name in ("completion_ids", "chosen_ids", "rejected_ids"):
         if not is_empty(row.get(name)) and is_empty(row.get("tokenizer")):
-            found.add(f"column `{name}` not used: no `tokenizer` says whose tokens they are")
+            remarks.add(f"column `{name}` not used: no `tokenizer` says whose tokens they are")
     for name, value in row.items():
         if name in read or is_empty(value):
             continue
         gone = kind != "prompt" or columns.of_answers(name)
         answer = ", not taken for an answer" if columns.like_answers(name) else ""
-        found.add(f"column `{name}` " + ("not used" if gone else f"carried along{answer}"))
+        remarks.add(f"column `{name}` " + ("not used" if gone else f"carried along{answer}"))
     used = (row.get(name) for name in columns.TEXTS if name in read)
     for message in (item for value in used for item in _objects(value)):
-        found.update(_notes_of_message(message))
-    return found
+        remarks.update(_notes_of_message(message))
+    return remarks
 
 
 def _objects(value: object) -> Iterator[dict[str, Any]]:

@@ -24,22 +24,22 @@ def samples(row: Row, where: str, *names: str) -> tuple[Sampled, ...]:
 
 def samples_of_list(row: Row, where: str, count: int) -> tuple[Sampled, ...]:
     """Of `completions`, by `completion_ids` and `finish_reasons`."""
-    found: list[list[Any]] = []
+    columns: list[list[Any]] = []
     for name in ("finish_reasons", "completion_ids"):
         value = decoded(row.get(name), name, where)
         if value is None:
             value = [None] * count
         if not isinstance(value, list) or len(value) != count:
             raise UserError(f"{where}: `{name}` must hold one entry for each of {count} answers")
-        found.append(value)
-    return _samples(found[0], found[1], row, where)
+        columns.append(value)
+    return _samples(columns[0], columns[1], row, where)
 
 
 def _samples(reasons: list[Any], ids: list[Any], row: Row, where: str) -> tuple[Sampled, ...]:
     if all(value is None for value in (*reasons, *ids)):
         return ()
     tokenizer = str(row.get("tokenizer") or "")
-    found = []
+    sampled = []
     for reason, tokens in zip(reasons, ids, strict=True):
         if reason is not None and reason not in REASONS:
             raise UserError(f"{where}: a finish reason is {reason!r}; give stop or length")
@@ -48,5 +48,5 @@ def _samples(reasons: list[Any], ids: list[Any], row: Row, where: str) -> tuple[
             raise UserError(f"{where}: token ids must be a list of whole numbers an answer")
         known = tuple(tokens) if tokens and FINGERPRINT.fullmatch(tokenizer) else ()
         ended = None if reason is None else REASONS[reason]
-        found.append(Sampled(ended, known, tokenizer if known else ""))
-    return tuple(found)
+        sampled.append(Sampled(ended, known, tokenizer if known else ""))
+    return tuple(sampled)

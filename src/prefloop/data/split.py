@@ -57,5 +57,5 @@ def split_by_prompt(
 
 
 def _prompt_key(record: Record, seed: int) -> bytes:
-    told = json.dumps([seed, text_to_json(prompt_of(record))])
-    return blake2b(told.encode(), digest_size=16).digest()
+    key = json.dumps([seed, text_to_json(prompt_of(record))])
+    return blake2b(key.encode(), digest_size=16).digest()

@@ -102,23 +102,23 @@ class TemplateAudit:
             return [unfit, f"answers end with {self.stop_token}"]
         stop = "the stop token is NOT trained: models will not learn to stop; use a template that "
         stop += "ends a turn with a special token" if self.chat else "a tokenizer with an EOS token"
-        told = [f"{name}: answers end with {self.stop_token}, trained"]
-        told = told if self.stop_token_trained else [f"warning: {name}: {stop}"]
+        report = [f"{name}: answers end with {self.stop_token}, trained"]
+        report = report if self.stop_token_trained else [f"warning: {name}: {stop}"]
         if self.stop_token_trained and not self.stop_is_eos:
-            told.append("it is not the tokenizer's EOS: list it in generation_config.json too")
+            report.append("it is not the tokenizer's EOS: list it in generation_config.json too")
         if self.double_bos:
-            told.append("warning: prompts begin with two BOS; remove one from the chat template")
+            report.append("warning: prompts begin with two BOS; remove one from the chat template")
         else:
-            told.append(f"BOS: {'none' if self.bos == 'none' else f'once, from the {self.bos}'}")
+            report.append(f"BOS: {'none' if self.bos == 'none' else f'once, from the {self.bos}'}")
         if self.answer_head:
-            told.append(
+            report.append(
                 f"answers begin with {self.answer_head!r}, printed by the template, trained"
             )
         if not self.keeps_turns:
-            told.append("warning: the template rewrites earlier turns: no multi-turn `messages`")
+            report.append("warning: the template rewrites earlier turns: no multi-turn `messages`")
         if self.pad_is_stop:
-            told.append("padding is the stop token: ends are found by length, not by padding")
-        return told
+            report.append("padding is the stop token: ends are found by length, not by padding")
+        return report
 
 
 # --- single texts --------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def encode_answers(
         return tuple(asked), tuple(map(tuple, answers))
     pairs = zip(texts, sampled, strict=True)
     own = (
-        encoder.own_ids(prompt, t, how) or encoder.answer(prompt, t, not how.cut)
-        for t, how in pairs
+        encoder.own_ids(prompt, t, sample) or encoder.answer(prompt, t, not sample.cut)
+        for t, sample in pairs
     )
     return tuple(encoder.prompt(prompt)), tuple(map(tuple, own))
 

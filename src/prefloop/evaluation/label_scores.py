@@ -53,14 +53,16 @@ def run(config: LabelScoreConfig) -> dict[str, Any]:
             )
             for task, group in tasks.items()
         }
-        told = {"project": config.project, "answers": len(answers), "tasks": len(tasks)}
+        summary = {"project": config.project, "answers": len(answers), "tasks": len(tasks)}
         with store.write() as t:
             put_scores(t, scores, orders)
             set_strategy(t, project_id, config.strategy)
-            t.log("score", None, **told, models=list(config.reward_model), strategy=config.strategy)
+            t.log(
+                "score", None, **summary, models=list(config.reward_model), strategy=config.strategy
+            )
     finally:
         store.close()
-    return told
+    return summary
 
 
 def _scores(

@@ -95,16 +95,16 @@ def read_run(directory: Path) -> RunRecord | None:
 
 
 def _read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    found: dict[str, tuple[list[int], list[float]]] = {}
+    series: dict[str, tuple[list[int], list[float]]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
         row = json.loads(line)
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
-                steps, values = found.setdefault(name, ([], []))
+                steps, values = series.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(float(value))
-    return found
+    return series
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -201,11 +201,11 @@ def terminal_table(comparison: Comparison) -> Table:
     title = f"{comparison.prompts} held-out prompts"
     layout: dict[str, Any] = {"caption_justify": "left", "box": SIMPLE, "padding": (0, 1)}
     table = Table(title=title, caption=as_is(caption), **layout)
-    told = columns(comparison)[:-1]
-    for heading in ("Way", *(column.heading for column in told)):
+    shown = columns(comparison)[:-1]
+    for heading in ("Way", *(column.heading for column in shown)):
         table.add_column(as_is(heading), overflow="fold")
     for way in comparison.ways:
-        cells = (column.cell(way).replace(" [", "\n[") for column in told)
+        cells = (column.cell(way).replace(" [", "\n[") for column in shown)
         table.add_row(*map(as_is, (way.name, *cells)))
     return table
 

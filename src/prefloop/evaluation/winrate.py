@@ -93,7 +93,7 @@ def _read_answers(path: Path, chat: bool = False) -> dict[str, list[tuple[str, b
 
     An answer is its text and whether it ended, as finish reasons say.
     """
-    found: dict[str, list[tuple[str, bool, Prompt]]] = {}
+    by_prompt: dict[str, list[tuple[str, bool, Prompt]]] = {}
     for row in load(str(path), "prompt", RowCounts(), chat):
         texts = row.extra.get("completions", [row.extra.get("completion")])
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -102,11 +102,13 @@ def _read_answers(path: Path, chat: bool = False) -> dict[str, list[tuple[str, b
                 "`completion` (a text) or `completions` (a list of texts)"
             )
         if "completions" in row.extra:
-            how = samples_of_list(row.extra, row.where, len(texts))
+            sampled = samples_of_list(row.extra, row.where, len(texts))
         else:
-            how = samples(row.extra, row.where, "completion")
+            sampled = samples(row.extra, row.where, "completion")
         others = {k: v for k, v in row.extra.items() if k not in ("completion", "completions")}
-        said = found.setdefault(json.dumps([text_to_json(row.prompt), tools_of(row.prompt)]), [])
+        said = by_prompt.setdefault(
+            json.dumps([text_to_json(row.prompt), tools_of(row.prompt)]), []
+        )
         own = replace(row, extra=others)
-        said += [(text, not (how and how[i].cut), own) for i, text in enumerate(texts)]
-    return found
+        said += [(text, not (sampled and sampled[i].cut), own) for i, text in enumerate(texts)]
+    return by_prompt

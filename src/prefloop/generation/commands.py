@@ -237,8 +237,11 @@ def _check_carried(prompts: Sequence[Prompt]) -> None:
             for counts, of in ((gone, of_answers), (kept, like_answers)):
                 if of(name):
                     counts[name] = counts.get(name, 0) + 1
-    told = "columns of former answers, not carried along", "columns carried along, answers by name"
-    for what, counts in zip(told, (gone, kept), strict=True):
+    headings = (
+        "columns of former answers, not carried along",
+        "columns carried along, answers by name",
+    )
+    for what, counts in zip(headings, (gone, kept), strict=True):
         if counts:
             listed = ", ".join(f"{shown(name)} ({rows} rows)" for name, rows in counts.items())
             print(f"{what}: {listed}", file=sys.stderr)

@@ -66,17 +66,17 @@ class Engine:
     ) -> list[list[Sample]]:
         """See RolloutEngine; `on_tokens` is shown each step's tokens [B], in the slots' order."""
         self._check(prompts, n, sampling)
-        done: dict[tuple[int, int], Sample] = {}
+        samples: dict[tuple[int, int], Sample] = {}
         new_drawn = partial(
             Drawn, sampling, seed, numbers or range(len(prompts)), self.model.device, on_tokens
         )
         loop = self._packed if self.model.packed else self._padless
         with self._inference() as live:
             for sample in loop(live, prompts, n, new_drawn):
-                done[sample.prompt_index, sample.sample_index] = sample
+                samples[sample.prompt_index, sample.sample_index] = sample
                 if on_done is not None:
                     on_done(sample)
-        return [[done[index, number] for number in range(n)] for index in range(len(prompts))]
+        return [[samples[index, number] for number in range(n)] for index in range(len(prompts))]
 
     def sync(self, model: LoadedModel, version: int) -> None:
         """See RolloutEngine; nothing is copied, so weights changed in place are seen anyway."""
@@ -149,7 +149,7 @@ class Engine:
             slots.admit(admitted)
         # 2. Every slot draws a token; the answers that end with it are handed out.
         tokens, ended = slots.drawn.step(live.logits(torch.cat(slots.hidden)))
-        done = [
+        samples = [
             slots.drawn.sample(slot, scheduler.active[slot], self.weights_version) for slot in ended
         ]
         # 3. The last slots fill the holes, so that the active ones stand first.
@@ -161,7 +161,7 @@ class Engine:
             places = slots.lengths[:count].clone()
             slots.hidden = [slots.decode(tokens[:count], places, scheduler.longest)]
             slots.lengths[:count] += 1
-        return done
+        return samples
 
     def _prefill(self, live: Live, indices: Sequence[int], prompts: Prompts) -> Prefill:
         """Computes these prompts as one packed stream."""
@@ -215,13 +215,13 @@ def _decode(
 
 def _cast_by_autocast(module: nn.Module, packed: Packed) -> list[nn.Parameter]:
     """Frozen float32 parameters of the layers that multiply by them, but for packed ones."""
-    found: list[nn.Parameter] = []
+    parameters: list[nn.Parameter] = []
     for part in module.modules():
         own = list(part.parameters(recurse=False))
         if part in packed.layers or isinstance(part, nn.Embedding) or all(p.ndim < 2 for p in own):
             continue
-        found += [p for p in own if p.dtype == torch.float32 and not p.requires_grad]
-    return found
+        parameters += [p for p in own if p.dtype == torch.float32 and not p.requires_grad]
+    return parameters
 
 
 def in_process(config: EngineConfig, model: LoadedModel) -> RolloutEngine:

@@ -51,7 +51,7 @@ def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
         return Packed(model.base, head)
     forward = forward_of(model.base, model.lean)
     groups = forward.groups if isinstance(forward, Stack) else []
-    done: set[nn.Module] = set()
+    served: set[nn.Module] = set()
     joined, single = {}, {}
     alone: list[Any] = [head]
     # 1. Layers that a Stack multiplies by, and the head.
@@ -60,22 +60,22 @@ def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
         alone.append(getattr(group.part, group.after))
         if _joinable(layers):
             joined[group.part] = _joined(layers, dtype)
-            done.update(layers)
+            served.update(layers)
         else:
             alone += layers
     for layer in alone:
-        if (found := _single(layer, dtype)) is not None:
-            single[layer] = found
-            done.update(layer.modules())
+        if (linear := _single(layer, dtype)) is not None:
+            single[layer] = linear
+            served.update(layer.modules())
     linears = Linears(single, joined)
     # 2. Layers that modules call.
-    left: list[Any] = [x for x in model.base.modules() if _is_plain(x) and x not in done]
+    left: list[Any] = [x for x in model.base.modules() if _is_plain(x) and x not in served]
     weights = sum(p.numel() for p in model.base.parameters())
     if sum(map(_size, left)) < FEW * weights or not _can_be_copied(model.base):
-        return Packed(model.base, linears.of(head), linears, frozenset(done))
+        return Packed(model.base, linears.of(head), linears, frozenset(served))
     others = [layer for layer in left if not must_be_called(layer)]
     base, linears = _copy(model.base, linears, {x: _PackedLinear(x, dtype) for x in others})
-    return Packed(base, single.get(head, head), linears, frozenset({*done, *others}))
+    return Packed(base, single.get(head, head), linears, frozenset({*served, *others}))
 
 
 class _PackedLinear(nn.Linear):
@@ -152,14 +152,14 @@ def _single(layer: Any, dtype: torch.dtype) -> Linear | None:
         return None
     if _is_plain(layer):
         return _packed(layer.weight, layer.bias, dtype)
-    found = adapters.low_rank(layer)
-    if found is None:
+    adapted = adapters.low_rank(layer)
+    if adapted is None:
         return None
-    layers: list[Any] = [found.base, *found.halves]
+    layers: list[Any] = [adapted.base, *adapted.halves]
     if not all(_is_plain(part) and not must_be_called(part) for part in layers):
         return None
     base, *halves = (_packed(x.weight, x.bias, dtype) for x in layers)
-    added = list(zip(halves[::2], halves[1::2], found.scales, strict=True))
+    added = list(zip(halves[::2], halves[1::2], adapted.scales, strict=True))
 
     def forward(x: Tensor) -> Tensor:
         output = base(x)

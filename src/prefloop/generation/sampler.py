@@ -89,12 +89,12 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     block = _first_beyond(ends, target)
     within = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]]
     target = (target - (ends - sums).gather(-1, block)).clamp_(min=0)
-    found = block * BLOCK + _first_beyond(within.cumsum(-1), target)
-    return found.clamp_(max=count - 1)  # not-a-number is past the end
+    indices = block * BLOCK + _first_beyond(within.cumsum(-1), target)
+    return indices.clamp_(max=count - 1)  # not-a-number is past the end
 
 
 def _first_beyond(cumulative: Tensor, target: Tensor) -> Tensor:
     """[B, 1]: where sums [B, N] first exceed targets [B, 1], which may have been rounded up."""
     most = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
-    found = torch.searchsorted(cumulative, torch.minimum(target, most), right=True)
-    return found.clamp_(max=cumulative.shape[-1] - 1)
+    indices = torch.searchsorted(cumulative, torch.minimum(target, most), right=True)
+    return indices.clamp_(max=cumulative.shape[-1] - 1)

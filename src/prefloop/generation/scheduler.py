@@ -67,9 +67,9 @@ class Scheduler:
 
     def finish(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
         """Frees slots; the last active ones move from `sources` to `targets` to fill the holes."""
-        done, left = set(slots), len(self.active) - len(slots)
+        finished, left = set(slots), len(self.active) - len(slots)
         targets = [slot for slot in slots if slot < left]
-        sources = [slot for slot in range(left, len(self.active)) if slot not in done]
+        sources = [slot for slot in range(left, len(self.active)) if slot not in finished]
         for source, target in zip(sources, targets, strict=True):
             self.active[target], self.origins[target] = self.active[source], self.origins[source]
         del self.active[left:], self.origins[left:]

@@ -80,10 +80,10 @@ def next_assignment(store: Store, labeller_id: int) -> Assignment | None:
             settings = project["settings"]
             # 3. Gold, repeat or real.
             draw = Random(f"{settings['seed']}:{labeller_id}:{number}")
-            found = _choose(t, project["id"], settings, labeller_id, draw)
-            if found is None:
+            choice = _choose(t, project["id"], settings, labeller_id, draw)
+            if choice is None:
                 continue
-            task_id, count, strategy = found
+            task_id, count, strategy = choice
             # 4. The lease, with the order of the answers.
             order = list(range(count))
             Random(f"{settings['seed']}:{task_id}:{labeller_id}").shuffle(order)
@@ -158,8 +158,8 @@ def submit(store: Store, labeller_id: int, assignment_id: int, said: Judgement) 
         if taken:
             _write(t, held, said)
         else:
-            told = {"assignment_id": assignment_id, "tiers": said.tiers}
-            t.log("stale lease", labeller_id, **told, comment=said.comment)
+            details = {"assignment_id": assignment_id, "tiers": said.tiers}
+            t.log("stale lease", labeller_id, **details, comment=said.comment)
     if not taken:
         raise Refused("stale-lease")
     return int(held["version"]) + 1

@@ -83,19 +83,19 @@ def run(config: LabelExportConfig) -> dict[str, Any]:
                 for side in sides
             )
         # 3. Write.
-        result = {"output": str(config.output), "rows": len(rows), **_told(counts)}
+        result = {"output": str(config.output), "rows": len(rows), **_counted(counts)}
         write_jsonl(config.output, rows)
         if held_out:
             path = _eval_path(config.output)
             write_jsonl(path, held_out)
             result |= {"eval_output": str(path), "eval_rows": len(held_out)}
         with store.write() as t:
-            told = {"form": config.form, "consensus": config.consensus, **result}
-            t.log("export", None, project=config.project, exclude=list(config.exclude), **told)
+            details = {"form": config.form, "consensus": config.consensus, **result}
+            t.log("export", None, project=config.project, exclude=list(config.exclude), **details)
     return result
 
 
-def _told(counts: RowCounts) -> dict[str, Any]:
+def _counted(counts: RowCounts) -> dict[str, Any]:
     return {"annotations": counts.read, "used": counts.used, "left_out": dict(counts.dropped)}
 
 
@@ -122,8 +122,8 @@ def _wait(store: Store, project: str, seconds: float) -> None:
         if now.unsettled == 0:
             return
         if now != before:
-            told = f"waiting for labels: {now.done} of {now.needed}, {now.unsettled} tasks open"
-            print(told, file=sys.stderr, flush=True)
+            progress = f"waiting for labels: {now.done} of {now.needed}, {now.unsettled} tasks open"
+            print(progress, file=sys.stderr, flush=True)
         before = now
         time.sleep(seconds)
 
@@ -158,8 +158,8 @@ def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | U
     if kind == "preference":
         return [decision.ranking for decision in decided]
     rows = [(d.ranking.where, row) for d in decided for row in form_rows("kto", d, counts)]
-    found = [record for where, row in rows for record in parse_row(row, where, "unpaired")]
-    return [record for record in found if isinstance(record, Unpaired)]
+    parsed = [record for where, row in rows for record in parse_row(row, where, "unpaired")]
+    return [record for record in parsed if isinstance(record, Unpaired)]
 
 
 def store_rows(address: str, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,8 +183,8 @@ def read_prompts(address: str, counts: RowCounts) -> list[Prompt]:
     records = []
     for number, (prompt, extra) in sorted(stored.items()):
         where = f"{address}: prompt {number}"
-        found = parse_row({**(extra or {}), "prompt": prompt}, where, "prompt")
-        records += [record for record in found if isinstance(record, Prompt)]
+        parsed = parse_row({**(extra or {}), "prompt": prompt}, where, "prompt")
+        records += [record for record in parsed if isinstance(record, Prompt)]
     return records
 
 
@@ -203,7 +203,7 @@ def decisions(
     by_task = [list(group) for _, group in groupby(said, key=lambda a: a.task_id)]
     weight = _weights(by_task) if consensus == "dawid-skene" else lambda name: 1.0
     # 2. One decision an annotation, or one a task.
-    found: list[Decision] = []
+    decided: list[Decision] = []
     for group in by_task:
         adjudicated = [a for a in group if a.strategy == "adjudication"]
         chosen = adjudicated[-1:] or group
@@ -219,13 +219,13 @@ def decisions(
                 assert a.tiers is not None
                 ranking = _ranking(row, a.tiers, where)
                 ratings, name = a.ratings, a.labeller
-                found.append(Decision(ranking, name, a.confidence, a.all_bad, ratings))
+                decided.append(Decision(ranking, name, a.confidence, a.all_bad, ratings))
         else:
-            found.append(_together(row, chosen, weight, where))
+            decided.append(_together(row, chosen, weight, where))
         counts.used += len(chosen)
-    if not found:
+    if not decided:
         raise UserError(f"project {project}: nothing to use: {counts.summary()}; label some tasks")
-    return found
+    return decided
 
 
 def _kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
@@ -253,9 +253,9 @@ def _answer_columns(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _ranking(row: Mapping[str, Any], tiers: Sequence[Sequence[int]], where: str) -> Ranking:
-    found = parse_row({**row, "tiers": [list(t) for t in tiers]}, where, "preference")[0]
-    assert isinstance(found, Ranking)
-    return found
+    ranking = parse_row({**row, "tiers": [list(t) for t in tiers]}, where, "preference")[0]
+    assert isinstance(ranking, Ranking)
+    return ranking
 
 
 def _together(
@@ -305,15 +305,15 @@ def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[st
     ranking = decision.ranking
     prompt, answers = ranking.prompt, ranking.completions
     if form == "rankings":
-        told = {"labeller": decision.labeller} if decision.labeller else {}
+        origin = {"labeller": decision.labeller} if decision.labeller else {}
         sure = {"confidence": decision.confidence} if decision.confidence else {}
-        return [to_json(ranking) | told | sure]
-    how = ranking.sampled or (Sampled(),) * len(answers)
+        return [to_json(ranking) | origin | sure]
+    sampled = ranking.sampled or (Sampled(),) * len(answers)
     rows: list[dict[str, object]] = []
     if form == "kto":
         for i, label in enumerate(_labels(decision, counts)):
-            if label is not None and _readable([answers[i]], [how[i]], counts):
-                rows.append(to_json(Unpaired(prompt, answers[i], label, sampled=(how[i],))))
+            if label is not None and _readable([answers[i]], [sampled[i]], counts):
+                rows.append(to_json(Unpaired(prompt, answers[i], label, sampled=(sampled[i],))))
         return rows
     if not ranking.pairs():
         counts.drop("ranking whose answers all tie (gives no pairs)")
@@ -322,8 +322,8 @@ def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[st
             pair = answers[w], answers[l]
             if pair[0] == pair[1]:
                 counts.drop("pair of equal answers")
-            elif _readable(pair, (how[w], how[l]), counts):
-                rows.append(to_json(Comparison(prompt, *pair, sampled=(how[w], how[l]))))
+            elif _readable(pair, (sampled[w], sampled[l]), counts):
+                rows.append(to_json(Comparison(prompt, *pair, sampled=(sampled[w], sampled[l]))))
         return rows
     return [
         {"chosen": _transcript(prompt, answers[w]), "rejected": _transcript(prompt, answers[l])}
@@ -331,9 +331,9 @@ def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[st
     ]
 
 
-def _readable(answers: Sequence[Text], how: Sequence[Sampled], counts: RowCounts) -> bool:
+def _readable(answers: Sequence[Text], sampled: Sequence[Sampled], counts: RowCounts) -> bool:
     """Whether training would take the answers; counted where not."""
-    for answer, one in zip(answers, how, strict=True):
+    for answer, one in zip(answers, sampled, strict=True):
         text = answer if isinstance(answer, str) else answer[0].content
         if not (text.strip() or one.finish_reason or one.ids):
             counts.drop("empty answer that nothing says was sampled")
@@ -349,17 +349,19 @@ def _labels(decision: Decision, counts: RowCounts) -> list[bool | None]:
     """
     tiers, count = decision.ranking.tiers, len(decision.ranking.completions)
     if decision.ratings is not None:
-        found = [True if r >= GOOD else False if r <= BAD else None for r in decision.ratings]
+        labels = [True if r >= GOOD else False if r <= BAD else None for r in decision.ratings]
     elif decision.all_bad:
-        found = [False] * count
+        labels = [False] * count
     elif len(tiers) == 1:
-        found = [None] * count
+        labels = [None] * count
     else:
-        found = [True if i in tiers[0] else False if i in tiers[-1] else None for i in range(count)]
-    for label in found:
+        labels = [
+            True if i in tiers[0] else False if i in tiers[-1] else None for i in range(count)
+        ]
+    for label in labels:
         if label is None:
             counts.drop("answer that is neither desirable nor undesirable")
-    return found
+    return labels
 
 
 def _transcript(prompt: Text, answer: Text) -> str:

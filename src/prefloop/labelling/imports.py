@@ -67,20 +67,20 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
         made = sum(_put(t, project_id, item, config, counts) for item in items)
         for prompt in waiting:
             t.put_prompt(project_id, text_to_json(prompt.prompt), prompt.extra)
-        told = {"tasks": made, "prompts": len(waiting), "dropped": counts.dropped}
-        t.log("import", None, project=config.project, data=config.data, **told)
-    return {"project": config.project, "rows": len(items) + len(waiting), **told}
+        summary = {"tasks": made, "prompts": len(waiting), "dropped": counts.dropped}
+        t.log("import", None, project=config.project, data=config.data, **summary)
+    return {"project": config.project, "rows": len(items) + len(waiting), **summary}
 
 
 def unanswered(address: str) -> list[Prompt]:
     """The prompts of `STORE#PROJECT` that have no answer yet; UserError where all have some."""
     place, name = split_address(address)
     with closing(Store(place, must_exist=True)) as store, store.read() as t:
-        found = unanswered_of(t, project_id_of(t, name))
-    if not found:
+        waiting = unanswered_of(t, project_id_of(t, name))
+    if not waiting:
         raise UserError(f"{address}: no prompt waits for answers; import prompts alone, first")
     records = []
-    for number, (prompt, extra) in enumerate(found, 1):
+    for number, (prompt, extra) in enumerate(waiting, 1):
         parsed = parse_row({"prompt": prompt, **extra}, f"{address}: prompt {number}", "prompt")
         records += [record for record in parsed if isinstance(record, Prompt)]
     return records
@@ -99,8 +99,8 @@ def add_samples(address: str, path: Path) -> dict[str, Any]:
     if project is None:
         return run(LabelImportConfig(store=place, project=name, data=str(path)))
     # Whatever the strategy, what was just sampled has no scores yet.
-    told = {"mode": project["mode"], **project["settings"], "strategy": "random"}
-    config = LabelImportConfig(store=place, project=name, data=str(path), **told)
+    settings = {"mode": project["mode"], **project["settings"], "strategy": "random"}
+    config = LabelImportConfig(store=place, project=name, data=str(path), **settings)
     return run(config, project["settings"])
 
 
@@ -137,10 +137,10 @@ def _item(row: Mapping[str, Any], where: str, config: LabelImportConfig) -> Item
         count = len(listed) if isinstance(listed, list) else 0
         tiers = row.get("tiers")
         given = tiers if tiers is not None else [list(range(count))]
-        found = parse_row({**row, "tiers": given}, where, "preference")
+        parsed = parse_row({**row, "tiers": given}, where, "preference")
     else:
-        found, tiers = parse_row(row, where, "preference"), [[0], [1]]
-    ranking = found[0]
+        parsed, tiers = parse_row(row, where, "preference"), [[0], [1]]
+    ranking = parsed[0]
     if not isinstance(ranking, Ranking):
         raise UserError(f"{where}: {ranking}; remove the row")
     _check_types(row, where)
@@ -272,8 +272,8 @@ def _distinct(values: Sequence[object]) -> list[int]:
 
 def _restricted(tiers: Sequence[Sequence[int]], group: Sequence[int]) -> list[list[int]]:
     """The order of some of the answers, by their places in `group`."""
-    found = [[group.index(i) for i in tier if i in group] for tier in tiers]
-    return [tier for tier in found if tier]
+    renumbered = [[group.index(i) for i in tier if i in group] for tier in tiers]
+    return [tier for tier in renumbered if tier]
 
 
 def _put_responses(

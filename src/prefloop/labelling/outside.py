@@ -79,14 +79,14 @@ def _argilla_answers(row: Row) -> list[tuple[str, str, Any]]:
 
 
 def _argilla_flat(row: Row) -> list[tuple[str, str, Any]]:
-    found: list[tuple[str, str, Any]] = []
+    verdicts: list[tuple[str, str, Any]] = []
     for name in row:
         if name.endswith(".responses"):
             values = row[name] or []
             users = row.get(f"{name}.users") or [None] * len(values)
             states = row.get(f"{name}.status") or ["submitted"] * len(values)
-            found += [(str(u), str(s), v) for u, s, v in zip(users, states, values, strict=True)]
-    return found
+            verdicts += [(str(u), str(s), v) for u, s, v in zip(users, states, values, strict=True)]
+    return verdicts
 
 
 def _argilla(

@@ -118,12 +118,12 @@ def measure(store: Store, project: str, seed: int = 0) -> Quality:
     )
 
 
-def _read(found: Iterable[Annotation]) -> _Data:
+def _read(annotations: Iterable[Annotation]) -> _Data:
     data = _Data()
     ranks, shown = [], []
     index: dict[str, int] = {}
     by_task: defaultdict[int, list[int]] = defaultdict(list)
-    for a in found:
+    for a in annotations:
         data.flags.update(str(flag["flag"]) for flag in a.flags)
         if a.strategy == "adjudication":
             continue
@@ -157,12 +157,12 @@ def _columns(pairs: Sequence[tuple[int, int]]) -> tuple[Ints, Ints]:
 
 def _agreement(data: _Data, first: Ints, second: Ints) -> Floats:
     """Pair agreement of two annotations each."""
-    found = np.zeros(len(first))
+    agreement = np.zeros(len(first))
     for count in np.unique(data.answers[first]):
         rows = data.answers[first] == count
         a, b = (ag.pair_signs(data.ranks[side[rows]][:, :count]) for side in (first, second))
-        found[rows] = ag.pair_agreement(a, b)
-    return found
+        agreement[rows] = ag.pair_agreement(a, b)
+    return agreement
 
 
 def _alpha(data: _Data, first: Ints, second: Ints, seed: int) -> Interval | None:
@@ -184,12 +184,12 @@ def _alpha(data: _Data, first: Ints, second: Ints, seed: int) -> Interval | None
 
 def _first_wins(data: _Data) -> Floats:
     """Of each annotation, by the order in which it was shown (`agreement.first_wins`)."""
-    found = np.zeros(len(data.said))
+    shares = np.zeros(len(data.said))
     for count in np.unique(data.answers):
         rows = data.answers == count
         as_shown = np.take_along_axis(data.ranks[rows], data.shown[rows][:, :count], axis=1)
-        found[rows] = ag.first_wins(as_shown)
-    return found
+        shares[rows] = ag.first_wins(as_shown)
+    return shares
 
 
 def _longer_wins(
@@ -235,7 +235,7 @@ def _records(data: _Data, agreed: Floats, shares: Floats) -> tuple[Record, ...]:
     accuracy = _accuracy(data)
     gold, consistency = _gold(data), _consistency(data)
     median = float(np.median(data.seconds[data.served])) if data.served.any() else 0.0
-    found = []
+    records = []
     for number, name in enumerate(data.names):
         mine = data.who == number
         served = mine & data.served
@@ -256,33 +256,33 @@ def _records(data: _Data, agreed: Floats, shares: Floats) -> tuple[Record, ...]:
             "seconds": float(np.median(data.seconds[served])) if served.any() else None,
             "fast": float((data.seconds[served] < FAST * median).mean()) if served.any() else None,
         }
-        found.append(Record(name=name, flags=tuple(_flags(values)), **values))
-    return tuple(sorted(found, key=lambda record: record.name))
+        records.append(Record(name=name, flags=tuple(_flags(values)), **values))
+    return tuple(sorted(records, key=lambda record: record.name))
 
 
 def _gold(data: _Data) -> dict[int, list[float]]:
     """For each labeller, agreement with gold on each pair that gold orders strictly, ties half."""
-    found: defaultdict[int, list[float]] = defaultdict(list)
+    agreements: defaultdict[int, list[float]] = defaultdict(list)
     for row, a in enumerate(data.said):
         if a.kind == "gold" and a.gold_tiers is not None:
             count = len(a.response_ids)
             ranks = np.array([data.ranks[row, :count], ag.ranks_of(a.gold_tiers, count)])
             said, gold = ag.pair_signs(ranks)
-            found[int(data.who[row])] += (1 - np.abs(said - gold) / 2)[gold != 0].tolist()
-    return found
+            agreements[int(data.who[row])] += (1 - np.abs(said - gold) / 2)[gold != 0].tolist()
+    return agreements
 
 
 def _consistency(data: _Data) -> dict[int, list[float]]:
     """For each labeller, pair agreement of each repeated task with the earlier annotation."""
     before = {(int(data.who[row]), a.task_id): row for row, a in enumerate(data.said)}
-    found: defaultdict[int, list[float]] = defaultdict(list)
+    agreements: defaultdict[int, list[float]] = defaultdict(list)
     for row, a in enumerate(data.said):
         who = int(data.who[row])
         if a.repeat_of is not None and (who, a.repeat_of) in before:
             rows = [row, before[who, a.repeat_of]]
             one, two = ag.pair_signs(data.ranks[rows][:, : len(a.response_ids)])
-            found[who].append(float(ag.pair_agreement(one[None], two[None])[0]))
-    return found
+            agreements[who].append(float(ag.pair_agreement(one[None], two[None])[0]))
+    return agreements
 
 
 def _flags(r: Mapping[str, Any]) -> Iterable[str]:
@@ -318,5 +318,5 @@ def disagreements(store: Store, project: str, most: int = 50) -> list[tuple[int,
     for row, agreed in zip(first, _agreement(data, first, second), strict=True):
         by_task[int(data.task[row])].append(float(agreed))
     sizes = Counter(a.task_id for a in data.said)
-    found = [(task, sum(v) / len(v), sizes[task]) for task, v in by_task.items() if min(v) < 1.0]
-    return sorted(found, key=lambda item: (item[1], item[0]))[:most]
+    disputed = [(task, sum(v) / len(v), sizes[task]) for task, v in by_task.items() if min(v) < 1.0]
+    return sorted(disputed, key=lambda item: (item[1], item[0]))[:most]

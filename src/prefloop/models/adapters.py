@@ -89,12 +89,12 @@ def _check_targets(
     layers = {layer for layer in layers if not any(_is_end(name, layer) for name in left_out)}
     for name in targets:
         if is_pattern(name):  # PEFT's: of the whole name
-            found = {layer for layer in layers if re.fullmatch(name, layer)}
+            hit = {layer for layer in layers if re.fullmatch(name, layer)}
         else:
-            found = {layer for layer in layers if _is_end(name, layer)}
-        if not found:
+            hit = {layer for layer in layers if _is_end(name, layer)}
+        if not hit:
             raise UserError(_no_such("--lora-targets", name, module, layers))
-        if found & _tied(module):
+        if hit & _tied(module):
             raise UserError(
                 f"--lora-targets {name}: {module.name_or_path} uses one weight for its embeddings "
                 "and its head, and an adapter would change only one of them; leave both out, or "
@@ -308,9 +308,9 @@ def base_path(path: str, config: PeftConfig) -> str:
             f"{path}: adapter_config.json names no base model; give base_model_name_or_path there"
         )
     beside = Path(path) / name
-    found = name if Path(name).exists() or not beside.exists() else str(beside)
-    require_there(found, f"{path}: its base model ")
-    return model_path(found)
+    base = name if Path(name).exists() or not beside.exists() else str(beside)
+    require_there(base, f"{path}: its base model ")
+    return model_path(base)
 
 
 def root_base(path: str) -> str:

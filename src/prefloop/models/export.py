@@ -86,8 +86,8 @@ def source_dtype(path: str) -> torch.dtype:
     """
     path = adapters.root_base(path)
     sizes = stored_types(path)
-    found = sizes.most_common(1)[0][0] if sizes else AutoConfig.from_pretrained(path).dtype
-    return found if found in KEPT else torch.float32
+    kind = sizes.most_common(1)[0][0] if sizes else AutoConfig.from_pretrained(path).dtype
+    return kind if kind in KEPT else torch.float32
 
 
 def _cast(module: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:

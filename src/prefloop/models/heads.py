@@ -167,15 +167,15 @@ class _SelectedLogProb(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         scores, targets, largest, log_sum = ctx.saved_tensors  # type: ignore[attr-defined]
         factor, rows = ctx.how  # type: ignore[attr-defined]
-        found = torch.empty_like(scores)
+        gradient = torch.empty_like(scores)
         grad = (grads[0] * factor).unsqueeze(-1)
-        whole = (scores, targets.unsqueeze(-1), largest, log_sum, grad, found)
+        whole = (scores, targets.unsqueeze(-1), largest, log_sum, grad, gradient)
         for part, target, top, total, weight, out in zip(
             *(x.split(rows) for x in whole), strict=True
         ):
             by_score = (at_least_float32(part) * factor).sub_(top).sub_(total).exp_()
             out.copy_(by_score.mul_(-weight).scatter_add_(-1, target, weight))
-        return found, None, None, None
+        return gradient, None, None, None
 
 
 class _FusedLogProb(torch.autograd.Function):
@@ -196,12 +196,12 @@ class _FusedLogProb(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         scores, targets = ctx.saved_tensors  # type: ignore[attr-defined]
         factor, rows = ctx.how  # type: ignore[attr-defined]
-        found = torch.empty_like(scores)
-        whole = (scores, targets.unsqueeze(-1), (grads[0] * factor).unsqueeze(-1), found)
+        gradient = torch.empty_like(scores)
+        whole = (scores, targets.unsqueeze(-1), (grads[0] * factor).unsqueeze(-1), gradient)
         for part, target, weight, out in zip(*(x.split(rows) for x in whole), strict=True):
             probs = torch.softmax(*_scaled(part, factor))
             out.copy_(probs.mul_(-weight).scatter_add_(-1, target, weight))
-        return found, None, None, None
+        return gradient, None, None, None
 
 
 def _scaled(scores: Tensor, factor: float) -> tuple[Tensor, int, torch.dtype]:

@@ -53,8 +53,8 @@ class LoadedModel:
     @property
     def base(self) -> nn.Module:
         """The Transformers model without its head."""
-        found: nn.Module = self.hf.base_model
-        return getattr(self.hf, "model", found) if found is self.hf else found
+        inner: nn.Module = self.hf.base_model
+        return getattr(self.hf, "model", inner) if inner is self.hf else inner
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -70,8 +70,8 @@ def _is_float32(rows: int, inner: int, columns: int, generator: torch.Generator)
         output = torch.nn.functional.linear(x, w)
         by_x, by_w = torch.autograd.grad(output, (x, w), g)
 
-    def near(found: Tensor, left: Tensor, right: Tensor) -> bool:
+    def near(product: Tensor, left: Tensor, right: Tensor) -> bool:
         exact = left.detach().double() @ right.detach().double()
-        return bool((found - exact).abs().max() <= FLOAT32_ERROR * exact.abs().max())
+        return bool((product - exact).abs().max() <= FLOAT32_ERROR * exact.abs().max())
 
     return near(output, x, w.T) and near(by_x, g, w) and near(by_w, g.T, x)

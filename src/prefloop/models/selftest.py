@@ -85,8 +85,8 @@ def _take_varlen(model: LoadedModel, batch: TokenBatch) -> None:
     bound = VARLEN_TOLERANCE * (plain - exact).norm()
     model.varlen = True
     try:
-        found = _states(model, batch, "bfloat16")
-        model.varlen = bool((found - exact).norm() <= bound)
+        states = _states(model, batch, "bfloat16")
+        model.varlen = bool((states - exact).norm() <= bound)
     except Exception as error:  # such as a width of heads that the kernel refuses
         log.debug("varlen attention: %r", error)
         model.varlen = False

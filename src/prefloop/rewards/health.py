@@ -59,25 +59,25 @@ def repeated_share(answer: Sequence[Hashable], n: int = 3) -> float:
 
 def signs(now: Vitals, sft: Vitals) -> list[Sign]:
     """The signs of reward hacking that `now` shows against `sft`."""
-    found = []
+    fired = []
     if now.proxy and sft.proxy and now.proxy.above(sft.proxy) and sft.gold.above(now.gold):
         text = (
             f"reward model {sft.proxy.mean:.2f} → {now.proxy.mean:.2f}, "
             f"judge {sft.gold.mean:.2f} → {now.gold.mean:.2f}"
         )
-        found.append(Sign("proxy up, judge down", text))
+        fired.append(Sign("proxy up, judge down", text))
     if now.kl.mean > KL_LIMIT:
-        found.append(Sign("KL", f"{now.kl.mean:.1f} nats > {KL_LIMIT:g}"))
+        fired.append(Sign("KL", f"{now.kl.mean:.1f} nats > {KL_LIMIT:g}"))
     if now.truncated > sft.truncated + TRUNCATION_RISE:
         text = f"{sft.truncated:.0%} → {now.truncated:.0%}, rise > {TRUNCATION_RISE:.0%}"
-        found.append(Sign("truncation", text))
+        fired.append(Sign("truncation", text))
     if now.distinct_2 < DISTINCT_FALL * sft.distinct_2:
         text = f"{sft.distinct_2:.2f} → {now.distinct_2:.2f}, below {DISTINCT_FALL:g} of SFT's"
-        found.append(Sign("distinct-2", text))
+        fired.append(Sign("distinct-2", text))
     if now.repeated > sft.repeated + REPEAT_RISE:
         text = f"{sft.repeated:.0%} → {now.repeated:.0%} of 3-grams, rise > {REPEAT_RISE:.0%}"
-        found.append(Sign("repetition", text))
+        fired.append(Sign("repetition", text))
     if not sft.length / LENGTH_DRIFT <= now.length <= sft.length * LENGTH_DRIFT:
         text = f"{sft.length:.0f} → {now.length:.0f} tokens, beyond a factor of {LENGTH_DRIFT:g}"
-        found.append(Sign("length", text))
-    return found
+        fired.append(Sign("length", text))
+    return fired

@@ -136,8 +136,8 @@ def model_scorer(
     judge = ModelJudge(model, config.micro_batch_tokens)
     judge.require(prompts)
     if distributed.rank() == 0:
-        told = f"{model.source}: scores texts as its own tokenizer and chat template print them, "
-        print(shown(told + "which is not as the policy samples them"), file=sys.stderr)
+        note = f"{model.source}: scores texts as its own tokenizer and chat template print them, "
+        print(shown(note + "which is not as the policy samples them"), file=sys.stderr)
     return text_scorer(judge, stops)
 
 

@@ -102,20 +102,20 @@ def read_config(path: str) -> PretrainedConfig:
     adapters.require_there(path)
     path = adapters.root_base(path)
     try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path}: not a model folder or hub id that Transformers knows ({first_line(error)})"
         ) from error
-    return found
+    return config
 
 
 def _stored_type(path: str, plan: weights.Kept) -> torch.dtype | None:
     """The type that a local folder's weights are read in; None where its files do not say."""
     if adapters.is_adapter_folder(path):
         return torch.float32  # it is merged so
-    found = weights.loading_type(path, plan)
-    return found if isinstance(found, torch.dtype) else None
+    kind = weights.loading_type(path, plan)
+    return kind if isinstance(kind, torch.dtype) else None
 
 
 def load_bare(
@@ -192,8 +192,8 @@ def _is_regular(role: Role) -> bool:
         module = _bare(role, role.config)
     shapes: dict[str, list[tuple[str, torch.Size]]] = {}
     for name, parameter in module.named_parameters():
-        if found := LAYER.search(f".{name}"):
-            shapes.setdefault(found[1], []).append((LAYER.sub(".", f".{name}"), parameter.shape))
+        if place := LAYER.search(f".{name}"):
+            shapes.setdefault(place[1], []).append((LAYER.sub(".", f".{name}"), parameter.shape))
     return len(shapes) == layers and all(each == shapes["0"] for each in shapes.values())
 
 

@@ -69,15 +69,15 @@ def check(config: CheckConfig) -> None:
             print(_lengths("answer", answers))
         print(shown(_first(tokenizer, examples[0])))
     if counts.bad and (config.bad_rows == "error" or not examples):
-        where, told = counts.bad[0]
+        where, problem = counts.bad[0]
         count = len(counts.bad)
         others = f" (and {count - 1} more bad rows, told above)" if count > 1 else ""
-        raise UserError(f"{located(where)}{told}{others}; --bad-rows drop leaves bad rows out")
+        raise UserError(f"{located(where)}{problem}{others}; --bad-rows drop leaves bad rows out")
 
 
 def _bad(counts: RowCounts) -> Iterator[str]:
-    for where, told in counts.bad[:MOST_BAD]:
-        yield f"bad row: {located(where)}{told}"
+    for where, problem in counts.bad[:MOST_BAD]:
+        yield f"bad row: {located(where)}{problem}"
     if len(counts.bad) > MOST_BAD:
         yield f"bad rows: {len(counts.bad)} in all, the first {MOST_BAD} are told"
 

@@ -145,17 +145,17 @@ def _files(source: str) -> str:
     """Digests of the files that a model was loaded from, adapters before their base; "" if not all
     of them are there as safetensors.
     """
-    found, path = [], model_path(source)
+    digests, path = [], model_path(source)
     while adapters.is_adapter_folder(path):
-        found.append(files_digest(path))
+        digests.append(files_digest(path))
         path = model_path(adapters.base_path(path, PeftConfig.from_pretrained(path)))
     if not Path(path).is_dir():
         try:  # a hub id, whose files lie in the cache
             path = str(Path(str(cached_file(path, "config.json", local_files_only=True))).parent)
         except (OSError, ValueError):  # made in memory
             return ""
-    found.append(files_digest(path))
-    return " ".join(found) if all(found) else ""
+    digests.append(files_digest(path))
+    return " ".join(digests) if all(digests) else ""
 
 
 def _summary(tensor: Tensor) -> Tensor:
@@ -166,9 +166,9 @@ def _summary(tensor: Tensor) -> Tensor:
     kind = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
     bits = tensor.detach().contiguous().view(-1).view(kind)
     places = torch.arange(SAMPLE, device=bits.device) * bits.numel() // SAMPLE
-    some = bits[places].long() if bits.numel() else places
+    sample = bits[places].long() if bits.numel() else places
     total = bits.sum(dtype=torch.int64, dim=0, keepdim=True)
-    return torch.cat([total, torch.full_like(total, bits.numel()), some])
+    return torch.cat([total, torch.full_like(total, bits.numel()), sample])
 
 
 def frozen(module: nn.Module) -> list[Tensor]:

@@ -30,16 +30,16 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
     parameters = {name: model.trainable() for name, model in method.trained.items()}
     optimizer = optim.build_optimizer(parameters, config, method.learning_rates)
     keeper = Keeper(method, optimizer, run, config)
-    done, tokens, owed = keeper.resume()
+    steps_done, tokens, owed = keeper.resume()
     total = method.total_steps
-    progress = Progress("step", total, done, shown=distributed.rank() == 0)
+    progress = Progress("step", total, steps_done, shown=distributed.rank() == 0)
     with Interrupt() as interrupt, progress, keeper:
         if owed is not None:  # the step was done, but not what follows it
-            _report(method, config, run, done, owed)
-            keeper.note(done, tokens)
+            _report(method, config, run, steps_done, owed)
+            keeper.note(steps_done, tokens)
         began = time.perf_counter()
-        steps = islice(method.steps(done), total - done)
-        for number, item in enumerate(steps, start=done + 1):
+        steps = islice(method.steps(steps_done), total - steps_done)
+        for number, item in enumerate(steps, start=steps_done + 1):
             # 2. The step.
             factor = optim.lr_factor(
                 number - 1, total, config.warmup, config.lr_schedule, config.lr_floor
@@ -63,7 +63,7 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
             # 3. Log, evaluate, save.
             _report(method, config, run, number, owed)
             keeper.note(number, tokens)
-            progress.advance(note=_told(owed.line))
+            progress.advance(note=_bar_note(owed.line))
             stop, terminated, old = distributed.any_of(
                 (interrupt.asked, interrupt.terminated, keeper.is_old()), device
             )
@@ -92,7 +92,7 @@ def _line(
     return line | {"tokens_per_second": rate} | outcome.metrics | dict(item.metrics)
 
 
-def _told(line: Mapping[str, float]) -> str:
+def _bar_note(line: Mapping[str, float]) -> str:
     """What the bar says of a step."""
     loss = f"loss {line['loss']:.4f}" if "loss" in line else "left out"
     return f"{loss} · {line['tokens_per_second']:,.0f} tokens/s"

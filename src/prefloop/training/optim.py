@@ -51,8 +51,8 @@ def lr_factor(
         return (step + 1) / rise
     if schedule == "constant":
         return 1.0
-    done = (step - rise) / max(1, total_steps - rise)
-    shape = 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    progress = (step - rise) / max(1, total_steps - rise)
+    shape = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return floor + (1.0 - floor) * shape
 
 

@@ -65,12 +65,12 @@ def check_plan(config: CheckConfig) -> None:
         memory = MARGIN * free_memory(device)
     work, roles = work_of(settings), roles_of(settings, device)
     settings = _settled(work, settings, roles, device, memory)
-    found = full_plan(work, settings, roles, device)
+    whole = full_plan(work, settings, roles, device)
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room for every column
-    console.print(table(found))
-    for line in _lines(work, settings, roles, device, memory, found):
+    console.print(table(whole))
+    for line in _lines(work, settings, roles, device, memory, whole):
         print(line)
 
 
@@ -126,19 +126,19 @@ def _settled(
     return settings
 
 
-def table(found: Plan) -> Table:
+def table(whole: Plan) -> Table:
     """GiB by model and part at the peak."""
-    kinds = [kind for kind in KINDS if any(part.kind == kind for part in found.parts)]
-    rows = Table(title=f"GiB of each rank at the peak, in {found.when}")
+    kinds = [kind for kind in KINDS if any(part.kind == kind for part in whole.parts)]
+    rows = Table(title=f"GiB of each rank at the peak, in {whole.when}")
     rows.add_column("model")
     for kind in (*kinds, "sum"):
         rows.add_column(kind, justify="right")
-    models = list(dict.fromkeys(part.model for part in found.parts))
+    models = list(dict.fromkeys(part.model for part in whole.parts))
     for model in models:
-        sizes = [found.parts.get(Part(model, kind), 0) for kind in kinds]
+        sizes = [whole.parts.get(Part(model, kind), 0) for kind in kinds]
         rows.add_row(model, *map(_cell, sizes), _cell(sum(sizes)))
     if len(models) > 1:
-        sizes = [sum(s for p, s in found.parts.items() if p.kind == kind) for kind in kinds]
+        sizes = [sum(s for p, s in whole.parts.items() if p.kind == kind) for kind in kinds]
         rows.add_row("all", *map(_cell, sizes), _cell(sum(sizes)))
     return rows
 
@@ -153,10 +153,10 @@ def _lines(
     roles: Sequence[Role],
     device: torch.device,
     memory: float | None,
-    found: Plan,
+    whole: Plan,
 ) -> list[str]:
     lines = [
-        f"peak: {found.peak / GIB:.2f} GiB with micro-batches of {found.tokens} tokens, rows of "
+        f"peak: {whole.peak / GIB:.2f} GiB with micro-batches of {whole.tokens} tokens, rows of "
         f"--max-length {settings.max_length}"
     ]
     if memory is None:
@@ -166,7 +166,7 @@ def _lines(
     if not most:
         least = plan(work, settings, roles, device, full_rows(settings, 1), True)
         return [*lines, f"does not fit: {does_not_fit(settings, least, memory)}"]
-    if found.peak > memory:
+    if whole.peak > memory:
         lines.append(f"does not fit {room}: lower --micro-batch-tokens to {most}")
     else:
         lines.append(f"fits {room}")

@@ -78,7 +78,7 @@ class Plan:
         models: dict[str, dict[str, int]] = {}
         for part, size in sorted(self.parts.items(), key=lambda item: KINDS.index(item[0].kind)):
             models.setdefault(part.model, {})[part.kind] = size
-        told = "; ".join(
+        parts = "; ".join(
             f"{model} {in_words(sum(kinds.values()))} ("
             + ", ".join(f"{kind} {in_words(size)}" for kind, size in kinds.items())
             + ")"
@@ -86,7 +86,7 @@ class Plan:
         )
         return (
             f"planned memory of each rank: {in_words(self.peak)} at most, in {self.when}, with "
-            f"micro-batches of {self.tokens} tokens: {told}"
+            f"micro-batches of {self.tokens} tokens: {parts}"
         )
 
 
@@ -163,16 +163,16 @@ def roles_of(
 
     if isinstance(config, RewardConfig):
         return [role("reward model", config.model, scorer=True, trained=True)]
-    found = [role("policy", config.model, trained=True)]
+    roles = [role("policy", config.model, trained=True)]
     if isinstance(config, DPOConfig) and config.ref_model:
-        found.append(role("reference", config.ref_model))
+        roles.append(role("reference", config.ref_model))
     if isinstance(config, PPOConfig):
         if config.ref_model:
-            found.append(role("reference", config.ref_model))
+            roles.append(role("reference", config.ref_model))
         elif config.kl_coef and not config.lora_rank:  # a copy of what is trained
-            found.append(role("reference", config.model)._replace(stored=torch.float32))
-        found += _beside(config, role)
-    return found
+            roles.append(role("reference", config.model)._replace(stored=torch.float32))
+        roles += _beside(config, role)
+    return roles
 
 
 def _beside(config: PPOConfig, role: Callable[..., Role]) -> Iterator[Role]:
@@ -258,16 +258,16 @@ def settle(work: Work, config: TrainingConfig, run: Run, device: torch.device) -
     names = [n for n in ("max_concurrent", "micro_batch_tokens") if getattr(config, n, 1) == 0]
     if not names:
         return config
-    found: dict[str, Any] = {n: v for n, v in run.record.get("auto", {}).items() if n in names}
+    values: dict[str, Any] = {n: v for n, v in run.record.get("auto", {}).items() if n in names}
     for name in names:
-        if name not in found:
-            value = _automatic(name, work, replace(config, **found), device)
-            found[name] = min(distributed.gather(value))
-    run.note(auto=found)
+        if name not in values:
+            value = _automatic(name, work, replace(config, **values), device)
+            values[name] = min(distributed.gather(value))
+    run.note(auto=values)
     if distributed.rank() == 0:
-        told = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.items())
-        print(f"auto: {told}", file=sys.stderr)
-    return replace(config, **found)
+        words = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+        print(f"auto: {words}", file=sys.stderr)
+    return replace(config, **values)
 
 
 def _automatic(name: str, work: Work, config: TrainingConfig, device: torch.device) -> int:
@@ -329,20 +329,20 @@ def announce(
         rows.append(row)
     several = len(rows) < min(rows_a_step(config), len(examples))
     try:
-        found = plan(work, config, roles_of(config, device), device, rows, several)
+        planned = plan(work, config, roles_of(config, device), device, rows, several)
     except Exception as error:  # an architecture may differ in any way
         print(f"memory is not planned: {first_line(error)}", file=sys.stderr)
         return
-    run.note(planned_gib=round(found.peak / GIB, 3))
-    print(found.line() + _room(work, config, device, found), file=sys.stderr)
+    run.note(planned_gib=round(planned.peak / GIB, 3))
+    print(planned.line() + _room(work, config, device, planned), file=sys.stderr)
 
 
-def _room(work: Work, config: TrainingConfig, device: torch.device, found: Plan) -> str:
+def _room(work: Work, config: TrainingConfig, device: torch.device, planned: Plan) -> str:
     """What would fit a GPU."""
     if device.type != "cuda":
         return ""
     memory = MARGIN * free_memory(device)
-    if found.peak > memory:
+    if planned.peak > memory:
         return f"; that is more than the {in_words(memory)} there are"
     most = longest_micro_batch(work, config, roles_of(config, device), device, memory)
     return f"; of {in_words(memory)}, which hold --micro-batch-tokens {most}"

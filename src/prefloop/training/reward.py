@@ -132,9 +132,9 @@ class Reward:
     def _training_scores(self) -> Tensor:
         stride = -(-len(self.examples) // STATISTICS_PROMPTS)
         most, padded = self.config.micro_batch_tokens, not self.scorer.packed
-        device, some = self.scorer.device, split_answers(self.examples[::stride], most, padded)
+        device, pieces = self.scorer.device, split_answers(self.examples[::stride], most, padded)
         scores = []
-        for batch in to_batches(some, most, device, padded):
+        for batch in to_batches(pieces, most, device, padded):
             scores.append(answer_scores(self.scorer, batch))
         return torch.cat(scores)
 

@@ -134,8 +134,8 @@ def _note_rows(config: TrainingConfig, run: Run, train: Side, held_out: Side) ->
 def _note(run: Run, counts: RowCounts, data: sources.Data, of: str) -> None:
     run.set_rows(counts.as_dict(), of=of)
     if distributed.rank() == 0:
-        told = data if isinstance(data, str) else " ".join(data)
-        print(f"{shown(told)}: {counts.summary()}", file=sys.stderr)
+        source = data if isinstance(data, str) else " ".join(data)
+        print(f"{shown(source)}: {counts.summary()}", file=sys.stderr)
         _list_bad_rows(run, counts, of)
 
 
@@ -143,7 +143,7 @@ def _list_bad_rows(run: Run, counts: RowCounts, of: str) -> None:
     """The dropped rows of one setting, beside those of the others, in the run's bad_rows.jsonl."""
     path = run.directory / "bad_rows.jsonl"
     kept = [row for _, row in read_rows(path) if row["of"] != of] if path.exists() else []
-    rows = [*kept, *({"of": of, "line": where, "reason": told} for where, told in counts.bad)]
+    rows = [*kept, *({"of": of, "line": where, "reason": problem} for where, problem in counts.bad)]
     if rows:
         write_jsonl(path, rows)
     else:

@@ -33,8 +33,8 @@ MIGRATING = 7203115
 class Unavailable(Exception):
     """The database cannot serve now; `reason` is `busy` (ask again) or `full` (no room on disk)."""
 
-    def __init__(self, reason: str, told: str) -> None:
-        super().__init__(told)
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
         self.reason = reason
 
 
@@ -64,8 +64,8 @@ class Store:
         try:
             self._migrate()
         except DBAPIError as error:
-            told = first_line(error.orig or error)
-            raise UserError(f"--store {self.name}: {told}; check the address") from error
+            message = first_line(error.orig or error)
+            raise UserError(f"--store {self.name}: {message}; check the address") from error
 
     @property
     def name(self) -> str:
@@ -111,9 +111,9 @@ def _told_if_unavailable() -> Iterator[None]:
     try:
         yield
     except (OperationalError, PoolTimeout) as error:
-        told = first_line(getattr(error, "orig", None) or error)
-        full = "full" in told or "No space left" in told
-        raise Unavailable("full" if full else "busy", told) from error
+        problem = first_line(getattr(error, "orig", None) or error)
+        full = "full" in problem or "No space left" in problem
+        raise Unavailable("full" if full else "busy", problem) from error
 
 
 def migrate(connection: Connection) -> None:

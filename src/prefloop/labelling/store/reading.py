@@ -73,16 +73,16 @@ def annotations_of(
     )
     if task_id is not None:
         query = query.where(task.id == task_id)
-    found = t.connection.execution_options(yield_per=5000).execute(query)
-    for row in found:
+    rows = t.connection.execution_options(yield_per=5000).execute(query)
+    for row in rows:
         yield Annotation(*row)
 
 
 def prompts_of(t: Transaction, project_id: int) -> dict[int, tuple[Any, Any]]:
     """(prompt, the row's other columns) by id."""
     query: Select[Any] = select(prompts.c.id, prompts.c.prompt, prompts.c.extra)
-    found = t.connection.execute(query.where(prompts.c.project_id == project_id))
-    return {row[0]: (row[1], row[2]) for row in found}
+    rows = t.connection.execute(query.where(prompts.c.project_id == project_id))
+    return {row[0]: (row[1], row[2]) for row in rows}
 
 
 def unanswered_of(t: Transaction, project_id: int) -> list[tuple[Any, Any]]:
@@ -115,16 +115,16 @@ def lengths_of(t: Transaction, project_id: int) -> dict[int, int]:
         .join(prompts, prompts.c.id == responses.c.prompt_id)
         .where(prompts.c.project_id == project_id)
     )
-    found = t.connection.execution_options(yield_per=5000).execute(query)
-    return {row[0]: sum(map(len, _texts(row[1]))) for row in found}
+    rows = t.connection.execution_options(yield_per=5000).execute(query)
+    return {row[0]: sum(map(len, _texts(row[1]))) for row in rows}
 
 
 def texts_of(t: Transaction, prompt_id: int, response_ids: Sequence[int]) -> tuple[Any, list[Any]]:
     """A prompt and some of its responses, as JSON."""
     prompt = t.connection.execute(select(prompts.c.prompt).where(prompts.c.id == prompt_id))
     query: Select[Any] = select(responses.c.id, responses.c.completion)
-    found = t.connection.execute(query.where(responses.c.id.in_(response_ids)))
-    by_id = {row[0]: row[1] for row in found}
+    rows = t.connection.execute(query.where(responses.c.id.in_(response_ids)))
+    by_id = {row[0]: row[1] for row in rows}
     return prompt.scalar_one(), [by_id[one] for one in response_ids]
 
 
@@ -137,8 +137,8 @@ def count_of(t: Transaction, labeller_id: int) -> tuple[int, int]:
     mine = and_(assignments.c.labeller_id == labeller_id, assignments.c.state == "done")
     done = select(func.count()).select_from(assignments).where(mine)
     lacking = and_(tasks.c.kind == "real", tasks.c.taken < tasks.c.need)
-    some = select(tasks.c.id).where(lacking).limit(MANY).subquery()
-    open_ = select(func.count()).select_from(some)
+    open_tasks = select(tasks.c.id).where(lacking).limit(MANY).subquery()
+    open_ = select(func.count()).select_from(open_tasks)
     return t.connection.execute(done).scalar_one(), t.connection.execute(open_).scalar_one()
 
 
@@ -241,5 +241,5 @@ def flagged_of(t: Transaction, project_id: int, limit: int) -> Sequence[Mapping[
 
 def task_of(t: Transaction, project_id: int, task_id: int) -> Mapping[str, Any] | None:
     """One task of a project."""
-    found = t.all(select(tasks).where(tasks.c.project_id == project_id, tasks.c.id == task_id))
-    return found[0] if found else None
+    rows = t.all(select(tasks).where(tasks.c.project_id == project_id, tasks.c.id == task_id))
+    return rows[0] if rows else None

@@ -51,16 +51,16 @@ class Transaction:
         self.now = now
 
     def _one(self, query: Any) -> Row | None:
-        found = self.connection.execute(query).mappings().first()
-        return None if found is None else dict(found)
+        row = self.connection.execute(query).mappings().first()
+        return None if row is None else dict(row)
 
     def all(self, query: Any) -> Sequence[Row]:
         """Rows of a query."""
         return [dict(row) for row in self.connection.execute(query).mappings()]
 
     def _insert(self, table: Any, **values: object) -> int:
-        done = self.connection.execute(insert(table).values(**values))
-        key = done.inserted_primary_key
+        result = self.connection.execute(insert(table).values(**values))
+        key = result.inserted_primary_key
         assert key is not None
         return int(key[0])
 
@@ -84,8 +84,8 @@ class Transaction:
         """A new project, or new settings of an old one; the mode of one that has tasks stays."""
         known = self.project(name)
         if known is None:
-            told = {"mode": mode, "guidelines": guidelines or "", "settings": dict(settings)}
-            return self._insert(projects, name=name, created=self.now, **told)
+            values = {"mode": mode, "guidelines": guidelines or "", "settings": dict(settings)}
+            return self._insert(projects, name=name, created=self.now, **values)
         if known["mode"] != mode:
             raise UserError(
                 f"project {name} is a {known['mode']} project; give --mode {known['mode']} or "
@@ -112,8 +112,8 @@ class Transaction:
         known = self._one(select(prompts.c.id).where(same))
         if known is not None:
             return int(known["id"])
-        told = {"key": key, "prompt": prompt, "extra": dict(extra)}
-        return self._insert(prompts, project_id=project_id, **told)
+        values = {"key": key, "prompt": prompt, "extra": dict(extra)}
+        return self._insert(prompts, project_id=project_id, **values)
 
     def put_response(self, prompt_id: int, completion: object, **facts: object) -> int:
         """An answer to a prompt, with what is known of its making."""
@@ -182,9 +182,9 @@ class Transaction:
     def lock_labeller(self, labeller_id: int) -> int:
         """How many tasks a labeller was handed; one labeller's requests wait for each other."""
         mine = labellers.c.id == labeller_id
-        found = self._one(select(labellers.c.handed).where(mine).with_for_update())
-        assert found is not None
-        return int(found["handed"])
+        row = self._one(select(labellers.c.handed).where(mine).with_for_update())
+        assert row is not None
+        return int(row["handed"])
 
     def count_hand_out(self, labeller_id: int) -> None:
         """One more task handed to a labeller."""
@@ -196,14 +196,14 @@ class Transaction:
         """Take back leases that ran out, or that a wrong clock gave; a few at a time."""
         late = assignments.c.leased_until < self.now
         strange = assignments.c.leased_until > self.now + lease_seconds + CLOCK_SLACK
-        found = self.all(
+        rows = self.all(
             select(assignments.c.id, assignments.c.task_id)
             .where(assignments.c.state == text("'open'"), or_(late, strange))
             .order_by(assignments.c.task_id)  # all lock in one order
             .limit(50)
             .with_for_update(skip_locked=True)
         )
-        for row in found:
+        for row in rows:
             self.set_assignment(row["id"], state="expired")
             self.give_back(row["task_id"])
 
@@ -229,7 +229,7 @@ class Transaction:
             assignments.c.labeller_id == labeller_id,
             assignments.c.state != "expired",
         )
-        found = self._one(
+        row = self._one(
             select(tasks.c.id)
             .where(tasks.c.project_id == project_id, tasks.c.kind == kind, open_)
             .where(~exists().where(mine))
@@ -237,7 +237,7 @@ class Transaction:
             .limit(1)
             .with_for_update(skip_locked=True, of=tasks)
         )
-        return None if found is None else int(found["id"])
+        return None if row is None else int(row["id"])
 
     def repeatable(self, project_id: int, labeller_id: int, back: int) -> Row | None:
         """An own real task of at least `back` annotations ago that was not repeated yet."""
@@ -268,9 +268,9 @@ class Transaction:
 
     def answers_of(self, task_id: int) -> int:
         """How many answers a task has."""
-        found = self._one(select(tasks.c.response_ids).where(tasks.c.id == task_id))
-        assert found is not None
-        return len(found["response_ids"])
+        row = self._one(select(tasks.c.response_ids).where(tasks.c.id == task_id))
+        assert row is not None
+        return len(row["response_ids"])
 
     def put_repeat(self, task: Row, labeller_id: int) -> int:
         """The same task once more, for one labeller."""
@@ -298,8 +298,8 @@ class Transaction:
             self.set_assignment(known["id"], state="open", leased_until=until)
             return int(known["id"])
         lease = {"state": "open", "leased_until": until, "version": 0, "created": self.now}
-        told = {"shown": list(shown), "strategy": strategy, **lease}
-        return self._insert(assignments, task_id=task_id, labeller_id=labeller_id, **told)
+        values = {"shown": list(shown), "strategy": strategy, **lease}
+        return self._insert(assignments, task_id=task_id, labeller_id=labeller_id, **values)
 
     def set_assignment(self, assignment_id: int, **values: object) -> None:
         """Change an assignment."""
@@ -313,8 +313,8 @@ class Transaction:
 
     def shown_order(self, assignment_id: int) -> list[int]:
         """Positions as an assignment shows them; none for an unknown one."""
-        found = self._one(select(assignments.c.shown).where(assignments.c.id == assignment_id))
-        return list(found["shown"]) if found else []
+        row = self._one(select(assignments.c.shown).where(assignments.c.id == assignment_id))
+        return list(row["shown"]) if row else []
 
     def current(self, labeller_id: int) -> Row | None:
         """The open assignment of a labeller."""
@@ -333,8 +333,8 @@ class Transaction:
 
     def put_annotation(self, assignment_id: int, version: int, **values: object) -> int:
         """A new version of what a labeller says of a task."""
-        told = {"created": self.now, **values}
-        return self._insert(annotation_rows, assignment_id=assignment_id, version=version, **told)
+        row = {"created": self.now, **values}
+        return self._insert(annotation_rows, assignment_id=assignment_id, version=version, **row)
 
     def annotation_of_request(self, request_id: str) -> Row | None:
         """What a request that is sent again has written."""
@@ -372,9 +372,9 @@ class Transaction:
         else:
             held, version = int(known["id"]), int(known["version"]) + 1
         self.set_assignment(held, state="done", version=version)
-        told = {"tiers": [list(tier) for tier in tiers], "all_bad": False, "flags": []}
+        values = {"tiers": [list(tier) for tier in tiers], "all_bad": False, "flags": []}
         request = key_of(strategy, held, version)
-        self.put_annotation(held, version, **told, comment="", seconds=0.0, request_id=request)
+        self.put_annotation(held, version, **values, comment="", seconds=0.0, request_id=request)
         if counts:
             room = and_(tasks.c.id == task_id, tasks.c.need == tasks.c.taken)
             self.connection.execute(update(tasks).where(room).values(need=tasks.c.need + 1))
@@ -391,9 +391,9 @@ def _held() -> Any:
         tasks.c.response_ids,
         tasks.c.prompt_id,
     )
-    found: tuple[Any, ...] = (*wanted, projects.c.mode, projects.c.settings, projects.c.guidelines)
+    cols: tuple[Any, ...] = (*wanted, projects.c.mode, projects.c.settings, projects.c.guidelines)
     return (
-        select(assignments, *found)
+        select(assignments, *cols)
         .join(tasks, tasks.c.id == assignments.c.task_id)
         .join(projects, projects.c.id == tasks.c.project_id)
     )

@@ -37,10 +37,10 @@ def add_admin(app: FastAPI, site: "Site") -> None:
     """The routes below /admin, for admins only."""
 
     def admin(request: Request) -> dict[str, Any]:
-        found = site.labeller(request)
-        if found["role"] != "admin":
+        labeller = site.labeller(request)
+        if labeller["role"] != "admin":
             raise Refused("forbidden")
-        return found
+        return labeller
 
     async def form(request: Request) -> dict[str, str]:
         """A form's fields; Refused without the session's token."""
@@ -98,14 +98,14 @@ def _add_views(app: FastAPI, site: "Site", admin: Any) -> None:
     @app.get("/admin/task")
     def task(request: Request, who: Admin, project: str, id: Number) -> Response:
         with site.store.read() as t:
-            found = r.task_of(t, project_id_of(t, project), id)
-            if found is None:
+            task_row = r.task_of(t, project_id_of(t, project), id)
+            if task_row is None:
                 return site.page(request, "message.html", 404, key="finished")
-            prompt, completions = r.texts_of(t, found["prompt_id"], found["response_ids"])
-            said = list(r.annotations_of(t, found["project_id"], id))
+            prompt, completions = r.texts_of(t, task_row["prompt_id"], task_row["response_ids"])
+            said = list(r.annotations_of(t, task_row["project_id"], id))
         context: dict[str, Any] = {
             "project": project,
-            "task": found,
+            "task": task_row,
             "prompt": site.renderer.turns(prompt),
             "answers": [site.renderer.turns(c)[-1]["html"] for c in completions],
             "said": [(a, _places(a.tiers)) for a in said],
@@ -127,8 +127,8 @@ def _add_export(app: FastAPI, site: "Site", admin: Any) -> None:
             decided = decisions(site.store, project, consensus, (), counts)
             rows = [row for d in decided for row in form_rows(form, d, counts)]
         with site.store.write() as t:
-            told = {"project": project, "form": form, "consensus": consensus, "rows": len(rows)}
-            t.log("export", who["id"], **told, left_out=counts.dropped)
+            details = {"project": project, "form": form, "consensus": consensus, "rows": len(rows)}
+            t.log("export", who["id"], **details, left_out=counts.dropped)
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         name = {"Content-Disposition": f'attachment; filename="{form}.jsonl"'}
         return Response(content, media_type="application/jsonl", headers=name)
@@ -144,9 +144,9 @@ def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
         try:
             task_id, project = _number(fields["task"]), fields["project"]
             with site.store.read() as t:
-                found = r.task_of(t, project_id_of(t, project), task_id)
-            assert found is not None
-            places = [_number(fields[f"place-{n}"]) for n in range(len(found["response_ids"]))]
+                task_row = r.task_of(t, project_id_of(t, project), task_id)
+            assert task_row is not None
+            places = [_number(fields[f"place-{n}"]) for n in range(len(task_row["response_ids"]))]
         except (KeyError, ValueError, AssertionError):
             raise Refused("malformed") from None
         name = f"{who['name']} (adjudication)"

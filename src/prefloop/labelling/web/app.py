@@ -102,9 +102,9 @@ class Site:
         """A template in the asker's language."""
         language = self.language(request)
         session = request.cookies.get(COOKIE, "")
-        told = {"words": self.words[language], "language": language, "csrf": csrf_token(session)}
+        shared = {"words": self.words[language], "language": language, "csrf": csrf_token(session)}
         template = self._templates.get_template(shown)
-        return HTMLResponse(template.render(**told, **context), status)
+        return HTMLResponse(template.render(**shared, **context), status)
 
     def language(self, request: Request) -> str:
         """The asker's language."""
@@ -115,15 +115,15 @@ class Site:
         """Who asks; Refused without a session, or where a change comes without its token."""
         session = request.cookies.get(COOKIE, "")
         with self.store.read() as t:
-            found = t.session(session) if session else None
-        if found is None:
+            row = t.session(session) if session else None
+        if row is None:
             raise Refused("no-session")
-        if not self.requests.allows(f"labeller {found['id']}"):
+        if not self.requests.allows(f"labeller {row['id']}"):
             raise Refused("too-many")
         given = request.headers.get("x-csrf-token", "")
         if request.url.path.startswith("/api/") and not csrf_matches(session, given):
             raise Refused("csrf")
-        return dict(found)
+        return dict(row)
 
 
 def create_app(
@@ -165,8 +165,8 @@ def _refused(site: Site) -> Callable[[Request, Exception], Response]:
         status = STATUS.get(error.reason, 409)
         if request.url.path.startswith("/api/"):
             return JSONResponse({"reason": error.reason}, status)
-        told = {"no-session": "enter", "forbidden": "forbidden", "too-many": "reason-too-many"}
-        key = told.get(error.reason, f"reason-{error.reason}")
+        keys = {"no-session": "enter", "forbidden": "forbidden", "too-many": "reason-too-many"}
+        key = keys.get(error.reason, f"reason-{error.reason}")
         return site.page(request, "message.html", status, key=key)
 
     return answer
@@ -222,8 +222,8 @@ def _add_api(app: FastAPI, site: Site) -> None:
 
     @app.post("/api/next")
     def next_task(labeller: Labeller) -> dict[str, Any]:
-        found = next_assignment(site.store, labeller["id"])
-        return _told(site, labeller["id"], found)
+        assignment = next_assignment(site.store, labeller["id"])
+        return _as_json(site, labeller["id"], assignment)
 
     @app.put("/api/draft")
     def draft(body: Draft, labeller: Labeller) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _add_api(app: FastAPI, site: Site) -> None:
 
     @app.post("/api/undo")
     def undo(labeller: Labeller) -> dict[str, Any]:
-        return _told(site, labeller["id"], reopen(site.store, labeller["id"]))
+        return _as_json(site, labeller["id"], reopen(site.store, labeller["id"]))
 
     @app.post("/api/leave")
     def leave(request: Request, labeller: Labeller) -> Response:
@@ -248,36 +248,40 @@ def _add_api(app: FastAPI, site: Site) -> None:
         return answer
 
 
-def _told(site: Site, labeller_id: int, found: Assignment | None) -> dict[str, Any]:
+def _as_json(site: Site, labeller_id: int, assignment: Assignment | None) -> dict[str, Any]:
     """What the page shows; it never learns which model wrote an answer."""
     with site.store.read() as t:
         done, open_ = count_of(t, labeller_id)
-        told: dict[str, Any] = {"progress": {"done": done, "open": open_}, "task": None}
-        if found is None:
-            return told
-        prompt, completions = texts_of(t, found.prompt_id, found.response_ids)
+        answer: dict[str, Any] = {"progress": {"done": done, "open": open_}, "task": None}
+        if assignment is None:
+            return answer
+        prompt, completions = texts_of(t, assignment.prompt_id, assignment.response_ids)
     render = site.renderer
-    place = {position: place for place, position in enumerate(found.shown)}
-    said = found.said and {
-        "tiers": found.said["tiers"] and [[place[i] for i in t] for t in found.said["tiers"]],
-        "ratings": found.said["ratings"] and [found.said["ratings"][i] for i in found.shown],
-        **{name: found.said[name] for name in ("strength", "confidence", "all_bad", "comment")},
+    place = {position: place for place, position in enumerate(assignment.shown)}
+    said = assignment.said and {
+        "tiers": assignment.said["tiers"]
+        and [[place[i] for i in t] for t in assignment.said["tiers"]],
+        "ratings": assignment.said["ratings"]
+        and [assignment.said["ratings"][i] for i in assignment.shown],
+        **{
+            name: assignment.said[name] for name in ("strength", "confidence", "all_bad", "comment")
+        },
         "flags": [
             {**flag, "answer": None if flag["answer"] is None else place[flag["answer"]]}
-            for flag in found.said["flags"]
+            for flag in assignment.said["flags"]
         ],
     }
-    told["task"] = {
-        "assignment": found.id,
-        "version": found.version,
-        "mode": found.mode,
-        "guidelines": render.text(found.guidelines) if found.guidelines else "",
+    answer["task"] = {
+        "assignment": assignment.id,
+        "version": assignment.version,
+        "mode": assignment.mode,
+        "guidelines": render.text(assignment.guidelines) if assignment.guidelines else "",
         "prompt": render.turns(prompt),
-        "answers": [render.turns(completions[i])[-1]["html"] for i in found.shown],
-        "draft": found.draft,
+        "answers": [render.turns(completions[i])[-1]["html"] for i in assignment.shown],
+        "draft": assignment.draft,
         "said": said,
     }
-    return told
+    return answer
 
 
 def _judgement(site: Site, body: Submission) -> Judgement:

@@ -71,8 +71,8 @@ class _BlockAttention(torch.autograd.Function):
             for block in blocks:
                 asked, seen = _folded(q, block, groups), _joined(k, block)
                 weights = _probabilities(asked, seen, block, scaling, window)
-                found = torch.bmm(weights, _joined(v, block).to(weights.dtype))
-                _as_rows(output[block.queries], found)
+                mixed = torch.bmm(weights, _joined(v, block).to(weights.dtype))
+                _as_rows(output[block.queries], mixed)
         return output.flatten(1, 2)
 
     @staticmethod
@@ -132,10 +132,10 @@ def _joined(x: Tensor, block: Block) -> Tensor:
     return torch.cat(runs, 1) if len(runs) > 1 else runs[0]
 
 
-def _as_rows(target: Tensor, found: Tensor) -> None:
+def _as_rows(target: Tensor, source: Tensor) -> None:
     """Writes [G, R * L, E] into rows [L, G, R, E]."""
     length, groups, share, width = target.shape
-    target.permute(1, 2, 0, 3).copy_(found.view(groups, share, length, width))
+    target.permute(1, 2, 0, 3).copy_(source.view(groups, share, length, width))
 
 
 def _spread(total: Tensor, block: Block, part: Tensor) -> None:

@@ -95,8 +95,8 @@ class Rectangle:
             folded = q.reshape(segments, heads // groups, groups * queries, width)
             mask = self.mask(window, groups, torch.promote_types(q.dtype, torch.float32))
             args = (folded, k, v, mask, scaling)
-            found: Tensor = _SmallAttention.apply(*args)  # type: ignore[no-untyped-call]
-            output = found.view(segments, heads, queries, kept)
+            small: Tensor = _SmallAttention.apply(*args)  # type: ignore[no-untyped-call]
+            output = small.view(segments, heads, queries, kept)
         elif self.causal and (window is None or window >= queries):
             output = scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
