@@ -14,8 +14,9 @@ from prefloop.models import adapters, heads, shared
 from prefloop.models.load import load_policy, load_reward_model
 from prefloop.rewards.scorers import Scored, together
 from prefloop.runs import Run
-from prefloop.training import optim, ppo
+from prefloop.training import optim, planning, ppo
 from prefloop.training.step import optimizer_step
+from prefloop.training.tracing import WEIGHTS, Part
 from tests.models.plain import random_examples
 from tests.training.small import COMMON, CPU, SHORT, assert_same_run, only_checkpoint, train
 
@@ -172,6 +173,20 @@ def test_the_saved_critic_is_one_adapter(judged, tmp_path):
     with torch.no_grad():
         ours, again = (heads.answer_log_probs(m, batch) for m in (method.policy, policy))
     torch.testing.assert_close(ours, again, rtol=1e-5, atol=1e-5)
+
+
+def test_the_shared_run_is_planned(judged):
+    """The base once, in float32; the reward model and the critic are an adapter and a head each."""
+    _, config = built(judged, judged / "planned")
+    roles = planning.roles_of(config, CPU)
+    assert [role.on for role in roles] == [None, "policy", "policy"]
+    parts = planning.full_plan(ppo.WORK, config, roles, CPU).parts
+    sizes = {name: parts[Part(name, WEIGHTS)] for name in ("policy", "reward model", "critic")}
+    method = load_policy(str(judged / "model"), CPU, trained=True, lora_rank=2)
+    adapter = sum(p.nbytes for p in method.trainable())
+    width = method.hf.config.hidden_size
+    assert sizes["reward model"] == sizes["critic"] == adapter + 4 * width
+    assert sizes["policy"] >= shared.base_bytes(method) + adapter
 
 
 def test_one_line_says_what_is_shared(judged, tmp_path, capsys):

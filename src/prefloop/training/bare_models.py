@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -152,6 +152,8 @@ def load_bare(
 
 def put_on(role: Role, host: WatchedModel, lora: LoraConfig) -> WatchedModel:
     """As models/shared.py puts a role on another's base; `lora`: the adapters of a critic."""
+    if host.adapters is None:
+        host.adapters = (shared.POLICY,) if isinstance(host.module, PeftModel) else ()
     width = host.hf.config.get_text_config().hidden_size
     head, name = nn.Linear(width, 1, bias=False, device=META), role.name.replace(" ", "_")
     if role.adapter is not None:
