@@ -18,6 +18,7 @@ from prefloop.training import optim, planning, ppo
 from prefloop.training.step import optimizer_step
 from prefloop.training.tracing import WEIGHTS, Part
 from tests.models.plain import random_examples
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import COMMON, CPU, SHORT, assert_same_run, only_checkpoint, train
 
 LORA = {"lora_rank": 2, "lora_alpha": 8.0}
@@ -150,6 +151,28 @@ def test_scores_and_values_and_gradients(judged):
     assert {name.split(".")[-2] for name in learning} == {"critic", "score"}
     assert all(p.grad is not None for p in learning.values())
     assert all(p.grad is None for p in policy.trainable())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ("lm_head", "embed_tokens")}, {"lora_targets": ("q_proj", "lm_head")}],
+    ids=str,
+)
+def test_the_reference_is_the_base_whatever_is_trained(options, tmp_path):
+    """Heads and embeddings that are trained whole, or have adapters, are off with the rest."""
+    tiny_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), CPU, trained=True, lora_rank=2, **options)
+    batch = pack(random_examples())
+    with torch.no_grad():
+        for parameter in policy.trainable():
+            parameter.add_(0.1)
+        base = heads.answer_log_probs(load_policy(str(tmp_path), CPU), batch)
+        moved = heads.answer_log_probs(policy, batch)
+        reference = heads.answer_log_probs(shared.reference_of(policy), batch)
+        assert torch.equal(heads.answer_log_probs(policy, batch), moved)  # as it was before
+    assert (moved - base).abs().max() > 1e-2
+    assert torch.equal(reference, base)
 
 
 def test_the_saved_critic_is_one_adapter(judged, tmp_path):

@@ -15,6 +15,7 @@ from peft.config import PeftConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -183,29 +184,30 @@ def unwrap(module: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def without_adapters(module: nn.Module) -> AbstractContextManager[Any]:
-    """Within it, a model with adapters computes what it did before they were added."""
-    return module.disable_adapter() if isinstance(module, PeftModel) else nullcontext()
-
-
 @contextmanager
 def active(module: nn.Module, names: tuple[str, ...] | None) -> Iterator[None]:
     """Within it, the module's adapters of these names add to it and no others; None: as it stands.
 
-    PEFT's own switches also say which parameters learn; here that stays as it is.
+    Modules that are trained whole beside an adapter go with it. PEFT's own switches also say which
+    parameters learn; here that stays as it is.
     """
-    layers = [] if names is None else tuner_layers(module)
-    before = [layer._active_adapter for layer in layers]
-    if names is None or all(x == list(names) for x in before):
+    if names is None or not isinstance(module, PeftModel):
         yield
         return
-    for layer in layers:
-        layer._active_adapter = list(names)
+    wanted: list[tuple[Any, str, Any]] = []
+    for part in module.modules():
+        if isinstance(part, BaseTunerLayer):
+            wanted.append((part, "_active_adapter", list(names)))
+        elif isinstance(part, ModulesToSaveWrapper):
+            wanted.append((part, "_disable_adapters", not set(names) & set(part.modules_to_save)))
+    changed = [(p, key, getattr(p, key)) for p, key, value in wanted if getattr(p, key) != value]
+    for part, key, value in wanted:
+        setattr(part, key, value)
     try:
         yield
     finally:
-        for layer, name in zip(layers, before, strict=True):
-            layer._active_adapter = name
+        for part, key, value in changed:
+            setattr(part, key, value)
 
 
 def now_and_again(
@@ -219,11 +221,6 @@ def now_and_again(
 def tuner_layers(module: nn.Module) -> list[Any]:
     """The layers that have adapters."""
     return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
-
-
-def has_adapters(module: nn.Module) -> bool:
-    """Whether the model is trained through adapters."""
-    return isinstance(module, PeftModel)
 
 
 class LowRank(NamedTuple):
@@ -315,16 +312,21 @@ def base_path(path: str, config: PeftConfig) -> str:
 
 def root_base(path: str) -> str:
     """The folder or hub id of whole weights that an adapter, or one on another, stands on."""
-    passed: list[str] = []
-    while is_adapter_folder(path := model_path(path)):
-        passed.append(str(Path(path).resolve()))
+    return chain(path)[-1]
+
+
+def chain(path: str) -> list[str]:
+    """The folder, and while it is an adapter's, what that stands on: whole weights at the end."""
+    passed = [model_path(path)]
+    while is_adapter_folder(path := passed[-1]):
         path = base_path(path, PeftConfig.from_pretrained(path))
-        if str(Path(path).resolve()) in passed:
+        if str(Path(path).resolve()) in [str(Path(each).resolve()) for each in passed]:
             raise UserError(
                 f"{path}: adapters name each other as their base; mend base_model_name_or_path in "
                 "adapter_config.json"
             )
-    return path
+        passed.append(path)
+    return passed
 
 
 def embedding_rows(path: str) -> int | None:

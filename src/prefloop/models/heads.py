@@ -99,7 +99,8 @@ def head_log_probs(
     size = max(1, len(targets)) if keep_all else rows
 
     def chunk(h: Tensor, t: Tensor) -> Tensor:
-        args = (_head(model, h), t, 1.0 / temperature, rows)
+        with model.computing():  # its head may have adapters, too
+            args = (_head(model, h), t, 1.0 / temperature, rows)
         form = _SelectedLogProb if h.device.type == "cpu" else _FusedLogProb
         return form.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
 

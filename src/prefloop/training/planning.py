@@ -25,6 +25,7 @@ from prefloop.runs import Run, model_path
 from prefloop.training.bare_models import Role, make_role, read_config
 from prefloop.training.full_rows import answers_an_iteration, full_row, full_rows, rows_a_step
 from prefloop.training.rehearsal import BETWEEN, Rehearsal, Work
+from prefloop.training.roles import may_share
 from prefloop.training.tracing import KINDS, Parts
 
 GIB = 2**30
@@ -177,7 +178,7 @@ def roles_of(
 
 def _beside(config: PPOConfig, role: Callable[..., Role]) -> Iterator[Role]:
     """Reward models and critic, as training/roles.py loads them."""
-    shares, hosts = config.lora_rank > 0 and config.share_base == "auto", []
+    shares, hosts = may_share(config), []
     for number, path in enumerate(config.reward_models):
         name = f"reward model {number + 1}" if number else "reward model"
         made = role(name, path, scorer=True)

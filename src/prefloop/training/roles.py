@@ -34,13 +34,18 @@ class Beside(NamedTuple):
     critic: LoadedModel | None
 
 
+def may_share(config: PPOConfig) -> bool:
+    """Whether models may be adapters on one base: modules trained whole could not be shared."""
+    return config.lora_rank > 0 and config.share_base == "auto" and not config.modules_to_save
+
+
 def load_beside(config: PPOConfig, policy: LoadedModel) -> Beside:
     """Reward models and critic as the settings name them.
 
     With LoRA they are further adapters on the policy's base where they stand on the same weights,
     and a critic that begins as a reward model with a base of its own shares that one.
     """
-    shares = config.lora_rank > 0 and config.share_base == "auto"
+    shares = may_share(config)
     if shares:
         policy.adapters = policy.adapters or (shared.POLICY,)
     rewards = []
