@@ -11,7 +11,7 @@ from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError
 from prefloop.models import heads
-from prefloop.models.adapters import adapter_dropout, without_adapters
+from prefloop.models.adapters import active, adapter_dropout
 from prefloop.models.export import export_model
 from prefloop.models.load import load_policy, load_scorer
 from tests.models.plain import assert_close, plain_log_probs, random_examples
@@ -108,7 +108,7 @@ def test_modules_to_save(saved, tied, arch, tmp_path):
     model = moved(load_policy(base, CPU, lora_rank=2, modules_to_save=names))
     whole = [n for n, p in model.module.named_parameters() if p.requires_grad and "lora" not in n]
     assert len(whole) == (1 if tied else len(names))
-    with torch.no_grad(), without_adapters(model.module):
+    with torch.no_grad(), active(model.module, ()):
         assert_close(log_probs(model), plain_log_probs(start, random_examples()), 1e-5)
     export_model(model, tmp_path / "out")
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -153,8 +153,7 @@ def load_scorer(
         raise UserError(f"{path}: {type(module).__name__} has no scalar `score` head")
     if not ready:
         head: Any = module.score
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
+        shared.draw_head(head.weight, seed)
         setattr(module.config, SCORE_POSITION, "rendered")
     if not ready or module.config.get_text_config().pad_token_id is None:
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker

@@ -161,9 +161,14 @@ def critic_role(start: LoadedModel, name: str, lora: LoraConfig) -> LoadedModel:
     add_adapter(start, name, copy.copy(lora))
     for parameter in adapter_weights(start, name).values():
         parameter.requires_grad_(True)
-    own = copy.deepcopy(start.config)
-    head = _head(score.weight.detach())
+    head, own = _head(score.weight.detach()), copy.deepcopy(start.config)
     return replace(start, adapters=(*before, name), own_head=head, own_config=own)
+
+
+def draw_head(weight: Tensor, seed: int) -> None:
+    """A new scorer's, [1, D]: normal, of deviation 1/sqrt(D + 1) (lm-human-preferences)."""
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(weight, std=(weight.shape[1] + 1) ** -0.5, generator=generator)
 
 
 def as_scorer(policy: LoadedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> LoadedModel:
@@ -171,8 +176,7 @@ def as_scorer(policy: LoadedModel, tokenizer: PreTrainedTokenizerBase, seed: int
     start, config = reference_of(policy), copy.deepcopy(policy.config)
     width = config.get_text_config().hidden_size
     weight = torch.empty(1, width)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(weight, std=(width + 1) ** -0.5, generator=generator)
+    draw_head(weight, seed)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     setattr(config, SCORE_POSITION, "rendered")
     head = _head(weight.to(policy.device))

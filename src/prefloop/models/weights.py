@@ -149,17 +149,15 @@ def _narrow(module: nn.Module, plan: Kept) -> set[int]:
     if plan.matrices == torch.float32:
         return set()
     chosen: set[int] = set()
-    looked_up: set[int] = set()
+    looked_up: set[int] = set()  # embeddings that keep their digits, and with them a tied head
     for part in module.modules():
         weights = [w for w in part.parameters(recurse=False) if w.ndim > 1]
-        stacked = "expert" in type(part).__name__.lower()  # those of a mixture stand in one tensor
-        if isinstance(part, nn.Linear | Conv1D) or stacked:
-            chosen |= set(map(id, weights))
         if isinstance(part, nn.Embedding):
-            looked_up |= {id(w) for w in weights}
-            same = [w for w in weights if w.dtype == plan.matrices]
-            chosen |= set(map(id, weights if plan.embeddings else same))
-            looked_up -= set(map(id, weights if plan.embeddings else same))
+            short = [w for w in weights if plan.embeddings or w.dtype == plan.matrices]
+            chosen |= set(map(id, short))
+            looked_up |= set(map(id, weights)) - set(map(id, short))
+        elif isinstance(part, nn.Linear | Conv1D) or "expert" in type(part).__name__.lower():
+            chosen |= set(map(id, weights))  # a mixture's experts stand stacked in one tensor
     head = getattr(module, "score", None)
     scalar = set(map(id, head.parameters())) if isinstance(head, nn.Module) else set()
     return chosen - looked_up - scalar
@@ -236,8 +234,7 @@ class _Widened(TorchFunctionMode):
     """Where float32 meets bfloat16, bfloat16 becomes float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        kinds = {x.dtype for x in tensors}
+        kinds = {x.dtype for x in args if isinstance(x, Tensor)}
         if {torch.float32, torch.bfloat16} <= kinds:
             low = torch.bfloat16
             args = [x.float() if isinstance(x, Tensor) and x.dtype == low else x for x in args]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.config import PeftConfig
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
@@ -24,7 +23,6 @@ from prefloop.models import adapters
 from prefloop.models.model import LoadedModel
 from prefloop.provenance import files_digest
 from prefloop.resume import checkpoint_step
-from prefloop.runs import model_path
 
 FILE = "state.pt"
 FORMAT = 2
@@ -145,16 +143,13 @@ def _files(source: str) -> str:
     """Digests of the files that a model was loaded from, adapters before their base; "" if not all
     of them are there as safetensors.
     """
-    digests, path = [], model_path(source)
-    while adapters.is_adapter_folder(path):
-        digests.append(files_digest(path))
-        path = model_path(adapters.base_path(path, PeftConfig.from_pretrained(path)))
+    *above, path = adapters.chain(source)
     if not Path(path).is_dir():
         try:  # a hub id, whose files lie in the cache
             path = str(Path(str(cached_file(path, "config.json", local_files_only=True))).parent)
         except (OSError, ValueError):  # made in memory
             return ""
-    digests.append(files_digest(path))
+    digests = [files_digest(folder) for folder in (*above, path)]
     return " ".join(digests) if all(digests) else ""
 
 
