@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prefloop import hub
@@ -191,7 +191,7 @@ def active(module: nn.Module, names: tuple[str, ...] | None) -> Iterator[None]:
     Modules that are trained whole beside an adapter go with it. PEFT's own switches also say which
     parameters learn; here that stays as it is.
     """
-    if names is None or not isinstance(module, PeftModel):
+    if names is None:
         yield
         return
     wanted: list[tuple[Any, str, Any]] = []
@@ -282,19 +282,32 @@ def load_merged(kind: Any, path: str, **options: Any) -> tuple[PreTrainedModel, 
         base, info = kind.from_pretrained(start, **options)
     if (Path(path) / "config.json").exists():  # a scorer's: its pad token, its mean score
         own = AutoConfig.from_pretrained(path)
-        own._attn_implementation = base.config._attn_implementation
         rows = own.get_text_config().vocab_size
     else:
         own, rows = base.config, embedding_rows(path)
     if rows and rows != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)  # tokens were added to train it
-    base.config = own
+    take_config(base, own)
     config.task_type = None  # a policy's adapter may become a critic's start
     with quiet():
         merged = PeftModel.from_pretrained(base, path, config=config).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     merged.requires_grad_(True)  # PEFT froze it
     return merged, info
+
+
+def take_config(module: Any, config: PretrainedConfig) -> None:
+    """Gives a model another configuration, and each of its layers that has hold of the present one.
+
+    The form of attention, which layers read there, stays.
+    """
+    before: PretrainedConfig = module.config
+    config._attn_implementation = before._attn_implementation
+    new = {id(getattr(before, name)): getattr(config, name) for name in before.sub_configs}
+    new[id(before)] = config
+    for part in module.modules():
+        if (held := id(getattr(part, "config", None))) in new:
+            part.config = new[held]
 
 
 def base_path(path: str, config: PeftConfig) -> str:

@@ -117,8 +117,7 @@ def take_head(module: Any, path: str) -> None:
     """Gives a scorer, on the base of an adapter folder, that folder's head and configuration."""
     module.score.weight.data = load_peft_weights(path, device="cpu")[SCORE].float()
     own = AutoConfig.from_pretrained(path)
-    own._attn_implementation = module.config._attn_implementation
-    module.config = own
+    adapters.take_config(module, own)
 
 
 def begin_from(model: LoadedModel, path: str) -> LoadedModel:
