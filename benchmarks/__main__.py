@@ -3,8 +3,8 @@
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `cuda`, `gpus`,
-`gradients`, `growth`, `log-probs`, `optimizers`, `planning` and `startup` measure prefloop alone.
-JSON goes to build/benchmarks/.
+`gradients`, `growth`, `log-probs`, `low-bit`, `optimizers`, `planning` and `startup` measure
+prefloop alone. JSON goes to build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda, gpus, gradients, growth, log_probs, optimizers, planning, startup
+from benchmarks import (
+    cuda,
+    gpus,
+    gradients,
+    growth,
+    log_probs,
+    low_bit,
+    optimizers,
+    planning,
+    startup,
+)
 from benchmarks.compare import compare
 from benchmarks.sides import BUILD, VENVS
 from benchmarks.work import WORKS
@@ -30,6 +40,7 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "gradients": gradients.measure,
     "growth": growth.measure,
     "log-probs": log_probs.measure,
+    "low-bit": low_bit.measure,
     "optimizers": optimizers.measure,
     "planning": planning.measure,
     "startup": startup.measure,
