@@ -55,19 +55,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", nargs="*", default=[], help="such as trl, vllm; default: all")
+    parser.add_argument("--against", default="", help="a revision of prefloop instead of peers")
     asked = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     if asked.work in ALONE:
         found = ALONE[asked.work](asked.dtype, asked.threads)
     else:
-        found = compare(asked.work, asked.dtype, asked.rounds, asked.threads, asked.peers)
+        found = compare(
+            asked.work, asked.dtype, asked.rounds, asked.threads, asked.peers, asked.against
+        )
     facts = vars(asked) | {
         "revision": provenance.revision(),
         "versions": provenance.versions(),
         "peers": {side: packages for side, (_, packages) in VENVS.items()},
         "machine": f"{processor()}, {os.cpu_count()} CPUs",
     }
-    name = f"{asked.work}-{asked.dtype}.json"
+    against = f"-against-{asked.against}" if asked.against else ""
+    name = f"{asked.work}-{asked.dtype}{against}.json"
     text = json.dumps(facts | found, indent=2) + "\n"
     (BUILD / name).write_text(text, encoding="utf-8")
 

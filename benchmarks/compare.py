@@ -6,15 +6,28 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.sides import Form, Side, forms, prepare_llama, prepare_models, prepare_rows
+from benchmarks.sides import (
+    Form,
+    Side,
+    checked_out,
+    forms,
+    prepare_llama,
+    prepare_models,
+    prepare_rows,
+)
 
 MEASURES = ("cpu", "wall", "peak_gib")
 SAME = {"float32": 2e-4, "bfloat16": 4e-2}  # relative; float32 sums in other orders
 ALIKE = 5.0  # standard errors between the means of what is sampled
 
 
-def compare(name: str, dtype: str, rounds: int, threads: int, peers: list[str]) -> dict[str, Any]:
-    """Ceilings and results against each of `peers`' forms, printed as they come."""
+def compare(
+    name: str, dtype: str, rounds: int, threads: int, peers: list[str], revision: str
+) -> dict[str, Any]:
+    """Ceilings and results against each of `peers`' forms, printed as they come.
+
+    With a revision they are against this package as it was then.
+    """
     models, rows = prepare_models(), prepare_rows(name)
     ceilings = measure_ceilings(models, threads)
     print(
@@ -23,7 +36,8 @@ def compare(name: str, dtype: str, rounds: int, threads: int, peers: list[str]) 
         flush=True,
     )
     results = []
-    for form in forms(name):
+    folder = checked_out(revision) if revision else None
+    for form in forms(name, revision):
         if peers and form.side.removesuffix("_side") not in peers:
             continue
         if form.side == "llama_side":
@@ -31,7 +45,7 @@ def compare(name: str, dtype: str, rounds: int, threads: int, peers: list[str]) 
         words = (name, rows, models, dtype)
         with (
             Side("prefloop_side", *words, form.ours, threads=threads) as ours,
-            Side(form.side, *words, form.name, threads=threads) as peer,
+            Side(form.side, *words, form.name, threads=threads, folder=folder) as peer,
         ):
             results.append(_against(form, ours, peer, rounds, dtype, ceilings))
         print(results[-1]["text"], flush=True)

@@ -68,20 +68,25 @@ PPO = (Form("trl_ppo_side", "as-it-comes"), Form("trl_ppo_side", "best"))
 PEERS = {"sft": TRAINING, "reward": TRAINING, "dpo": DPO, "ppo": PPO, "generate": GENERATION}
 
 
-def forms(name: str) -> tuple[Form, ...]:
-    """What a work is measured against."""
+def forms(name: str, revision: str = "") -> tuple[Form, ...]:
+    """What a work is measured against: its peers, or the same settings of another revision."""
+    if revision:
+        ours = dict.fromkeys(form.ours for form in forms(name))
+        return tuple(Form("prefloop_side", each, each) for each in ours)
     return MEMORY if name == "memory" else PEERS[WORKS[name].kind]
 
 
 class Side:
-    """A running process that takes turns."""
+    """A running process that takes turns, with this source or that of another folder."""
 
-    def __init__(self, module: str, *words: str, threads: int) -> None:
+    def __init__(self, module: str, *words: str, threads: int, folder: Path | None = None) -> None:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
         }
+        if folder is not None:
+            environment["PYTHONPATH"] = str(folder.resolve() / "src")
         self.module = module
         self.process = subprocess.Popen(
             [python_of(module), "-m", f"benchmarks.{module}", *words],
@@ -90,6 +95,7 @@ class Side:
             stderr=(BUILD / f"{module}.log").open("a"),
             text=True,
             env=environment,
+            cwd=folder,
         )
 
     def __enter__(self) -> Side:
@@ -137,6 +143,15 @@ def python_of(side: str) -> str:
     return str(python)
 
 
+def checked_out(revision: str) -> Path:
+    """A work tree of another revision of this repository."""
+    folder = BUILD / "revisions" / revision
+    if not folder.exists():
+        words = ["git", "worktree", "add", "--quiet", "--detach", str(folder), revision]
+        subprocess.run(words, check=True)
+    return folder
+
+
 def prepare_models() -> str:
     """A folder of the reference, a policy a little away from it, and an untrained scorer."""
     source, cpu = str(fetch_model("smollm2-135m-instruct")), torch.device("cpu")
@@ -153,7 +168,7 @@ def prepare_models() -> str:
         export_model(model, policy)
     if not (scorer / "config.json").exists():
         export_model(load_scorer(source, cpu, seed=1), scorer)
-    return str(MODELS)
+    return str(MODELS.resolve())
 
 
 def prepare_rows(name: str) -> str:
@@ -163,7 +178,7 @@ def prepare_rows(name: str) -> str:
         tokenizer = load_tokenizer(str(MODELS / "policy"))
         sentences = [clean(s.text) for s in fetch_movie_ratings()]
         write_rows(WORKS[name], sentences, lambda t: len(tokenizer(t)["input_ids"]), path)
-    return str(path)
+    return str(path.resolve())
 
 
 def prepare_llama(rows: str, name: str, dtype: str) -> None:

@@ -177,6 +177,12 @@ def test_every_work_has_peers():
     assert forms("memory")[0].ours == "checkpointing"
 
 
+def test_a_revision_takes_the_settings_that_the_peers_are_compared_with():
+    found = [Form("prefloop_side", form, form) for form in ("first", "later")]
+    assert list(forms("dpo", "7357f06")) == found
+    assert forms("sft", "7357f06") == (Form("prefloop_side", "later", "later"),)
+
+
 @pytest.mark.parametrize("method", gradients.METHODS)
 def test_bfloat16_gradients_are_compared(method, models, rows):
     work = gradients.METHODS[method]
