@@ -39,6 +39,18 @@ def test_gae_by_hand() -> None:
     torch.testing.assert_close(advantages, torch.tensor([[-1.4425, 0.35, -1.0, 0.0]]))
 
 
+def test_gae_of_an_answer_that_goes_on_by_hand() -> None:
+    """As above, with V = 2 after the last token: its delta is 1 + 1.8 - 2 = 0.8, the advantages
+    before it 0.8 + 0.36 = 1.16 and -1.6 + 0.522 = -1.078. The second answer has ended."""
+    rewards = torch.tensor([[0.5, 0.0, 1.0, NAN], [1.0, NAN, NAN, NAN]])
+    values = torch.tensor([[3.0, 1.0, 2.0, NAN], [0.5, NAN, NAN, NAN]])
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    after = torch.tensor([2.0, 0.0])
+    advantages = gae(rewards, values, mask, gamma=0.9, lam=0.5, after=after)
+    expected = torch.tensor([[-1.078, 1.16, 0.8, 0.0], [0.5, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(advantages, expected)
+
+
 def test_gae_with_lambda_1_is_return_minus_value() -> None:
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[5.0, 5.0, 5.0]])
     advantages = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=1.0)

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-plackett-luce": ("dpo", {"loss": "plackett-luce"}),
     "ppo-gae": ("ppo", ROLLOUTS),
     "ppo-whiten": ("ppo", ROLLOUTS | {"whiten_rewards": True, "kl_target": 0.05}),
+    "ppo-warmup": ("ppo", ROLLOUTS | {"critic_warmup": 1, "bootstrap_cut": True}),
     "ppo-rloo": ("ppo", ROLLOUTS | {"advantage": "rloo", "samples_per_prompt": 2}),
     "ppo-grpo": ("ppo", ROLLOUTS | {"advantage": "grpo", "samples_per_prompt": 3}),
     "ppo-minibatches": ("ppo", ROLLOUTS | {"num_minibatches": 3, "normalize_scores": True}),

@@ -229,6 +229,50 @@ def test_rollouts_by_hand(world, tmp_path):
     assert step.metrics["val/explained_variance"] == pytest.approx(explained.item(), abs=1e-4)
 
 
+def test_cut_answers_go_on_in_the_critics_eyes(world, tmp_path):
+    """Its value after the last token, from plain Transformers, is what a cut answer's end returns
+    beside its score; an answer that stopped has the score alone."""
+    changes = {"bootstrap_cut": True, "kl_coef": 0.0, "batch_size": 9, "gae_lambda": 1.0}
+    ppo = built(
+        world, tmp_path, **changes, value_model=None, max_new_tokens=24, samples_per_prompt=8
+    )
+    next(iter(ppo.steps(0)))
+    rollouts, stops = ppo.rollouts, ppo.sampler.stop_token_ids
+    critic = AutoModelForSequenceClassification.from_pretrained(world / "rm")
+    answers = [(e.prompt, answer) for e in rollouts.examples for answer in e.answers]
+    cut = [answer[-1] not in stops for _, answer in answers]
+    assert 0 < sum(cut) < len(cut)
+    end = ppo.policy.tokenizer.eos_token_id  # what the reward model reads for any stop token
+    for row, (prompt, answer) in enumerate(answers):
+        ids = [*prompt, *answer] if cut[row] else [*prompt, *answer[:-1], end]
+        with torch.no_grad():
+            states = critic.model(torch.tensor([ids])).last_hidden_state
+            last = critic.score(states)[0, -1, 0].item()  # the score too, of a policy's first day
+        expected = last * (1 + cut[row])
+        assert rollouts.returns[row, len(answer) - 1].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_critic_alone_learns_first(world, tmp_path):
+    """Two iterations of two steps: the policy keeps its bits, then moves."""
+    changes = {"batch_size": 3, "ppo_epochs": 2, "critic_warmup": 2, "epochs": 3.0, "save_every": 1}
+    train("ppo", world, tmp_path / "run", **changes, keep_checkpoints=99)
+    rows = lines(tmp_path / "run")
+    assert [("loss/policy_avg" in row, "val/ratio" in row) for row in rows[:6]] == [
+        *[(False, False)] * 4, *[(True, True)] * 2,
+    ]  # fmt: skip
+    first = policy(world).module.state_dict()
+    kept = [checkpoint(tmp_path / "run", step)["models"] for step in (1, 4, 5)]
+    moved = [any(not torch.equal(t, first[n]) for n, t in k["policy"].items()) for k in kept]
+    assert moved == [False, False, True]
+    critics = [torch.cat([t.flatten() for t in k["value"].values()]) for k in kept]
+    assert not torch.equal(critics[0], critics[1])
+
+
+def test_a_warm_up_without_end_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match=r"--critic-warmup 3 leaves no step of 3 to the policy"):
+        built(world, tmp_path, batch_size=3, ppo_epochs=1, critic_warmup=3)
+
+
 def test_whitened_rewards_keep_their_mean(world, tmp_path):
     plain = built(world, tmp_path / "a", batch_size=9, gamma=0.0, **LENGTH)
     white = built(world, tmp_path / "b", batch_size=9, gamma=0.0, whiten_rewards=True, **LENGTH)

@@ -37,7 +37,10 @@ RUNS = {  # name: command, settings of a run of some steps
     "kto": ("dpo", {"batch_size": 3, "loss": "kto", "data": "pairs.jsonl"}),
     "ppo": ("ppo", PPO | {"kl_target": 0.01, "kl_horizon": 20.0, "samples_per_prompt": 2}),
     "ppo-stops": ("ppo", PPO | {"target_kl": 1e-3, "ppo_epochs": 4, "lr": 3e-3}),
-    "ppo-ptx": ("ppo", PPO | {"ptx_coef": 0.5, "sft_data": "sft.jsonl", "lora_rank": 2}),
+    "ppo-ptx": (
+        "ppo",
+        PPO | {"ptx_coef": 0.5, "sft_data": "sft.jsonl", "lora_rank": 2, "critic_warmup": 1},
+    ),
     "ppo-random": ("ppo", PPO | {"reward_function": f"{REWARDS}:random", "normalize_scores": True}),
     "rloo": ("ppo", PPO | {"advantage": "rloo", "samples_per_prompt": 2}),
 }

@@ -102,6 +102,8 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "cliprange_value": 1e-4,
     "vf_coef": 2.0,
     "value_lr": 1e-2,
+    "critic_warmup": 1,
+    "bootstrap_cut": True,
     "ppo_epochs": 1,
     "num_minibatches": 3,
     "samples_per_prompt": 3,

@@ -251,6 +251,9 @@ class PPOConfig(TrainingConfig):
     """Discount."""
     gae_lambda: Annotated[float, Within(0, 1), CRITIC] = 0.95
     """lambda of generalised advantage estimation."""
+    bootstrap_cut: Annotated[bool, CRITIC] = False
+    """An answer cut at --max-new-tokens goes on in the critic's eyes: its value there, and not 0,
+    stands for what would have followed."""
     cliprange: Annotated[float, Above(0)] = 0.2
     """Clip range of the probability ratio."""
     cliprange_value: Annotated[float, Above(0), CRITIC] = 0.2
@@ -259,6 +262,8 @@ class PPOConfig(TrainingConfig):
     """Weight of the value loss."""
     value_lr: Annotated[float, AtLeast(0), CRITIC] = 0.0
     """Peak learning rate of the critic; 0 means `lr`."""
+    critic_warmup: Annotated[int, AtLeast(0), CRITIC] = 0
+    """First iterations in which the critic learns alone and the policy stays as it is."""
     ppo_epochs: Annotated[int, Above(0)] = 4
     """Passes over each iteration's samples."""
     num_minibatches: Annotated[int, Above(0)] = 1

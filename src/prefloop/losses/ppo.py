@@ -69,9 +69,13 @@ def token_rewards(
     later then, on a token that was never generated.)
     """
     penalty = -kl_coef * k1(log_probs.float() - ref_log_probs.float())
+    at_the_end = torch.where(_is_last(mask), scores.float()[:, None], 0.0)
+    return torch.where(mask, penalty, 0.0) + at_the_end
+
+
+def _is_last(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     tokens_left = mask.flip(1).cumsum(1).flip(1)
-    is_last = mask & (tokens_left == 1)
-    return torch.where(mask, penalty, 0.0) + torch.where(is_last, scores.float()[:, None], 0.0)
+    return mask & (tokens_left == 1)
 
 
 def gae(
@@ -81,14 +85,18 @@ def gae(
     *,
     gamma: float,
     lam: float,
+    after: Float[Tensor, " B"] | None = None,
 ) -> Float32[Tensor, "B T"]:
     """Generalised advantage estimates (arXiv 1506.02438), 0 off the mask; returns are these + V.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; V after the end is 0.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}; V after the last token
+    is `after`, by default 0, what it is where an answer has ended.
     """
     rewards = torch.where(mask, rewards.float(), 0.0)
     values = torch.where(mask, values.float(), 0.0)
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    if after is not None:
+        next_values = next_values + torch.where(_is_last(mask), after.float()[:, None], 0.0)
     deltas = rewards + gamma * next_values - values
     advantages = torch.zeros_like(deltas)
     running = deltas.new_zeros(len(deltas))

@@ -225,6 +225,14 @@ def token_values(model: LoadedModel, batch: TokenBatch) -> Tensor:
     return scalar_head(model, hidden_states(model, batch)[batch.source_index]) - score_mean(model)
 
 
+def values_with_last(model: LoadedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Values [N] as `token_values`, and [B] of the states after each answer's last token."""
+    hidden, mean = hidden_states(model, batch), score_mean(model)
+    rows = torch.cat([batch.source_index, batch.last_index])
+    values = scalar_head(model, hidden[rows]) - mean
+    return values[: len(batch.source_index)], values[len(batch.source_index) :]
+
+
 def score_mean(model: LoadedModel) -> float:
     """What is subtracted from the head's output: Transformers' heads have no bias to shift."""
     return float(getattr(model.config, "reward_mean", 0.0))

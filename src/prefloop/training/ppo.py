@@ -80,6 +80,7 @@ class PPO:
         self.kl_coef = config.kl_coef
         self.rollouts: Rollouts | None = None  # of the iteration under way
         self.stopped_early = False  # the iteration under way, by target_kl
+        self.critic_alone = False  # learns in the iteration under way
         self.running = RunningScores()
 
     @property
@@ -97,7 +98,8 @@ class PPO:
         return self.config.batch_size * self.config.num_minibatches
 
     @property
-    def _steps_per_iteration(self) -> int:
+    def steps_per_iteration(self) -> int:
+        """Optimiser steps on one iteration's answers."""
         return self.config.ppo_epochs * self.config.num_minibatches
 
     @property
@@ -106,22 +108,23 @@ class PPO:
         iterations = stream.total_steps(
             len(self.prompts.examples), self._prompts_per_iteration, self.config.epochs, 0
         )
-        return self.config.max_steps or iterations * self._steps_per_iteration
+        return self.config.max_steps or iterations * self.steps_per_iteration
 
     def steps(self, start_step: int) -> Iterator[Step[RolloutBatch | TokenBatch]]:
         """See Method: sampled answers, and PPO-ptx rows as plain batches.
 
         A resumed iteration goes on with the rollouts it had.
         """
-        first, within = divmod(start_step, self._steps_per_iteration)
-        iterations = math.ceil(self.total_steps / self._steps_per_iteration)
+        first, within = divmod(start_step, self.steps_per_iteration)
+        iterations = math.ceil(self.total_steps / self.steps_per_iteration)
         for iteration in range(first, iterations):
+            self.critic_alone = iteration < self.config.critic_warmup
             metrics: dict[str, float] = {}
             samples: list[dict[str, Any]] = []
             if iteration > first or within == 0:
                 self.stopped_early = False
                 self.rollouts, metrics, samples = self._roll_out(iteration, iterations)
-            for number in range(within, self._steps_per_iteration):
+            for number in range(within, self.steps_per_iteration):
                 batches = [] if self.stopped_early else self._minibatch(iteration, number)
                 yield Step(batches, sum(map(self._tokens, batches)), metrics, samples)
                 metrics, samples = {}, []
@@ -154,7 +157,7 @@ class PPO:
         """Tokens computed: PPO-ptx rows train the policy only."""
         if isinstance(item, TokenBatch):
             return item.tokens
-        return item.batch.tokens * len(self.trained)
+        return item.batch.tokens * (len(self.trained) - self.critic_alone)
 
     def _minibatch(self, iteration: int, number: int) -> list[RolloutBatch | TokenBatch]:
         """Micro-batches of the iteration's step `number`."""
@@ -165,8 +168,8 @@ class PPO:
         rank, world = distributed.rank(), distributed.world()  # who holds row i: rank i mod world
         batches: list[RolloutBatch | TokenBatch] = []
         batches += self._rollout_batches([i // world for i in order if i % world == rank])
-        if self.ptx_examples:
-            step = iteration * self._steps_per_iteration + number
+        if self.ptx_examples and not self.critic_alone:
+            step = iteration * self.steps_per_iteration + number
             count, size = len(self.ptx_examples), self.config.batch_size
             assert self.config.sft_data is not None
             drawn = order_of(self.ptx_examples, self.config.sft_data, self.config.seed)
@@ -199,7 +202,8 @@ class PPO:
         if isinstance(item, TokenBatch):
             return {"ptx": item.target_ids.numel()}
         tokens = item.batch.target_ids.numel()
-        return {"policy_avg": tokens} | ({"value_avg": tokens} if self.critic else {})
+        policy = {} if self.critic_alone else {"policy_avg": tokens}
+        return policy | ({"value_avg": tokens} if self.critic else {})
 
     def loss(self, item: RolloutBatch | TokenBatch) -> LossSums:
         """Clipped policy loss + vf_coef x clipped value loss, or ptx_coef x NLL."""
@@ -210,17 +214,20 @@ class PPO:
 
     def _clipped(self, item: RolloutBatch) -> LossSums:
         config, batch = self.config, item.batch
-        log_probs = answer_log_probs(self.policy, batch, config.temperature)
-        policy = losses.policy_loss(
-            log_probs, item.log_probs, item.advantages, cliprange=config.cliprange
-        )
         count = float(batch.target_ids.numel())
-        terms = {"policy_avg": policy.sum}
-        metrics: dict[str, tuple[Tensor | float, float]] = {
-            "policy/approxkl_avg": (policy.approxkl_sum, count),
-            "policy/clipfrac_avg": (policy.clipfrac_sum, count),
-            "val/ratio": (policy.ratio_sum, count),
-        }
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, tuple[Tensor | float, float]] = {}
+        if not self.critic_alone:
+            log_probs = answer_log_probs(self.policy, batch, config.temperature)
+            policy = losses.policy_loss(
+                log_probs, item.log_probs, item.advantages, cliprange=config.cliprange
+            )
+            terms["policy_avg"] = policy.sum
+            metrics |= {
+                "policy/approxkl_avg": (policy.approxkl_sum, count),
+                "policy/clipfrac_avg": (policy.clipfrac_sum, count),
+                "val/ratio": (policy.ratio_sum, count),
+            }
         if self.critic:
             value = losses.value_loss(
                 token_values(self.critic, batch),
@@ -310,7 +317,13 @@ def build(
     fixed = [model for model in (policy, reference, *models.rewards) if model]
     critic = models.critic
     sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
-    return PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
+    method = PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
+    if config.critic_warmup * method.steps_per_iteration >= method.total_steps:
+        raise UserError(
+            f"--critic-warmup {config.critic_warmup} leaves no step of {method.total_steps} to the "
+            f"policy ({method.steps_per_iteration} an iteration); lower it or train longer"
+        )
+    return method
 
 
 def _reference(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None:

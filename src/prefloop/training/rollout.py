@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from prefloop.generation.protocol import RolloutEngine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.losses.kl import k1
-from prefloop.models.heads import answer_log_probs, token_values
+from prefloop.models.heads import answer_log_probs, values_with_last
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
 from prefloop.records import text_to_json
@@ -113,13 +113,19 @@ def advantages_and_returns(
     values: Tensor,
     mask: Tensor,
     kl_coef: float,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages [B, T], whitened over all ranks' tokens, and the critic's targets [B, T]."""
+    """Advantages [B, T], whitened over all ranks' tokens, and the critic's targets [B, T].
+
+    `after`: see losses.gae; read with `bootstrap_cut`.
+    """
     if config.advantage == "gae":
         rewards = losses.token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef)
         if config.whiten_rewards:
             rewards = _whiten(rewards, mask, shift_mean=False)
-        advantages = losses.gae(rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+        factors = {"gamma": config.gamma, "lam": config.gae_lambda}
+        after = after if config.bootstrap_cut else None
+        advantages = losses.gae(rewards, values, mask, **factors, after=after)
         return _whiten(advantages, mask), (advantages + values) * mask
     kl = ((log_probs - ref_log_probs) * mask).sum(1)
     groups = (scores - kl_coef * kl).view(-1, config.samples_per_prompt)
@@ -139,6 +145,15 @@ def global_moments(x: Tensor, mask: Tensor) -> losses.Moments:
     sums = torch.stack([parts.sum, parts.sum_of_squares, parts.count.double()])
     total = distributed.sum_tensor(sums)
     return losses.Moments(total[0], total[1], total[2].long())
+
+
+class _Passes(NamedTuple):
+    """What the models say of B sampled answers of up to T tokens."""
+
+    log_probs: Tensor  # [B, T]
+    ref_log_probs: Tensor | None  # [B, T]; None without a reference
+    values: Tensor  # [B, T]; zeros without a critic
+    after: Tensor  # [B] the critic's value after the last token
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ class Sampler:
             for example, group in zip(prompts.examples, groups, strict=True)
         ]
         # 2. Log-probs of policy and reference, and values, as the trainer computes them.
-        log_probs, ref_log_probs, values = self._forward_passes(examples)
+        log_probs, ref_log_probs, values, after = self._forward_passes(examples)
         lengths = torch.tensor([len(answer) for e in examples for answer in e.answers])
         mask = torch.arange(log_probs.shape[1]) < lengths[:, None]
         # 3. Scores.
@@ -192,8 +207,9 @@ class Sampler:
         scores = self._adjusted(raw, stopped, running)
         # 4. Advantages and returns.
         ref = log_probs if ref_log_probs is None else ref_log_probs  # then kl_coef is 0
+        after = torch.where(stopped, 0.0, after)  # an answer that was cut did not end there
         advantages, returns = advantages_and_returns(
-            config, scores, log_probs, ref, values, mask, kl_coef
+            config, scores, log_probs, ref, values, mask, kl_coef, after
         )
         rollouts = Rollouts(
             tuple(examples), mask, log_probs, ref_log_probs, advantages, values, returns
@@ -213,11 +229,11 @@ class Sampler:
         ][:LOGGED_SAMPLES]
         return rollouts, metrics, samples
 
-    def _forward_passes(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _forward_passes(self, examples: Sequence[Example]) -> _Passes:
         config, device = self.config, self.policy.device
         new: list[Tensor] = []
         old: list[Tensor] = []
-        values: list[Tensor] = []
+        values: list[tuple[Tensor, Tensor]] = []
         models = [model for model in (self.policy, self.reference, self.critic) if model]
         most, wide = config.micro_batch_tokens, not all(model.packed for model in models)
         for batch in to_batches(split_answers(examples, most, wide), most, device, wide):
@@ -225,12 +241,14 @@ class Sampler:
             if self.reference:
                 old.append(answer_log_probs(self.reference, batch, config.temperature))
             if self.critic:
-                values.append(token_values(self.critic, batch))
+                values.append(values_with_last(self.critic, batch))
         log_probs = padded(torch.cat(new).cpu(), examples)
         ref_log_probs = padded(torch.cat(old).cpu(), examples) if old else None
         if not self.critic:
-            return log_probs, ref_log_probs, torch.zeros_like(log_probs)
-        return log_probs, ref_log_probs, padded(torch.cat(values).cpu(), examples)
+            nothing = torch.zeros_like(log_probs)
+            return _Passes(log_probs, ref_log_probs, nothing, nothing[:, 0])
+        each, after = (torch.cat(part).cpu() for part in zip(*values, strict=True))
+        return _Passes(log_probs, ref_log_probs, padded(each, examples), after)
 
     def _adjusted(self, scores: Tensor, stopped: Tensor, running: RunningScores) -> Tensor:
         if self.config.normalize_scores:
