@@ -49,13 +49,13 @@ GOLD = "prefloop.recipes.sentiment_data:gold_reward"
 MEASURED_ON = "one thread of an AMD EPYC that multiplies bfloat16 (docs/results.md)"
 SECONDS = {
     "model and data": 60.0,
-    "supervised fine-tuning": 142.0,
+    "supervised fine-tuning": 119.0,
     "answers to rank": 60.0,
     "rankings": 6.0,
-    "reward model": 186.0,
-    "PPO": 365.0,  # 32 iterations, of which two were measured
-    "PPO without KL penalty": 365.0,
-    "DPO": 522.0,  # in float32
+    "reward model": 144.0,
+    "PPO": 392.0,
+    "PPO without KL penalty": 438.0,
+    "DPO": 234.0,
     "comparison": 81.0,
 }
 QUICK_SECONDS = {
