@@ -7,21 +7,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from prefloop.config import PPOConfig
 from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.models import adapters, heads, selftest, shared
 from prefloop.models.load import load_policy, load_reward_model
 from prefloop.rewards.scorers import Scored, together
-from prefloop.runs import Run
-from prefloop.training import optim, planning, ppo
-from prefloop.training.step import optimizer_step
+from prefloop.training import planning, ppo
 from prefloop.training.tracing import WEIGHTS, Part
 from tests.models.plain import random_examples
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.training.small import COMMON, CPU, SHORT, assert_same_run, only_checkpoint, train
-
-LORA = {"lora_rank": 2, "lora_alpha": 8.0}
+from tests.training.one_base import LORA, built, copied, placed, stepped
+from tests.training.small import CPU, assert_same_run, only_checkpoint, train
 
 
 @pytest.fixture(scope="module")
@@ -30,52 +26,6 @@ def judged(world, tmp_path_factory):
     for seed, name in enumerate(("rm_lora", "rm_lora2", "rm_lora3")):
         train("reward", world, world / name, seed=seed, **LORA)
     return world
-
-
-def built(world, output, **changes):
-    """A PPO method, not yet trained."""
-    settings = (
-        COMMON
-        | SHORT
-        | LORA
-        | {
-            "model": str(world / "model"),
-            "data": str(world / "prompts.jsonl"),
-            "output": output,
-            "reward_model": str(world / "rm_lora"),
-            "batch_size": 3,
-            "ppo_epochs": 2,
-            "epochs": 9.0,
-            "temperature": 0.7,
-        }
-    )
-    config = PPOConfig(**settings | changes)
-    torch.manual_seed(0)
-    return ppo.build(config, CPU, Run.open(config, "ppo")), config
-
-
-def copied(source, target):
-    """Gives a method the trained weights of another."""
-    for name, model in target.trained.items():
-        theirs = source.trained[name].named_trainable()
-        ours = model.named_trainable()
-        assert len(ours) == len(theirs)
-        pairs = zip(sorted(ours), sorted(theirs), strict=True)
-        with torch.no_grad():
-            for mine, other in pairs:
-                assert ours[mine].shape == theirs[other].shape, (mine, other)
-                ours[mine].copy_(theirs[other])
-
-
-def stepped(method, config, count):
-    """Losses, metrics and gradients' norms of some steps."""
-    parameters = {name: model.trainable() for name, model in method.trained.items()}
-    optimizer = optim.build_optimizer(parameters, config, {})
-    numbers = []
-    for item, _ in zip(method.steps(0), range(count), strict=False):
-        outcome = optimizer_step(method, item.batches, parameters, optimizer, config)
-        numbers.append(item.metrics | outcome.losses | outcome.metrics | outcome.norms)
-    return numbers
 
 
 CASES = {
@@ -93,16 +43,6 @@ CASES = {
     "from an adapter": {"model": "sft_lora"},
     "value model": {"value_model": "rm_lora2"},
 }  # fmt: skip
-
-
-def placed(world, changes):
-    def path(value):
-        return str(world / value) if value and (world / value).exists() else value
-
-    return {
-        name: tuple(map(path, v)) if isinstance(v, tuple) else path(v) if isinstance(v, str) else v
-        for name, v in changes.items()
-    }
 
 
 @pytest.mark.parametrize("case", CASES)

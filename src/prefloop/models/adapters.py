@@ -223,6 +223,41 @@ def tuner_layers(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
 
 
+def head_names(module: PreTrainedModel) -> list[str]:
+    """Names of the layers behind the last hidden states: a language model's head, a scorer's."""
+    heads = getattr(module, "get_output_embeddings", lambda: None)(), getattr(module, "score", None)
+    return [n for n, part in module.named_modules() if any(part is head for head in heads)]
+
+
+def exclusions(
+    module: PreTrainedModel, config: LoraConfig, names: Sequence[str]
+) -> list[str] | None:
+    """Layers left out by a configuration, or for these names, as PEFT takes it: of those there."""
+    layers = [name for name, _ in module.named_modules()]
+    own = config.exclude_modules or []
+    if isinstance(own, str):  # a regular expression
+        own = [name for name in layers if re.fullmatch(own, name)]
+    there = [n for n in (*own, *names) if any(_is_end(n, layer) for layer in layers)]
+    return there or None
+
+
+def below_head(module: nn.Module, name: str) -> bool:
+    """Whether the adapter of this name changes the last hidden states, and not the head alone."""
+    heads = head_names(unwrap(module))
+    layers = [
+        n
+        for n, part in unwrap(module).named_modules()
+        if isinstance(part, LoraLayer) and (name in part.lora_A or name in part.lora_embedding_A)
+    ]
+    return not set(layers) <= set(heads)
+
+
+def without_head(module: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the names of layers, as --lora-targets has them, that are not a head's alone."""
+    heads = head_names(module)
+    return tuple(n for n in names if not any(_is_end(n, head) for head in heads))
+
+
 class LowRank(NamedTuple):
     """What a layer with plain LoRA computes: base(x), and up(down(x)) * scale of each adapter."""
 

@@ -128,7 +128,7 @@ class LoadedModel:
         if self.adapters is None:
             return named
         mine = {f".{name}." for name in self.adapters}
-        named = {n: p for n, p in named.items() if any(name in n for name in mine)}
+        named = {n: p for n, p in named.items() if any(name in f"{n}." for name in mine)}
         if self.own_head is not None:
             own = self.own_head.named_parameters()
             named |= {f"score.{name}": p for name, p in own if p.requires_grad}

@@ -8,7 +8,7 @@ adapters add to it; the numbers are those of separate models.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ def stackable(path: str) -> LoraConfig | None:
     plain = (
         isinstance(config, LoraConfig)
         and not config.use_dora
+        and config.init_lora_weights in (True, False, "gaussian")  # others change the base
         and config.bias == "none"
+        and not config.lora_bias
         and set(config.modules_to_save or ()) <= {"score", "classifier"}  # PEFT adds the second
         and not config.trainable_token_indices
         and not config.layer_replication
@@ -86,10 +88,15 @@ def add_frozen(model: LoadedModel, path: str, name: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in weights.items() if key not in own}
 
 
-def add_adapter(model: LoadedModel, name: str, config: LoraConfig) -> None:
-    """A fresh adapter; which ones are on, and which learn, stays as it was."""
+def add_adapter(
+    model: LoadedModel, name: str, config: LoraConfig, left_out: Sequence[str] = ()
+) -> None:
+    """A fresh adapter on its targets but for `left_out`; which ones are on, and which learn, stays
+    as it was.
+    """
     config.task_type = config.modules_to_save = None  # the head is the role's own
-    config.exclude_modules, config.lora_dropout = None, 0.0
+    config.exclude_modules = adapters.exclusions(model.hf, config, left_out)
+    config.lora_dropout = 0.0
     config.base_model_name_or_path = None  # PEFT fills in what it is added to
     learning = [p for p in model.module.parameters() if p.requires_grad]
     with adapters.quiet():
@@ -153,11 +160,11 @@ def reward_role(
 def critic_role(start: LoadedModel, name: str, lora: LoraConfig) -> LoadedModel:
     """A critic that begins as a scorer, through fresh adapters on its base and a head of its own.
 
-    `lora` says which adapters.
+    `lora` says which adapters; a head that the critic does not read gets none.
     """
     score: Any = start.score_head
     before = start.adapters or ()
-    add_adapter(start, name, copy.copy(lora))
+    add_adapter(start, name, copy.copy(lora), adapters.head_names(start.hf))
     for parameter in adapter_weights(start, name).values():
         parameter.requires_grad_(True)
     head, own = _head(score.weight.detach()), copy.deepcopy(start.config)
@@ -202,18 +209,22 @@ def save_adapters(model: LoadedModel, folder: Path) -> None:
     module, names = model.module, model.adapters or ()
     assert isinstance(module, PeftModel)
     configs: list[Any] = [module.peft_config[name] for name in names]
-    rank = sum(config.r for config in configs)
-    weights: dict[str, Tensor] = {}
+    halves: dict[str, tuple[Tensor, int]] = {}  # each with the side of its ranks
     targets = set()
     for key, layer in module.named_modules():
-        if not (present := [name for name in names if name in getattr(layer, "lora_A", ())]):
+        one: Any = layer
+        kind = "lora_embedding_" if getattr(one, "lora_embedding_A", ()) else "lora_"
+        downs, ups = getattr(one, f"{kind}A", {}), getattr(one, f"{kind}B", {})
+        if not (present := [name for name in names if name in downs]):
             continue
         targets.add(key.removeprefix("base_model.model."))
-        one: Any = layer
-        downs = [one.lora_A[name].weight for name in present]
-        ups = [one.lora_B[name].weight * one.scaling[name] for name in present]
-        weights[f"{key}.lora_A.weight"] = _to_rank(torch.cat(downs), rank, 0)
-        weights[f"{key}.lora_B.weight"] = _to_rank(torch.cat(ups, 1), rank, 1)
+        down = [getattr(downs[name], "weight", downs[name]) for name in present]
+        up = [getattr(ups[name], "weight", ups[name]) * one.scaling[name] for name in present]
+        end = "" if kind == "lora_embedding_" else ".weight"
+        halves[f"{key}.{kind}A{end}"] = torch.cat(down), 0
+        halves[f"{key}.{kind}B{end}"] = torch.cat(up, 1), 1
+    rank = max(half.shape[dim] for half, dim in halves.values())
+    weights = {key: _to_rank(half, rank, dim) for key, (half, dim) in halves.items()}
     if model.is_scorer:
         head: Any = model.score_head
         trained = getattr(head, "modules_to_save", {POLICY: head})  # PEFT's copy of it
@@ -249,7 +260,7 @@ def _short_names(targets: Iterable[str], module: nn.Module) -> list[str]:
     linear = {
         name.removeprefix("base_model.model.").removesuffix(".base_layer")
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and "lora_" not in name
+        if isinstance(part, adapters.ADAPTABLE) and "lora_" not in name
     }
     others = {name for name in linear - set(targets) if name.rpartition(".")[2] in ends}
     return sorted(targets if others else ends)

@@ -10,7 +10,8 @@ from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.config.ranges import template_arguments
 from prefloop.data.tokenize import same_ids
-from prefloop.models import shared
+from prefloop.errors import UserError
+from prefloop.models import adapters, shared
 from prefloop.models.load import (
     distinct_pad,
     load_reward_model,
@@ -22,6 +23,7 @@ from prefloop.models.load import (
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import storage_of
 from prefloop.rewards.scorers import with_template_args
+from prefloop.runs import model_path
 from prefloop.training.start import model_options
 
 CRITIC = "critic"
@@ -61,13 +63,20 @@ def load_beside(config: PPOConfig, policy: LoadedModel) -> Beside:
         critic = _critic(config, policy, rewards, shares)
         require_same_ids("--value-model", critic, policy)
     _tell(policy, rewards, critic)
+    if config.lora_rank and config.share_base == "auto":
+        _tell_apart(config, policy)
     return Beside(tuple(rewards), critic)
 
 
 def _critic(
     config: PPOConfig, policy: LoadedModel, rewards: list[LoadedModel], shares: bool
 ) -> LoadedModel:
-    """It reads tokens alone, so it needs no chat template."""
+    """It reads tokens alone, so it needs no chat template, and has no head of a language model."""
+    if config.lora_rank and not adapters.below_head(policy.module, shared.POLICY):
+        raise UserError(
+            f"--lora-targets {' '.join(config.lora_targets)}: only the head, which the critic has "
+            "not; name other layers, too, or give --advantage rloo or grpo, which need no critic"
+        )
     first, named = rewards[0] if rewards else None, config.value_model
     if first is not None and not same_ids(policy.tokenizer, first.tokenizer):
         first = None
@@ -89,6 +98,8 @@ def _critic(
         return critic
     path = named or (config.reward_models[0] if first is not None else config.model)
     options = model_options(config) | {"template_args": {}}
+    options["lora_targets"] = adapters.without_head(policy.hf, config.lora_targets)
+    options["modules_to_save"] = adapters.without_head(policy.hf, config.modules_to_save)
     return load_scorer(path, policy.device, seed=config.seed, **options)
 
 
@@ -106,3 +117,20 @@ def _tell(policy: LoadedModel, rewards: list[LoadedModel], critic: LoadedModel |
         roles = ", ".join(name for name, _ in group[:-1]) + f" and {group[-1][0]}"
         saved = f"saves {size * (len(group) - 1):.2f} GiB"
         print(f"one base of {size:.2f} GiB carries {roles}: {saved}", file=sys.stderr)
+
+
+def _tell_apart(config: PPOConfig, policy: LoadedModel) -> None:
+    """A line for each adapter folder that could have stood on the policy's base and does not."""
+    named = (*config.reward_models, *([config.value_model] if config.value_model else ()))
+    for path in named:
+        if distributed.rank() or not adapters.is_adapter_folder(model_path(path)):
+            continue
+        if config.modules_to_save:
+            reason = "--modules-to-save trains layers of the policy's whole"
+        elif not shared.stackable(model_path(path)):
+            reason = "its adapter is of a kind that must be merged, not plain LoRA on linear layers"
+        elif not shared.stands_on_base(policy, path):
+            reason = "its base has other weights than the policy's"
+        else:
+            continue
+        print(f"{path} has a base of its own: {reason}", file=sys.stderr)
