@@ -174,8 +174,8 @@ def _stacked(path: str, plan: Kept, **lora: Unpack[LoraOptions]) -> str | None:
         return adapters.root_base(path)
     if plan.nf4:
         raise UserError(
-            f"{path}: an adapter of a kind that must be merged, which --weights nf4 cannot; merge "
-            "it first, with prefloop export --merge"
+            f"{path}: its adapter must be merged, for its kind or for --modules-to-save, which "
+            "--weights nf4 cannot; merge it first, with prefloop export --merge"
         )
     return None
 
