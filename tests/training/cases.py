@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-rloo": ("ppo", ROLLOUTS | {"advantage": "rloo", "samples_per_prompt": 2}),
     "ppo-grpo": ("ppo", ROLLOUTS | {"advantage": "grpo", "samples_per_prompt": 3}),
     "ppo-minibatches": ("ppo", ROLLOUTS | {"num_minibatches": 3, "normalize_scores": True}),
+    "ppo-one-base": ("ppo", ROLLOUTS | {"lora_rank": 2, "reward_model": ["rm_one"]}),
+    "ppo-several": ("ppo", ROLLOUTS | {"lora_rank": 2, "reward_model": ["rm_one", "rm_two"]}),
     "ppo-ptx": ("ppo", ROLLOUTS | {"ptx_coef": 0.5, "sft_data": "sft.jsonl"}),
 }
 
@@ -49,4 +51,6 @@ def run_case(name: str, world: Path, output: Path, **more: Any) -> None:
     for key in ("data", "eval_data", "sft_data", "ref_model"):
         if changes.get(key):
             changes[key] = str(world / changes[key])
+    if scorers := changes.get("reward_model"):
+        changes["reward_model"] = tuple(str(world / name) for name in scorers)
     train(command, world, output, **changes)

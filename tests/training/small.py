@@ -44,12 +44,17 @@ REWARDS = "tests.training.rewards"
 
 
 def write_world(folder: Path) -> None:
-    """model/ and reference/ (policies), rm/ (scorer), and rows of every kind and many lengths."""
+    """model/ and reference/ (policies), rm/ (scorer), rm_one/ and rm_two/ (adapters of scorers on
+    model/), and rows of every kind and many lengths.
+    """
     tokenizer = tiny_tokenizer(chat=False)
     for seed, name in enumerate(("model", "reference")):
         tiny_model("llama", seed=seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     export_model(load_scorer(str(folder / "model"), CPU, seed=1), folder / "rm")
+    for seed, name in enumerate(("rm_one", "rm_two")):
+        scorer = load_scorer(str(folder / "model"), CPU, seed=seed, lora_rank=2)
+        export_model(perturbed(scorer, seed=seed), folder / name)
     draw = random.Random(0)
 
     def text(least: int, most: int) -> str:

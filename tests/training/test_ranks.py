@@ -18,12 +18,15 @@ from tests.training.small import (
 pytestmark = pytest.mark.timeout(1200)
 MIXED = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2, "kl_target": 0.01, "max_steps": 5}
 
+DROPS = {"batch_size": 4, "epochs": 2.0, "lora_rank": 2, "lora_dropout": 0.4, "lr": 0.05}
+
 
 @pytest.fixture(scope="module")
 def two_ranks(world, tmp_path_factory):
     """Every case and what else needs two ranks, all in one start of two processes."""
     folder = tmp_path_factory.mktemp("two")
     saving = {"save_every": 1, "keep_checkpoints": 99}
+    shared = {"lora_rank": 2, "reward_model": str(world / "rm_one")}
     train("ppo", world, folder / "solo", **saving, **MIXED)
     jobs = [
         {"copy": ["solo", "solo-again", 3]},
@@ -32,6 +35,12 @@ def two_ranks(world, tmp_path_factory):
         {"copy": ["mixed", "again", 3]},
         {"command": "ppo", "to": "again"} | MIXED,
         {"command": "ppo", "to": "few", "batch_size": 1},
+        {"command": "ppo", "to": "shared"} | saving | MIXED | shared,
+        {"copy": ["shared", "shared-again", 3]},
+        {"command": "ppo", "to": "shared-again"} | MIXED | shared,
+        {"command": "dpo", "to": "drops"} | saving | DROPS,
+        {"copy": ["drops", "drops-again", 2]},
+        {"command": "dpo", "to": "drops-again"} | DROPS,
     ]
     outcomes = on_ranks(
         2, "-m", "tests.training.on_rank", str(world), str(folder), *CASES, *map(json.dumps, jobs)
@@ -76,6 +85,21 @@ def test_ppo_on_two_ranks_goes_on_in_mid_iteration(two_ranks):
     """Each rank finds its own rollouts again: step 3 is in an iteration of four."""
     assert len(lines(two_ranks / "mixed")) == 5
     assert_same_run(two_ranks / "mixed", two_ranks / "again")
+
+
+def test_one_base_on_two_ranks_goes_on_in_mid_iteration(two_ranks):
+    assert_same_run(two_ranks / "shared", two_ranks / "shared-again")
+
+
+def test_dropout_on_two_ranks_goes_on_to_the_same_bits(world, two_ranks, tmp_path):
+    """On one rank it goes on, too, but drops otherwise: draws are a rank's own, as the docs say."""
+    assert_same_run(two_ranks / "drops", two_ranks / "drops-again")
+    only_checkpoint(two_ranks / "drops", tmp_path / "one", 2)
+    train("dpo", world, tmp_path / "one", **DROPS)
+    mine, whole = lines(tmp_path / "one"), lines(two_ranks / "drops")
+    assert mine[:2] == whole[:2]
+    assert len(mine) == len(whole) == 5
+    assert mine[2]["loss"] != pytest.approx(whole[2]["loss"], rel=1e-4)
 
 
 def test_a_checkpoint_of_one_rank_loads_on_two(two_ranks):

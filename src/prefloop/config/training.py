@@ -120,7 +120,7 @@ class TrainingConfig(Settings):
     regular expression of whole names."""
     lora_dropout: Annotated[float, Within(0, 1, with_high=False), OnlyWith("lora_rank")] = 0.0
     """Share of an adapter's inputs dropped in training, nowhere else; not in PPO. What is dropped
-    depends on how a step is split, so --micro-batch-tokens then changes results."""
+    depends on how a step is split: --micro-batch-tokens and the processes then change results."""
     modules_to_save: Annotated[tuple[str, ...], OnlyWith("lora_rank")] = ()
     """Layers trained whole beside the adapters and saved with them, such as embed_tokens lm_head;
     where these two are one weight, either names it."""
