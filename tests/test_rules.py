@@ -32,7 +32,7 @@ BUDGETS = {
     "models": 2800,
     "generation": 1600,
     "rewards": 800,
-    "training": 3700,
+    "training": 3750,
     "evaluation": 1700,
     "recipes": 1600,
     "labelling": 3900,
@@ -43,7 +43,8 @@ its range beside it and rows came in by one door, which tells its own errors by 
 progress was told by one file for training, sampling and judging, 2,800 until hubs out of reach were
 told at once and changed folders read anew, 3,000 until models were exported with a card and pushed;
 data: 1,500 until other tools' forms were read;
-training: 2,600 until runs were planned before they start; models: 2,400 until weights were kept in
+training: 2,600 until runs were planned before they start, 3,700 until adapters that cannot stand on
+a policy's base were told with the reason; models: 2,400 until weights were kept in
 three forms, one base carried several adapters, and exports had their own types and cards, 2,700
 until critics gave values of both ends of an answer and layers took a new configuration along, 2,730
 until adapters of embeddings, of other ranks and of other kinds than plain LoRA were told apart."""
