@@ -99,7 +99,11 @@ def assert_equal(ours, theirs):
             assert value == pytest.approx(separate[name], rel=2e-5, abs=5e-6), name
 
 
-@pytest.mark.parametrize("kind", APART)
+@pytest.mark.parametrize(
+    "kind",
+    ["dora", "changes its base"]
+    + [pytest.param(k, marks=pytest.mark.slow) for k in ("embeddings", "whole layers")],
+)
 def test_other_kinds_are_loaded_apart_and_told(kind, world, tmp_path, capsys):
     """With the numbers of a run that shares nothing."""
     path = foreign(world, tmp_path / "rm", **APART[kind])
@@ -126,14 +130,13 @@ def test_layers_trained_whole_and_other_bases_are_told(untied, tmp_path, capsys)
     assert "rm_lora has a base of its own: its base has other weights than the policy's" in told
 
 
-@pytest.mark.parametrize("reward", ["rm_lora", "rm"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "reward"),
     [
-        {"lora_targets": ("q_proj", "lm_head")},
-        {"lora_targets": (".*(q_proj|lm_head)",)},
-        {"lora_targets": ("q_proj", "embed_tokens")},
-        {"modules_to_save": ("lm_head",)},
+        ({"lora_targets": ("q_proj", "lm_head")}, "rm_lora"),
+        ({"lora_targets": (".*(q_proj|lm_head)",)}, "rm"),
+        ({"lora_targets": ("q_proj", "embed_tokens")}, "rm_lora"),
+        ({"modules_to_save": ("lm_head",)}, "rm_lora"),
     ],
     ids=str,
 )
