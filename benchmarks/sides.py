@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks.meter import MARK
-from benchmarks.to_gguf import write_gguf
 from benchmarks.work import WORKS, read_texts, stop_ids, write_rows
 from prefloop.data.tokenize import encode_prompt
 from prefloop.models.export import export_model
+from prefloop.models.gguf import write_gguf
 from prefloop.models.load import load_policy, load_scorer, load_tokenizer
 from prefloop.recipes.fetch import fetch_model, fetch_movie_ratings
 from prefloop.recipes.sentiment_data import clean
@@ -185,7 +185,7 @@ def prepare_llama(rows: str, name: str, dtype: str) -> None:
     """What llama.cpp's venv cannot make: weights as GGUF, prompts as token ids."""
     weights = MODELS / f"policy-{dtype}.gguf"
     if not weights.exists():
-        write_gguf(MODELS / "policy", weights, dtype)
+        write_gguf(MODELS / "policy", weights, getattr(torch, dtype))
     tokenizer = load_tokenizer(str(MODELS / "policy"))
     ids = {
         "prompts": [encode_prompt(tokenizer, row["prompt"]) for row in read_texts(rows)],

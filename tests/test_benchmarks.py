@@ -13,9 +13,7 @@ from benchmarks import compare, gradients, growth, llama_side, optimizers, start
 from benchmarks.ceilings import model_flops, weight_bytes
 from benchmarks.meter import MARK
 from benchmarks.sides import Form, forms
-from benchmarks.to_gguf import write_gguf
 from benchmarks.work import WORKS, Work, write_rows
-from gguf import GGUFReader
 
 from prefloop.models.load import load_policy
 from prefloop.models.weights import Storage
@@ -197,24 +195,6 @@ def test_bfloat16_gradients_are_compared(method, models, rows):
 def test_a_loss_of_precision_must_exceed_its_spread():
     assert gradients.loses_more([0.90, 0.91, 0.89], [0.99, 0.99, 0.98])
     assert not gradients.loses_more([0.99, 0.98, 0.99], [0.99, 0.99, 0.98])
-
-
-def test_gguf_holds_the_weights(models, tmp_path):
-    write_gguf(models / "policy", tmp_path / "a.gguf", "float32")
-    held = {t.name: t.data for t in GGUFReader(tmp_path / "a.gguf").tensors}
-    model = load_policy(str(models / "policy"), CPU).hf
-    norm = model.model.layers[1].input_layernorm.weight.detach().numpy()
-    assert (held["blk.1.attn_norm.weight"] == norm).all()
-    query = model.model.layers[0].self_attn.q_proj.weight.detach().numpy()
-    half = model.config.head_dim // 2
-    found = held["blk.0.attn_q.weight"]
-    assert (found[0] == query[0]).all()
-    assert (found[1] == query[half]).all()  # neighbours turn together
-    assert (found[2] == query[1]).all()
-    write_gguf(models / "policy", tmp_path / "b.gguf", "bfloat16")
-    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "b.gguf").tensors}
-    assert kinds["blk.0.attn_q.weight"] == "BF16"
-    assert kinds["blk.0.attn_norm.weight"] == "F32"
 
 
 class CountingEngine:

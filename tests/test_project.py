@@ -12,6 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from tests.tiny import tiny_model, tiny_tokenizer
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DEPENDENCIES = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
@@ -61,13 +63,13 @@ def test_the_makefile_installs_the_pinned_torch():
     assert sorted(re.findall(r"torch==(\S+)", makes)) == sorted(wanted)
 
 
-def test_only_recipes_and_benchmarks_need_the_extra_demo():
+def test_only_recipes_need_the_extra_demo_and_gguf_is_loaded_where_it_is_written():
     assert {"gguf", "scikit-learn"}.isdisjoint(DEPENDENCIES)
     extra = [Requirement(r).name for r in PROJECT["optional-dependencies"]["demo"]]
     assert sorted(extra) == ["gguf", "scikit-learn"]
     for path in (ROOT / "src").rglob("*.py"):
         if re.search(r"^\s*(from|import) (gguf|sklearn)\b", path.read_text(), flags=re.MULTILINE):
-            assert path.parent.name == "recipes", path
+            assert path.parent.name == "recipes" or path.stem == "gguf", path
 
 
 WITHOUT = """
@@ -79,15 +81,19 @@ sys.exit(main({words}))
 
 
 @pytest.mark.parametrize(
-    ("module", "words"),
+    ("module", "extra", "words"),
     [
-        ("gguf", ["fetch-model"]),
-        ("gguf", ["demo", "--output", "out"]),
-        ("sklearn", ["demo", "--output", "out"]),
-        ("sklearn", ["evaluate", "winrate", "--answers", "a.jsonl", "--baseline", "a.jsonl"]),
+        ("gguf", "demo", ["fetch-model"]),
+        ("gguf", "demo", ["demo", "--output", "out"]),
+        ("sklearn", "demo", ["demo", "--output", "out"]),
+        ("sklearn", "demo", "evaluate winrate --answers a.jsonl --baseline a.jsonl".split()),
+        ("gguf", "gguf", ["export", "base", "--gguf", "--output", "out"]),
     ],
 )
-def test_a_command_without_the_extra_demo_tells_the_remedy(module, words, tmp_path):
+def test_a_command_without_its_extra_tells_the_remedy(module, extra, words, tmp_path):
+    if words[0] == "export":
+        tiny_model("llama").config.save_pretrained(tmp_path / "base")
+        tiny_tokenizer().save_pretrained(tmp_path / "base")
     if words[0] == "evaluate":
         words = [*words, "--judge", "prefloop.recipes.sentiment_data:gold_reward"]
         (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": " b"}\n')
@@ -100,7 +106,7 @@ def test_a_command_without_the_extra_demo_tells_the_remedy(module, words, tmp_pa
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert f"not installed: {module}; run pip install 'prefloop[demo]'" in done.stderr
+    assert f"not installed: {module}; run pip install 'prefloop[{extra}]'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

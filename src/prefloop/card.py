@@ -31,6 +31,7 @@ class Contents:
     adapter: bool  # and not whole weights
     scorer: bool  # and not a language model
     score_position: str = ""  # a scorer's
+    gguf: str = ""  # the file's name, where it is one for llama.cpp
 
 
 def run_of(source: Path) -> Path | None:
@@ -69,6 +70,9 @@ def model_card(run: Path | None, base: str, contents: Contents) -> str:
         if key in said:
             about[key] = said[key]
     about["tags"] = ["prefloop", *([record["command"]] if record else [])]
+    if contents.gguf:
+        del about["library_name"]
+        about["tags"] += ["gguf", "llama.cpp"]
     kind = "reward model" if contents.scorer else "language model"
     what = f"A LoRA adapter of a {kind}" if contents.adapter else f"A {kind}"
     made = f", trained with `prefloop {record['command']}`" if record else ""
@@ -84,6 +88,8 @@ def model_card(run: Path | None, base: str, contents: Contents) -> str:
 
 def _loading(contents: Contents) -> str:
     """Code that loads the folder, and how a scorer is read."""
+    if contents.gguf:
+        return f"## Loading\n\n```sh\nllama-server --model {shlex.quote(contents.gguf)}\n```"
     package, name = "transformers", CLASSES[contents.scorer]
     if contents.adapter:
         package, name = "peft", name.replace("AutoModel", "AutoPeftModel")

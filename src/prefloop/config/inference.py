@@ -279,7 +279,7 @@ class CheckConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Settings):
-    """Write a run's model as a plain Hugging Face folder with a model card, or push it."""
+    """Write a run's model as a plain Hugging Face folder, or as GGUF, with a card; or push it."""
 
     run: str
     """A finished run, a model's or an adapter's folder, or a hub id."""
@@ -289,6 +289,8 @@ class ExportConfig(Settings):
     """Add an adapter to its base, as adapter_config.json names it: in float32, cast once."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of whole weights; auto: that of the folder, or of the adapter's base."""
+    gguf: bool = False
+    """Write one GGUF file for llama.cpp instead of a Hugging Face folder's files."""
     push_to_hub: Annotated[
         str | None, Form(r"[\w.-]+/[\w.-]+", "give OWNER/NAME, of a model repository")
     ] = None

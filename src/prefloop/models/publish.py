@@ -1,4 +1,4 @@
-"""`prefloop export`: a run's model as a folder for others, merged, cast, pushed to the hub."""
+"""`prefloop export`: a run's model for others: merged, cast, as a GGUF file, pushed to the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from prefloop.errors import UserError, first_line
 from prefloop.files import check_folder
 from prefloop.models import adapters
 from prefloop.models.export import save_model, whole_folder
-from prefloop.models.load import is_scorer_folder, load_policy, load_scorer
+from prefloop.models.gguf import KINDS, require_convertible, write_gguf
+from prefloop.models.load import is_scorer_folder, load_policy, load_scorer, load_tokenizer
+from prefloop.models.model import LoadedModel
 from prefloop.resume import read_record
 from prefloop.runs import model_path
 
@@ -62,7 +64,9 @@ def _finished(path: str) -> str:
 
 
 def _check(config: ExportConfig, source: str) -> None:
-    is_scorer_folder(source)  # which says where it is no model
+    scorer = is_scorer_folder(source)  # which says where it is no model
+    if config.gguf:
+        _check_gguf(config, source, scorer)
     if not adapters.is_adapter_folder(source):
         if config.merge:
             raise UserError(f"--merge: {source} holds whole weights, and no adapter; leave it out")
@@ -81,11 +85,20 @@ def _check(config: ExportConfig, source: str) -> None:
         )
 
 
+def _check_gguf(config: ExportConfig, source: str, scorer: bool) -> None:
+    if scorer:
+        raise UserError(f"--gguf: {source} is a reward model, which llama.cpp does not read")
+    if adapters.is_adapter_folder(source) and not config.merge:
+        raise UserError(f"--gguf: {source} is an adapter; give --merge")
+    require_convertible(adapters.root_base(source), load_tokenizer(source))
+
+
 def _write(config: ExportConfig, source: str, folder: Path) -> None:
     """The whole folder with its card, or nothing."""
     adapter = adapters.is_adapter_folder(source) and not config.merge
     scorer = is_scorer_folder(source)
-    run, position = run_of(Path(source)), "rendered"
+    run, position, file = run_of(Path(source)), "rendered", ""
+    name = config.push_to_hub or folder.name
     try:
         with whole_folder(folder) as place:
             if adapter:
@@ -94,23 +107,39 @@ def _write(config: ExportConfig, source: str, folder: Path) -> None:
                 cpu = torch.device("cpu")
                 model = load_scorer(source, cpu) if scorer else load_policy(source, cpu)
                 chosen = None if config.dtype == "auto" else getattr(torch, config.dtype)
-                save_model(model, place, chosen or model.source_dtype)
+                chosen = chosen or model.source_dtype
+                if config.gguf:
+                    file = f"{name.rpartition('/')[2]}-{KINDS[chosen]}.gguf"
+                    _save_gguf(model, place / file, chosen)
+                else:
+                    save_model(model, place, chosen)
                 position = model.score_position if scorer else position
-            _write_card(place / CARD, config, source, run, Contents(
-                config.push_to_hub or folder.name, adapter, scorer, position
-            ))  # fmt: skip
+            contents = Contents(name, adapter, scorer, position, file)
+            _write_card(place / CARD, config, source, run, contents)
             if os.path.lexists(folder):
                 raise UserError(f"--output {folder} exists by now; choose another")
     except OSError as error:
         raise UserError(f"--output {folder}: {first_line(error)}; choose another") from error
 
 
+def _save_gguf(model: LoadedModel, file: Path, dtype: torch.dtype) -> None:
+    """By way of the folder, so that both forms of an export hold the same weights."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as plain:
+        save_model(model, Path(plain), dtype)
+        write_gguf(Path(plain), file)
+
+
 def _write_card(
     file: Path, config: ExportConfig, source: str, run: Path | None, contents: Contents
 ) -> None:
-    """A run's own; a folder that no run made keeps its card, where it has one."""
+    """A run's own; a folder that no run made keeps its card, where it has one and its form."""
     there = Path(source) / CARD
-    if run is None and there.exists() and EMPTY_FORM not in there.read_text(encoding="utf-8"):
+    if (
+        run is None
+        and not contents.gguf
+        and there.exists()
+        and EMPTY_FORM not in there.read_text(encoding="utf-8")
+    ):
         shutil.copyfile(there, file)
         return
     base = source
