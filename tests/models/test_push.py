@@ -118,6 +118,19 @@ def test_a_merged_model_goes_up_with_its_card(adapter, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
 
 
+@pytest.mark.slow
+def test_a_file_for_llama_cpp_is_named_after_the_repository(adapter, tmp_path):
+    pytest.importorskip("gguf")
+    with standing_in() as hub:
+        code, _, errors = prefloop(
+            tmp_path, hub.url, "export", adapter, "--merge", "--gguf", "--push-to-hub", "owner/name"
+        )
+    assert code == 0, errors
+    assert {name for name in hub.files if "." in name[1:]} == {"README.md", "name-F32.gguf"}
+    assert hub.files["name-F32.gguf"][:4] == b"GGUF"
+    assert "llama-server --model name-F32.gguf" in hub.files["README.md"].decode()
+
+
 @pytest.mark.parametrize("private", ["private", ""])
 def test_a_folder_goes_up_as_one_commit(private, folder):
     with standing_in() as hub:
