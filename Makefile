@@ -59,8 +59,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(WORK) $(ARGS)
 
 cuda: setup
-	$(PYTEST) -m cuda
-	$(BIN)/python -m benchmarks cuda
+	$(BIN)/python -m benchmarks.cuda $(ARGS)
 
 demo: setup  # alone on the machine: threads wait as the command line has them wait
 	env -u GOMP_SPINCOUNT $(BIN)/prefloop demo $(if $(QUICK),--quick)

@@ -2,9 +2,9 @@
 
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
-of the medians is printed with the lowest and highest ratio of neighbouring turns. `cuda`, `gpus`,
+of the medians is printed with the lowest and highest ratio of neighbouring turns. `gpus`,
 `gradients`, `growth`, `log-probs`, `low-bit`, `optimizers`, `planning` and `startup` measure
-prefloop alone. JSON goes to build/benchmarks/.
+prefloop alone; `python -m benchmarks.cuda` what needs a GPU. JSON goes to build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
-    cuda,
     gpus,
     gradients,
     growth,
@@ -35,7 +34,6 @@ from benchmarks.work import WORKS
 from prefloop import provenance
 
 ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
-    "cuda": cuda.measure,
     "gpus": gpus.measure,
     "gradients": gradients.measure,
     "growth": growth.measure,

@@ -17,7 +17,7 @@ from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.losses.sft import sft_loss
 from prefloop.models import heads
-from prefloop.models.load import FLOAT32, _prepare_training, _ready
+from prefloop.models.load import FLOAT32, make_ready, prepare_training
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import kept
 from tests.generation.naive import PROMPTS
@@ -44,8 +44,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_cuda(arch: Arch = "llama", lora_rank: int = 0) -> LoadedModel:
     """A tiny policy as loading it on CUDA gives it."""
-    model = _ready(tiny_model(arch), tiny_tokenizer(), CUDA, "tiny", kept(FLOAT32, CUDA, True))
-    _prepare_training(model, "tiny", False, lora_rank=lora_rank)
+    model = make_ready(tiny_model(arch), tiny_tokenizer(), CUDA, "tiny", kept(FLOAT32, CUDA, True))
+    prepare_training(model, "tiny", False, lora_rank=lora_rank)
     assert model.packed
     return model
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from prefloop.models.load import FLOAT32, _prepare_training, _ready
+from prefloop.models.load import FLOAT32, make_ready, prepare_training
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import kept
 from tests.tiny import Arch, tiny_model, tiny_tokenizer
@@ -18,8 +18,8 @@ PROMPTS = [[5 + (7 * i * i + 3 * n) % 250 for i in range(n)] for n in (3, 11, 1,
 
 def policy(arch: Arch = "llama", *, lora_rank: int = 0, **overrides: object) -> LoadedModel:
     model = tiny_model(arch, **overrides)  # type: ignore[arg-type]
-    ready = _ready(model, tiny_tokenizer(), CPU, "tiny", kept(FLOAT32, CPU, True))
-    _prepare_training(ready, "tiny", False, lora_rank=lora_rank)
+    ready = make_ready(model, tiny_tokenizer(), CPU, "tiny", kept(FLOAT32, CPU, True))
+    prepare_training(ready, "tiny", False, lora_rank=lora_rank)
     assert ready.packed
     return ready
 

@@ -17,7 +17,7 @@ from prefloop.generation.protocol import Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.adapters import unwrap
 from prefloop.models.heads import answer_log_probs
-from prefloop.models.load import FLOAT32, _ready
+from prefloop.models.load import FLOAT32, make_ready
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import Storage, kept, settle
 from tests.generation.naive import CPU, PROMPTS, greedy, policy, unpacked
@@ -196,7 +196,7 @@ def test_bloom_takes_the_fallback() -> None:
     config = BloomConfig(vocab_size=268, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
     torch.manual_seed(0)
     model = BloomForCausalLM(config).eval()
-    ready = _ready(model, tiny_tokenizer(), CPU, "bloom", kept(FLOAT32, CPU, True))
+    ready = make_ready(model, tiny_tokenizer(), CPU, "bloom", kept(FLOAT32, CPU, True))
     assert not ready.packed
     rows = Engine(ready).generate(PROMPTS, 2, GREEDY, seed=0)
     assert tokens(rows) == [[tuple(greedy(model, prompt, 12))] * 2 for prompt in PROMPTS]

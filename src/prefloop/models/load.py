@@ -113,8 +113,8 @@ def load_policy(
     tokenizer = load_tokenizer(path, template_args)
     start = _stacked(path, plan, **lora)
     module = _from_pretrained(AutoModelForCausalLM, start or path, plan)
-    model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, start or path, gradient_checkpointing, **lora)
+    model = make_ready(module, tokenizer, device, path, plan)
+    prepare_training(model, start or path, gradient_checkpointing, **lora)
     if start:
         model = shared.begin_from(model, path)
     return replace(model, template_args=template_args, source_dtype=source_dtype(path))
@@ -157,8 +157,8 @@ def load_scorer(
         setattr(module.config, SCORE_POSITION, "rendered")
     if not ready or module.config.get_text_config().pad_token_id is None:
         _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
-    model = _ready(module, tokenizer, device, path, plan)
-    _prepare_training(model, start or path, gradient_checkpointing, **lora)
+    model = make_ready(module, tokenizer, device, path, plan)
+    prepare_training(model, start or path, gradient_checkpointing, **lora)
     if start:
         model = shared.begin_from(model, path)
     return replace(model, template_args=template_args, source_dtype=source_dtype(path))
@@ -273,7 +273,7 @@ def _from_pretrained(
     return module
 
 
-def _ready(
+def make_ready(
     module: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
@@ -298,7 +298,7 @@ def _ready(
     return model
 
 
-def _prepare_training(
+def prepare_training(
     model: LoadedModel, source: str, gradient_checkpointing: bool, **lora: Unpack[LoraOptions]
 ) -> None:
     """Recomputation and fresh adapters, where asked for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -295,11 +295,15 @@ WORK = Work("ppo", _bare, _bare_batch)
 
 
 def build(
-    config: PPOConfig, device: torch.device, run: Run, make_engine: MakeEngine = in_process
+    config: PPOConfig,
+    device: torch.device,
+    run: Run,
+    make_engine: MakeEngine = in_process,
+    load: Callable[..., LoadedModel] = load_policy,
 ) -> PPO:
-    """Loads the models and prompts that the settings name."""
+    """Loads the models and prompts that the settings name; `load` gives the policy."""
     # 1. Policy and its frozen reference.
-    policy = load_policy(config.model, device, **model_options(config))
+    policy = load(config.model, device, **model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
     reference = _reference(config, policy)
     # 2. Prompts.
@@ -308,14 +312,13 @@ def build(
     _require_enough(config, prompts, eval_prompts)
     asked = (*prompts.records, *eval_prompts.records)
     # 3. What scores, and the critic; they read tokens as they were trained to.
-    models = load_beside(config, policy)
-    if models.rewards:
-        each = [model_scorer(model, policy, asked, config, stops) for model in models.rewards]
+    rewards, critic = load_beside(config, policy)
+    if rewards:
+        each = [model_scorer(model, policy, asked, config, stops) for model in rewards]
         scorer = together(config.reward_models, each, config.reward_ensemble)
     else:
         scorer = text_scorer(functions, stops)
-    fixed = [model for model in (policy, reference, *models.rewards) if model]
-    critic = models.critic
+    fixed = [model for model in (policy, reference, *rewards) if model]
     sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
     method = PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
     if config.critic_warmup * method.steps_per_iteration >= method.total_steps:

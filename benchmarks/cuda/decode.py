@@ -1,0 +1,76 @@
+"""Answers written at once: tokens a second, beside the bandwidth's bound and `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import prefloop.generation.engine
+from benchmarks.ceilings import weight_bytes
+from benchmarks.cuda import meter, models, stock
+from benchmarks.cuda.scale import Line, Scale
+from prefloop.generation.engine import Engine
+from prefloop.generation.sampler import Sampling
+from prefloop.models.model import LoadedModel
+from prefloop.models.weights import Storage
+
+engines: Any = prefloop.generation.engine
+WARM = 4
+"""Tokens that Transformers writes before it is timed, once."""
+
+
+def decoding(shape: str, scale: Scale, device: torch.device) -> Iterator[Line]:
+    """A line for each number of answers; ours by graphs, and once without."""
+    speed = meter.bandwidth(scale, device)
+    yield {"what": "copies", "result": f"{speed / 1e12:.3g} TB/s", "bytes_per_second": speed}
+    meter.free(device)
+    with TemporaryDirectory() as name:
+        models.write_base(Path(name), scale.shapes[shape])
+        model = models.load_policy(name, device, Storage("bfloat16"))
+    write = stock.writer(scale.shapes[shape], device)
+    for count in scale.counts:
+        yield _line(model, scale, count, speed, write)
+
+
+def _line(model: LoadedModel, scale: Scale, count: int, speed: float, write: Any) -> Line:
+    device, tokens = model.device, count * scale.new
+    prompts = [list(range(10, 10 + scale.asked)) for _ in range(count)]
+    ours = partial(generate, model, prompts, scale.new)
+    spent = meter.seconds(ours, device, scale.rounds)
+    graphs, engines.as_graphs = engines.as_graphs, lambda step, *_: step
+    try:
+        plain = meter.timed(ours, device)
+    finally:
+        engines.as_graphs = graphs
+    write(prompts, WARM)
+    theirs = meter.timed(partial(write, prompts, scale.new), device)
+    bound = scale.new * step_bytes(model, count, scale.asked + scale.new / 2) / speed
+    result = (
+        f"{tokens / spent:,.0f} tokens/s, {bound / spent:.1%} of the bandwidth's bound; without "
+        f"graphs {tokens / plain:,.0f}; Transformers {tokens / theirs:,.0f}"
+    )
+    return {"what": f"{count} answers", "result": result, "seconds": spent, "plain": plain,
+            "transformers": theirs, "share": bound / spent}  # fmt: skip
+
+
+@torch.no_grad()
+def generate(model: LoadedModel, prompts: list[list[int]], new: int) -> None:
+    """Answers of `new` tokens each."""
+    sampling = Sampling(max_new_tokens=new, temperature=1.0)
+    groups = Engine(model, len(prompts)).generate(prompts, 1, sampling, seed=0)
+    assert all(len(sample.tokens) == new for group in groups for sample in group)
+
+
+def step_bytes(model: LoadedModel, count: int, length: float) -> float:
+    """Bytes that a decode step must read: every matrix once, and the keys and values of `count`
+    answers of `length` tokens, all in bfloat16.
+    """
+    config = model.hf.config
+    pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    states = count * length * float(pair)
+    return weight_bytes(model, torch.bfloat16) + states * torch.bfloat16.itemsize
