@@ -94,7 +94,7 @@ def _decoding(model: LoadedModel, plain: Any, rows: list[Example], scale: Scale)
     for dtype in kinds:
         with seen_graphs() as made:
             samples = _sample(replace(model, dtype=dtype), rows, scale.new)
-        works = [graph.works for graph in made]
+        works = [graph.works and bool(graph.recorded) for graph in made]
         assert all(works) and len(works) == (model.device.type == "cuda"), works
         answered = [
             replace(
