@@ -142,6 +142,8 @@ def test_named_flags_exist(path):
     every = set().union(*known.values())
     for code in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")):
         words = code.removeprefix("prefloop ").split()
+        if words[:2] == ["python", "-m"] and words[2] != "prefloop":
+            continue
         accepted = known.get(words[0], every) if words else every
         for word in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
             assert word in accepted, code
