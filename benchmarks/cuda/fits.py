@@ -34,6 +34,7 @@ from prefloop.training.step import optimizer_step
 
 STEPS = 2
 """Optimiser steps; PPO takes as many iterations. The second has the optimiser's moments."""
+TOLD = ("loss", "grad_norm", "objective/scores", "objective/kl", "val/sampler_gap", "length_mean")
 
 
 class Built(NamedTuple):
@@ -46,11 +47,9 @@ class Built(NamedTuple):
 def fitting(
     part: str, command: str, shape: str, scale: Scale, device: torch.device
 ) -> Iterator[Line]:
-    """A run of a command on rows of full length, under the cap."""
+    """A run of a command on rows of full length, under the cap; then its plan."""
     with TemporaryDirectory() as name:
         config = settings(part, command, shape, scale, Path(name))
-        planned = full_plan(work_of(config), config, roles_of(config, device), device)
-        yield plan_line(planned, device)
         with capped(device, scale.cap), Watch(device) as watch:
             start = time.perf_counter()
             built = BUILD[command](config, device)
@@ -58,7 +57,9 @@ def fitting(
             loading = time.perf_counter() - start
             watch.begin(built.models)
             steps, found = _steps(config, built.method)
-    yield run_line(planned, watch, loading, steps, found, scale, device)
+        yield run_line(watch, loading, steps, found, scale)
+        planned = full_plan(work_of(config), config, roles_of(config, device), device)
+        yield plan_line(planned, watch.steps)
 
 
 def settings(part: str, command: str, shape: str, scale: Scale, folder: Path) -> Any:
@@ -100,36 +101,26 @@ def _steps(config: TrainingConfig, method: Method[Any]) -> tuple[list[float], di
     return seconds, found
 
 
-def plan_line(planned: Plan, device: torch.device) -> Line:
-    """The plan by part, as `prefloop check` has it."""
-    parts = {f"{part.model}, {part.kind}": size for part, size in planned.parts.items()}
-    return {"what": "plan", "result": planned.line(), "planned": planned.peak, "parts": parts}
-
-
 def run_line(
-    planned: Plan,
-    watch: Watch,
-    loading: float,
-    steps: list[float],
-    found: dict[str, float],
-    scale: Scale,
-    device: torch.device,
+    watch: Watch, loading: float, steps: list[float], found: dict[str, float], scale: Scale
 ) -> Line:
-    """What it came to."""
-    off = planned.peak / watch.steps - 1
-    result = f"peak {in_words(watch.steps)}, planned {in_words(planned.peak)} ({off:+.1%})"
-    result += f", while loading {in_words(watch.load)}"
+    """What it held and took."""
+    result = f"peak {in_words(watch.steps)}, while loading {in_words(watch.load)}"
     if watch.reserved:
         result += f"; with gaps {in_words(watch.reserved)} of {in_words(scale.cap)} allowed"
-    result += f"; {loading:.0f} s to load, {sum(steps):.0f} s for {len(steps)} steps"
-    told = {k: v for k, v in found.items() if k in TOLD}
-    result += "; " + ", ".join(f"{name} {value:.3g}" for name, value in told.items())
-    return {"what": "run", "result": result, "planned": planned.peak, "peak": watch.steps,
-            "load": watch.load, "reserved": watch.reserved, "off": off, "loading": loading,
-            "steps": steps, "metrics": found, "device": str(device)}  # fmt: skip
+    result += f"; {loading:.0f} s to load, {sum(steps):.0f} s for {len(steps)} steps; "
+    result += ", ".join(f"{name} {found[name]:.3g}" for name in TOLD if name in found)
+    return {"what": "run", "result": result, "peak": watch.steps, "load": watch.load,
+            "reserved": watch.reserved, "loading": loading, "steps": steps,
+            "metrics": found}  # fmt: skip
 
 
-TOLD = ("loss", "grad_norm", "objective/scores", "objective/kl", "val/sampler_gap", "length_mean")
+def plan_line(planned: Plan, peak: int) -> Line:
+    """The plan beside the peak, and by part as `prefloop check` has it."""
+    off = planned.peak / peak - 1
+    parts = {f"{part.model}, {part.kind}": size for part, size in planned.parts.items()}
+    result = f"off by {off:+.1%}: {planned.line()}"
+    return {"what": "plan", "result": result, "planned": planned.peak, "off": off, "parts": parts}
 
 
 def _supervised(config: TrainingConfig, device: torch.device) -> Built:

@@ -79,22 +79,17 @@ def test_a_wrong_path_fails_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_near_its_plan(part: str) -> None:
     """All live tensors are counted one by one here."""
     pytest.importorskip("bitsandbytes")
-    found = lines_of(part)["run"]
-    assert found["planned"] == lines_planned(part)
+    lines = lines_of(part)
+    found, plan = lines["run"], lines["plan"]
     assert found["peak"] > 0 and found["load"] > 0
-    assert abs(found["off"]) < 0.15
-    assert found["off"] == found["planned"] / found["peak"] - 1
+    assert plan["planned"] == sum(plan["parts"].values())
+    assert plan["off"] == plan["planned"] / found["peak"] - 1
+    assert abs(plan["off"]) < 0.15
     assert len(found["steps"]) == (4 if part == "ppo-8b" else 2)
     if part == "ppo-8b":  # two iterations, with a critic and scores
         assert {"objective/scores", "objective/kl", "loss/value_avg", "grad_norm/value"} <= set(
             found["metrics"]
         )
-
-
-def lines_planned(part: str) -> int:
-    """The plan's line alone, of the same settings."""
-    first: int = next(PARTS[part](TINY, CPU))["planned"]
-    return first
 
 
 @pytest.mark.parametrize(
