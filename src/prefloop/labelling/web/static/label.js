@@ -113,7 +113,15 @@ async function load(path = "/api/next", note = "") {
   build();
   show();
   say(note);
-  answerCard(marked).focus();
+  toTop();
+}
+
+// A task opens at its top: what was scrolled to belongs to the one before.
+function toTop() {
+  answerCard(marked).focus({ preventScroll: true });
+  scrollTo(0, 0);
+  const { bottom } = $("prompt-head").nextElementSibling.getBoundingClientRect();
+  if (bottom > innerHeight) $("prompt-head").scrollIntoView();
 }
 
 const start = () => load().catch((error) => say(reason(error)));
@@ -142,14 +150,11 @@ function build() {
   $("prompt").replaceChildren(
     ...task.prompt.flatMap(({ role, html }) => [
       ...(role ? [element("h3", { textContent: role })] : []),
-      focusable(sanitised(html), words.prompt),
+      sanitised(html),
     ]),
   );
   $("answers").replaceChildren(...task.answers.map(buildAnswer));
-  for (const card of $("answers").children) {
-    const text = card.querySelector(".text");
-    card.querySelector("h3 button").hidden = text.scrollHeight <= text.clientHeight;
-  }
+  fold(true);
   const pairwise = task.mode === "pairwise";
   $("order").hidden = task.mode !== "ranking";
   $("preference").hidden = $("strength").hidden = !pairwise;
@@ -179,9 +184,7 @@ function buildAnswer(html, n) {
   const name = `${words.answer} ${letter(n)}`;
   const text = focusable(sanitised(html), name);
   const toggle = element("button", { type: "button", textContent: words.expand });
-  toggle.setAttribute("aria-expanded", "false");
-  toggle.setAttribute("aria-label", `${words.expand}: ${name}`);
-  toggle.addEventListener("click", () => expand(n));
+  toggle.addEventListener("click", () => fold($("work").classList.contains("unfolded"), n));
   const card = element(
     "article",
     { className: "answer", tabIndex: -1 },
@@ -338,13 +341,19 @@ function cycle(name) {
   say(words[`${name}-${work[name]}`]);
 }
 
-function expand(n) {
-  const card = answerCard(n);
-  const all = card.querySelector(".text").classList.toggle("all");
-  const button = card.querySelector("h3 button");
-  button.textContent = words[all ? "collapse" : "expand"];
-  button.setAttribute("aria-expanded", String(all));
-  button.setAttribute("aria-label", `${button.textContent}: ${words.answer} ${letter(n)}`);
+// All texts fold at one height and unfold together: a long answer looks no different from the rest.
+function fold(folded, n = marked) {
+  const before = answerCard(n).getBoundingClientRect().top;
+  $("work").classList.toggle("unfolded", !folded);
+  [...$("answers").children].forEach((card, m) => {
+    const button = card.querySelector("h3 button");
+    const text = card.querySelector(".text");
+    button.textContent = words[folded ? "expand" : "collapse"];
+    button.setAttribute("aria-expanded", String(!folded));
+    button.setAttribute("aria-label", `${button.textContent}: ${words.answer} ${letter(m)}`);
+    if (folded) button.hidden = text.scrollHeight <= text.clientHeight;
+  });
+  scrollBy(0, answerCard(n).getBoundingClientRect().top - before); // what was read stays there
 }
 
 // --- drag and touch ------------------------------------------------------------------------------
@@ -462,7 +471,7 @@ const KEYS = {
   ArrowRight: () => move(1),
   Backspace: takeBack,
   u: undo,
-  e: () => expand(marked),
+  e: () => fold($("work").classList.contains("unfolded")),
   a: () => allBad(!work.allBad),
   s: () => send(true),
   f: () => $("flags").showModal(),
