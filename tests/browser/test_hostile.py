@@ -4,10 +4,13 @@ from tests.labelling.small import rows
 from tests.labelling.web.hostile import RUN, hostile_strings
 
 INERT = """() => {
-  const inside = [...document.querySelectorAll(".text *")];
+  const inside = [...document.querySelectorAll(".text *, .turn *")].filter(
+    (e) => !e.matches(".turn"));
+  const said = (e) => e.cloneNode().outerHTML.replace(/^<ol start="[0-9]+"><.ol>$/, "");
   return {
     hacked: window.hacked ?? null,
-    attributes: inside.filter((e) => e.attributes.length).map((e) => e.outerHTML.slice(0, 80)),
+    attributes: inside.filter((e) => e.attributes.length && said(e))
+      .map((e) => e.outerHTML.slice(0, 80)),
     scripts: [...document.scripts].map((s) => new URL(s.src).pathname),
     frames: window.length,
     left: document.querySelector("#submit, .main").getBoundingClientRect().width > 0,

@@ -62,3 +62,33 @@ def test_texts_fold_at_one_height_and_unfold_together(serve, enter, width):
     assert texts.evaluate_all("all => all.every((e) => e.scrollHeight <= e.clientHeight)")
     page.get_by_role("button", name="Show less: Answer C").click()
     assert texts.evaluate_all(heights) == folded
+
+
+WRITTEN = "old pond\na frog\n\n|a|b|\n|-|-|\n|1|2|\n\n```py\nif x: 'y'\n```\n\n\\(a_1 * b_1 * c\\)"
+CHAT_OF = [{"role": "user", "content": WRITTEN}, {"role": "assistant", "content": WRITTEN}]
+LOOK = """all => all.map((turn) => ({
+  lines: turn.querySelectorAll("br").length,
+  cells: turn.querySelectorAll("th, td").length,
+  boxed: getComputedStyle(turn.querySelector("pre code")).borderTopWidth !== "0px",
+  colours: new Set([...turn.querySelectorAll("pre code, pre code *")]
+    .map((e) => getComputedStyle(e).color)).size,
+  tex: turn.innerText.includes("\\\\(a_1 * b_1 * c\\\\)"),
+}))"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_prompt_turns_and_answers_are_shown_as_written(serve, enter, width):
+    answers = [[{"role": "assistant", "content": f"{WRITTEN}{k}"}] for k in "xy"]
+    server = serve([{"prompt": [*CHAT_OF, CHAT_OF[0]], "completions": answers}], mode="pairwise")
+    page = enter(server, "ann", **screen(width)).page
+    ready(page, 2)
+    looks = page.locator(".turn").evaluate_all(LOOK)
+    assert looks == [{"lines": 1, "cells": 4, "boxed": True, "colours": 3, "tex": True}] * 5
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    press(page, "r")
+    told(page, "as written")
+    raw = page.locator(".turn pre").evaluate_all("all => all.map((pre) => pre.textContent)")
+    assert raw[:3] == [WRITTEN] * 3
+    assert sorted(raw[3:]) == [f"{WRITTEN}x", f"{WRITTEN}y"]
+    press(page, "r")
+    assert page.locator(".turn").evaluate_all(LOOK) == looks

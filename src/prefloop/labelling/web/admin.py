@@ -107,7 +107,7 @@ def _add_views(app: FastAPI, site: "Site", admin: Any) -> None:
             "project": project,
             "task": task_row,
             "prompt": site.renderer.turns(prompt),
-            "answers": [site.renderer.turns(c)[-1]["html"] for c in completions],
+            "answers": [site.renderer.turns(c) for c in completions],
             "said": [(a, _places(a.tiers)) for a in said],
         }
         return site.page(request, "admin_task.html", **context)

@@ -277,7 +277,7 @@ def _as_json(site: Site, labeller_id: int, assignment: Assignment | None) -> dic
         "mode": assignment.mode,
         "guidelines": render.text(assignment.guidelines) if assignment.guidelines else "",
         "prompt": render.turns(prompt),
-        "answers": [render.turns(completions[i])[-1]["html"] for i in assignment.shown],
+        "answers": [render.turns(completions[i]) for i in assignment.shown],
         "draft": assignment.draft,
         "said": said,
     }

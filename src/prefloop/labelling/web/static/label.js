@@ -10,6 +10,7 @@ const IDLE = 60000; // ms without input after which the clock stands still
 let task = null; // what the server told
 let work = null; // {values, confidence, strength, allBad, flags, comment, seconds}
 let marked = 0; // the answer that keys speak of, by the place shown
+let asWritten = false; // texts are shown letter by letter
 let past = []; // earlier values, for undo
 let busy = false; // a submission is under way
 let requestId = ""; // of the next submission: sent again, it is written once
@@ -134,10 +135,21 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-function sanitised(html) {
-  const made = element("div", { className: "text", dir: "auto" });
-  made.innerHTML = html; // the server has sanitised it
-  return made;
+// The turns of a chat: as Markdown, sanitised by the server, or letter by letter as written.
+function textOf(turns) {
+  return turns.flatMap(({ role, html, raw }) => {
+    const made = element("div", { className: "turn", dir: "auto" });
+    if (asWritten) made.append(element("pre", { textContent: raw }));
+    else made.innerHTML = html;
+    return [...(role && turns.length > 1 ? [element("h3", { textContent: role })] : []), made];
+  });
+}
+
+function showTexts() {
+  $("prompt").replaceChildren(...textOf(task.prompt));
+  task.answers.forEach((turns, n) => answerCard(n).querySelector(".text").replaceChildren(...textOf(turns)));
+  $("raw").setAttribute("aria-pressed", String(asWritten));
+  fold(!$("work").classList.contains("unfolded"));
 }
 
 const answerCard = (n) => $("answers").children[n];
@@ -147,14 +159,9 @@ function build() {
   if ($("guidelines").hidden) $("guidelines").open = innerWidth > 640; // once: then as the labeller likes
   $("guidelines").hidden = !task.guidelines;
   $("guidelines").querySelector(".text").innerHTML = task.guidelines; // sanitised, as above
-  $("prompt").replaceChildren(
-    ...task.prompt.flatMap(({ role, html }) => [
-      ...(role ? [element("h3", { textContent: role })] : []),
-      sanitised(html),
-    ]),
-  );
   $("answers").replaceChildren(...task.answers.map(buildAnswer));
-  fold(true);
+  $("work").classList.remove("unfolded");
+  showTexts();
   const pairwise = task.mode === "pairwise";
   $("order").hidden = task.mode !== "ranking";
   $("preference").hidden = $("strength").hidden = !pairwise;
@@ -180,9 +187,9 @@ function focusable(made, label) {
   return made;
 }
 
-function buildAnswer(html, n) {
+function buildAnswer(_, n) {
   const name = `${words.answer} ${letter(n)}`;
-  const text = focusable(sanitised(html), name);
+  const text = focusable(element("div", { className: "text" }), name);
   const toggle = element("button", { type: "button", textContent: words.expand });
   toggle.addEventListener("click", () => fold($("work").classList.contains("unfolded"), n));
   const card = element(
@@ -341,6 +348,12 @@ function cycle(name) {
   say(words[`${name}-${work[name]}`]);
 }
 
+function toggleRaw() {
+  asWritten = !asWritten;
+  showTexts();
+  say(words[asWritten ? "raw-on" : "raw-off"]);
+}
+
 // All texts fold at one height and unfold together: a long answer looks no different from the rest.
 function fold(folded, n = marked) {
   const before = answerCard(n).getBoundingClientRect().top;
@@ -473,6 +486,7 @@ const KEYS = {
   u: undo,
   e: () => fold($("work").classList.contains("unfolded")),
   a: () => allBad(!work.allBad),
+  r: toggleRaw,
   s: () => send(true),
   f: () => $("flags").showModal(),
   c: () => cycle("confidence"),
@@ -500,6 +514,7 @@ $("submit").addEventListener("click", () => send(false));
 $("undo").addEventListener("click", () => task && undo());
 $("skip").addEventListener("click", () => send(true));
 $("flag").addEventListener("click", () => $("flags").showModal());
+$("raw").addEventListener("click", toggleRaw);
 $("help-button").addEventListener("click", () => $("help").showModal());
 $("all-bad").addEventListener("change", (event) => allBad(event.target.checked));
 $("comment").addEventListener("input", (event) => {
