@@ -73,6 +73,7 @@ CHANGES = test_settings.CHANGES | {
     "project": "other",
     "data": "more.jsonl",
     "gold": True,
+    "practice": True,
     "labeller": "ann",
     "mode": "pairwise",
     "guidelines": Path("guide.md"),

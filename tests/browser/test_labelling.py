@@ -48,7 +48,7 @@ def test_two_people_at_once(serve, enter):
     first = ann.locator(".answer").all_inner_texts()
     assert first != bob.locator(".answer").all_inner_texts()
     press(ann, "2 1 3")
-    press(bob, "1 1")
+    press(bob, "1 1 1")
     ann.wait_for_timeout(700)  # the draft is saved
     ann.reload()
     ready(ann)
@@ -65,7 +65,7 @@ def test_two_people_at_once(serve, enter):
     press(ann, "s")
     told(ann, "Skipped")
     press(bob, "u")
-    told(bob, "your last one again")
+    told(bob, "Here it is again")
     assert bob.locator("input:checked").evaluate_all("all => all.map(x => x.value)") == [
         "1",
         "1",
@@ -87,7 +87,7 @@ def test_by_keyboard_alone(serve, enter):
         page, "1 2 k k ArrowUp"
     )  # 1, 2, then back to the first: it moves up from 1, which is the top
     assert page.locator("input:checked").count() == 2
-    press(page, "j j 3 u 1")  # undone, and placed again: a tie with the first
+    press(page, "j j 3 u 1 1")  # undone, and placed again: a tie with the first
     press(page, "j ArrowDown ArrowDown Backspace 3")
     press(page, "c c a a e f")
     assert page.locator("#flags").is_visible()
@@ -128,12 +128,12 @@ def test_all_bad_places_the_rest_last(serve, enter):
 
 
 def drag(page, letter, slot):
-    chip = page.locator(".chip", has_text=letter)
+    chip = page.locator("#bar .chip", has_text=letter)
     chip.scroll_into_view_if_needed()
     a, b = chip.bounding_box(), slot.bounding_box()
     page.mouse.move(a["x"] + a["width"] / 2, a["y"] + a["height"] / 2)
     page.mouse.down()
-    page.mouse.move(b["x"] + 10, b["y"] + 10, steps=4)
+    page.mouse.move(b["x"] + b["width"] - 4, b["y"] + 10, steps=4)
     page.mouse.up()
 
 
@@ -141,11 +141,11 @@ def test_by_mouse(serve, enter):
     server = serve(rows(2))
     page = enter(server, "ann").page
     ready(page)
-    places = page.locator("#places li")
+    places = page.locator("#places [data-place]")
     drag(page, "C", places.nth(0))
     drag(page, "A", places.nth(1))
     drag(page, "B", places.nth(1))
-    drag(page, "A", page.locator("#tray"))
+    drag(page, "A", page.locator("#order"))
     drag(page, "A", places.nth(2))
     page.get_by_role("button", name="Submit").click()
     told(page, "Submitted")
@@ -174,6 +174,9 @@ def test_pairs(serve, enter, keys, tiers):
     page = enter(server, "ann").page
     ready(page, 2)
     press(page, f"{keys} d d Enter")
+    if keys == "3":  # a tie of all is asked once
+        told(page, "All answers tie")
+        press(page, "Enter")
     told(page, "Submitted")
     assert stored(server) == [tiers]
     assert server.select("SELECT strength, all_bad FROM annotations") == [(2, keys == "a")]

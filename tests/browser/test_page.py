@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.browser.test_labelling import press, ready, told
+from tests.browser.test_labelling import check_accessible, drag, press, ready, stored, told
+from tests.labelling.small import put, rows
 
 WIDTHS = [390, 1280, 1920]
 LONG = "\n\n".join(f"Paragraph {n}. " + "Tea is made with care. " * 12 for n in range(20))
@@ -92,3 +93,221 @@ def test_prompt_turns_and_answers_are_shown_as_written(serve, enter, width):
     assert sorted(raw[3:]) == [f"{WRITTEN}x", f"{WRITTEN}y"]
     press(page, "r")
     assert page.locator(".turn").evaluate_all(LOOK) == looks
+
+
+VALUES = "all => all.map((input) => Number(input.value))"
+
+
+def values(page):
+    """The places chosen, by the place shown; unplaced answers are left out."""
+    return page.locator(".answer input:checked").evaluate_all(VALUES)
+
+
+def bar_order(page):
+    """The letters in the bar, place by place."""
+    return page.locator("#places [data-place]").evaluate_all(
+        "all => all.map((e) => [...e.querySelectorAll('.chip')].map((c) => c.textContent).join(''))"
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_tie_is_asked_and_all_bad_undone_takes_its_places_back(serve, enter, width):
+    server = serve(rows(2))
+    page = enter(server, "ann", **screen(width)).page
+    ready(page)
+    assert page.get_by_role("heading", name="Rank the answers").is_visible()
+    assert "1 = best, 3 = worst" in page.locator("#scale").inner_text()
+    submit = page.get_by_role("button", name="Submit")
+    press(page, "1 1")
+    told(page, "1 again makes B tie")
+    assert values(page) == [1]
+    assert submit.is_disabled()
+    press(page, "a")
+    told(page, "All are bad")
+    assert values(page) == [1, 2, 2]
+    assert submit.is_enabled()
+    press(page, "a")
+    told(page, "taken back")
+    assert values(page) == [1]
+    for n, said in ((1, [1]), (1, [1, 1]), (2, [1, 1]), (2, [1, 1, 1])):  # each is asked
+        page.locator(f"[name=value-{n}][value='1']").click(force=True)
+        assert values(page) == said
+    press(page, "Enter")
+    told(page, "All answers tie")
+    assert stored(server) == []
+    press(page, "Enter")
+    told(page, "Submitted")
+    assert stored(server) == [[[0, 1, 2]]]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_answer_goes_between_others_which_move_along(serve, enter, width):
+    server = serve(rows(2, answers=4))
+    page = enter(server, "ann", **screen(width)).page
+    ready(page, 4)
+    press(page, "1 2 3")
+    press(page, "Shift+Digit2")  # D before what stands second
+    assert bar_order(page) == ["A", "D", "B", "C"]
+    told(page, "Answer D: place 2")
+    drag(page, "C", page.locator("[data-gap='0']"))
+    assert bar_order(page) == ["C", "A", "D", "B"]
+    drag(page, "A", page.locator("[data-gap='3']"))
+    assert bar_order(page) == ["C", "D", "A", "B"]
+    press(page, "k k k k")
+    drag(page, "B", page.locator("[data-place='2']"))  # onto D: a tie
+    assert bar_order(page) == ["C", "BD", "A", ""]
+    page.locator(".answer").nth(3).focus()
+    press(page, "ArrowUp")  # out of the tie
+    assert bar_order(page) == ["C", "D", "B", "A"]
+    press(page, "ArrowUp ArrowDown ArrowDown")
+    assert bar_order(page) == ["C", "B", "D", "A"]
+    press(page, "Enter")
+    told(page, "Submitted")
+    assert stored(server) == [[[2], [1], [3], [0]]]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, width):
+    server = serve(long_tasks(2))
+    page = enter(server, "ann", **screen(width)).page
+    ready(page, 4)
+    press(page, "e f")
+    page.get_by_role("group", name="Answer B").get_by_label("harmful").check()
+    page.get_by_role("group", name="The whole task").get_by_label("false").check()
+    press(page, "Escape")
+    for at in ("0", "document.body.scrollHeight / 2", "document.body.scrollHeight"):
+        page.evaluate(f"scrollTo(0, {at})")
+        for selector in ("#submit", "#status", "#places", "#flagged"):
+            assert page.evaluate(IN_VIEW, selector), (at, selector)
+    assert "harmful" in page.locator(".answer").nth(1).inner_text()
+    assert page.locator("#flagged").inner_text() == "⚑ false"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    bar = page.locator("#bar").evaluate("bar => bar.clientHeight / innerHeight")
+    assert bar < 0.35
+    kbd = page.locator("#bar button kbd").evaluate_all("all => all.map((e) => e.textContent)")
+    assert kbd == ["Enter", "U", "S", "F"]
+    if width >= 1200:  # two by two
+        lefts = page.locator(".answer").evaluate_all(
+            "all => all.map((e) => Math.round(e.getBoundingClientRect().left))"
+        )
+        assert lefts[0] == lefts[2] < lefts[1] == lefts[3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "title", "scale", "keys", "said"),
+    [
+        ("ranking", "Rank the answers", "1 = best", "2", "Answer A: place 2."),
+        ("pairwise", "Choose the better answer", "Which answer is better", "2", "B is better"),
+        ("rating", "Rate the answers", "7 = excellent", "6", "Answer A: 6 of 7."),
+    ],
+)
+def test_each_mode_has_its_title_scale_and_voice(serve, enter, mode, title, scale, keys, said):
+    page = enter(serve(rows(1), mode=mode), "ann").page
+    ready(page, 2 if mode == "pairwise" else 3)
+    assert page.get_by_role("heading", level=1).inner_text() == title
+    assert page.title() == title
+    assert scale in page.locator("#scale").inner_text()
+    press(page, keys)
+    told(page, said)
+    press(page, "c")
+    told(page, "unsure")
+    press(page, "Enter")
+    told(page, "Submitted" if mode == "pairwise" else "every answer first")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_practice_teaches_then_own_work_can_be_changed(serve, enter, tmp_path, width):
+    server = serve(rows(3))
+    taught = {"tiers": [[2], [0, 1]], "reason": "The **third** is true."}
+    put(tmp_path, [rows(1)[0] | {"prompt": "practice"} | taught], practice=True)
+    page = enter(server, "ann", **screen(width)).page
+    ready(page)
+    assert page.get_by_text("A practice task").is_visible()
+    texts = page.locator(".answer .text").all_inner_texts()
+    press(page, "1 2 3 Enter")
+    dialog = page.get_by_role("dialog", name="How the project orders these")
+    dialog.wait_for()
+    assert "The third is true." in dialog.inner_text()
+    letter = {text.strip(): "ABC"[n] for n, text in enumerate(texts)}
+    best, *rest = (letter[f"answer 0.{k}"] for k in (2, 0, 1))
+    order = page.locator("#lesson-theirs").inner_text()
+    assert order in (f"{best} > {' = '.join(rest)}", f"{best} > {' = '.join(rest[::-1])}")
+    assert page.locator("#lesson-yours").inner_text() == "A > B > C"
+    check_accessible(page)
+    page.get_by_role("button", name="Go on").click()
+    told(page, "Submitted")
+    assert page.get_by_text("A practice task").is_hidden()
+    assert page.locator("#progress").inner_text() == "0 done by you, 0 skipped, 3 left for you"
+    press(page, "3 2 1 Enter")
+    page.locator("#progress", has_text="1 done by you, 0 skipped, 2 left").wait_for()
+    press(page, "s")
+    page.locator("#progress", has_text="1 done by you, 1 skipped, 1 left").wait_for()
+    press(page, "u")  # the skipped one
+    page.get_by_text("You did this one before").wait_for()
+    assert values(page) == []
+    press(page, "u")  # the one before it
+    page.wait_for_function("() => document.querySelectorAll('.answer input:checked').length === 3")
+    assert values(page) == [3, 2, 1]
+    page.get_by_role("button", name="Back to what is open").click()
+    page.get_by_text("You did this one before").wait_for(state="hidden")
+    page.get_by_role("link", name="My work").click()
+    check_accessible(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    said = page.locator("td:first-of-type").all_inner_texts()
+    assert said == ["Skipped.", "C > B > A", "A > B > C (practice)"]
+    page.get_by_role("link", name="Change").nth(1).click()
+    ready(page)
+    assert values(page) == [3, 2, 1]
+    press(page, "1 Shift+Digit1 Enter")
+    told(page, "Submitted")
+    assert stored(server)[-1] == [[0], [2], [1]]
+    assert server.select("SELECT max(version) FROM annotations") == [(2,)]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_differences_of_near_equal_answers(serve, enter, width):
+    answers = ["Boil the water\nand wait four minutes.", "Boil the water\nand wait five minutes."]
+    page = enter(
+        serve([{"prompt": "Tea?", "completions": answers}], mode="pairwise"), "ann", **screen(width)
+    ).page
+    ready(page, 2)
+    shown = page.locator(".answer .text").all_inner_texts()
+    press(page, "v")
+    told(page, "compared with answer A")
+    words = [next(w for w in ("four", "five") if w in text) for text in shown]
+    assert page.locator("del").all_inner_texts() == [words[0]]
+    assert page.locator("ins").all_inner_texts() == [words[1]]
+    assert (
+        page.locator(".answer .text").first.inner_text().strip()
+        == answers[["four", "five"].index(words[0])]
+    )
+    check_accessible(page)
+    press(page, "v")
+    assert page.locator("del, ins").count() == 0
+    assert page.locator(".answer .text").all_inner_texts() == shown
+
+
+@pytest.mark.parametrize("locale", ["en-GB", "ko-KR"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_in_any_mode(serve, enter, tmp_path, locale, scheme):
+    code = "```py\n# x\nif 1: 'a'\n```\n`b`\n\n|a|\n|-|\n|b|"
+    data = [row | {"completions": [code, code + "2"]} for row in rows(1)]
+    server = serve(data, mode="rating")
+    for mode in ("pairwise", "ranking"):
+        put(tmp_path, data, project=mode, mode=mode)
+    page = enter(server, "ann", locale=locale, color_scheme=scheme, **screen(390)).page
+    for _ in range(3):
+        ready(page, 2)
+        press(page, "f")
+        page.locator("#flag-boxes input").nth(5).check()
+        press(page, "Escape 1 c v")
+        check_accessible(page)
+        press(page, "v a")
+        page.locator("#more").click()
+        check_accessible(page)
+        page.locator("#answers").click()
+        press(page, "Enter")
+        page.wait_for_timeout(200)
+    page.locator("#controls").wait_for(state="hidden")
+    page.goto(server.url + "/mine")
+    check_accessible(page)

@@ -22,7 +22,7 @@ def test_the_migrations_make_the_schema(tmp_path):
     store = open_store(tmp_path)
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection)
-        assert context.get_current_revision() == "0002"
+        assert context.get_current_revision() == "0003"
         assert compare_metadata(context, metadata) == []
 
 
@@ -31,6 +31,7 @@ def test_a_store_of_the_first_version_gains_the_columns(tmp_path):
     with sqlite3.connect(tmp_path / "labels.db") as old:
         for column in ("token_ids", "tokenizer"):
             old.execute(f"ALTER TABLE responses DROP COLUMN {column}")
+        old.execute("ALTER TABLE tasks DROP COLUMN reason")
         old.execute("UPDATE alembic_version SET version_num = '0001'")
     old.close()
     with open_store(tmp_path).read() as t:
@@ -200,6 +201,7 @@ def test_a_store_of_the_first_version_gains_the_columns_on_postgresql(tmp_path, 
     with engine.begin() as old:
         for column in ("token_ids", "tokenizer"):
             old.execute(text(f"ALTER TABLE responses DROP COLUMN {column}"))
+        old.execute(text("ALTER TABLE tasks DROP COLUMN reason"))
         old.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     engine.dispose()
     store = Store(address)

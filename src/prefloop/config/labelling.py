@@ -67,6 +67,8 @@ class LabelImportConfig(ProjectConfig):
     hub id that `datasets` reads; or another store's rankings, as DB#PROJECT."""
     gold: bool = False
     """The rows' `tiers` are known to be right: hidden tests of the labellers."""
+    practice: bool = False
+    """The rows' `tiers` and `reason` teach: each labeller does them first, then is told."""
     labeller: str = "import"
     """Who gave the rows' `tiers`, where the rows do not say it themselves."""
     mode: Mode = "ranking"
@@ -91,6 +93,12 @@ class LabelImportConfig(ProjectConfig):
     """Minutes without a sign of life after which a task goes to somebody else."""
     seed: Seed = 0
     """Seed of the overlap, of the task order, and of the order of the answers."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        if self.gold and self.practice:
+            yield "--gold tests labellers in secret, --practice teaches them; give one"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ class Assignment:
     version: int
     draft: Mapping[str, Any] | None
     project_id: int
+    kind: str
     said: Mapping[str, Any] | None = field(default=None)  # the newest annotation, when reopened
 
 
@@ -99,12 +100,18 @@ def next_assignment(store: Store, labeller_id: int) -> Assignment | None:
 def _choose(
     t: Transaction, project_id: int, settings: Mapping[str, Any], labeller_id: int, draw: Random
 ) -> tuple[int, int, str] | None:
-    """(task, number of its answers, strategy) of what this labeller gets; it is taken."""
+    """(task, number of its answers, strategy) of what this labeller gets; it is taken.
+
+    Practice comes before all else.
+    """
+    task_id = t.first_known(project_id, labeller_id, "practice")
+    if task_id is not None and t.take(task_id):
+        return task_id, t.answers_of(task_id), "practice"
     kind, by_strategy = draw.random(), draw.random() >= settings["random_share"]
     back = REPEAT_AFTER + draw.randrange(2 * REPEAT_AFTER)
     strategy = settings["strategy"] if by_strategy else "random"
     if kind < settings["gold_share"]:
-        task_id = t.first_gold(project_id, labeller_id)
+        task_id = t.first_known(project_id, labeller_id, "gold")
         if task_id is not None and t.take(task_id):
             return task_id, t.answers_of(task_id), "gold"
     elif kind < settings["gold_share"] + settings["repeat_share"]:
@@ -189,12 +196,20 @@ def _write(t: Transaction, held: Mapping[str, Any], said: Judgement) -> None:
         t.count_done(held["task_id"], 1 if new_state == "done" else -1)
 
 
-def reopen(store: Store, labeller_id: int) -> Assignment | None:
-    """The task this labeller finished or skipped last, with what was said of it."""
+def reopen(store: Store, labeller_id: int, before: int | None = None) -> Assignment | None:
+    """The task this labeller finished or skipped last (before another), with what was said."""
     with store.read() as t:
-        held = t.latest(labeller_id)
+        held = t.finished(labeller_id, before)
         if held is None:
             return None
+        said = t.annotation(held["id"], held["version"])
+        return _assignment(t, held, said)
+
+
+def take_up(store: Store, labeller_id: int, assignment_id: int) -> Assignment:
+    """A task of this labeller's own, with what was said of it."""
+    with store.read() as t:
+        held = _held(t, labeller_id, assignment_id)
         said = t.annotation(held["id"], held["version"])
         return _assignment(t, held, said)
 
@@ -229,5 +244,5 @@ def _assignment(
     t: Transaction, held: Mapping[str, Any], said: Mapping[str, Any] | None = None
 ) -> Assignment:
     names = ("id", "task_id", "mode", "guidelines", "prompt_id", "response_ids", "shown")
-    rest = ("state", "version", "draft", "project_id")
+    rest = ("state", "version", "draft", "project_id", "kind")
     return Assignment(**{name: held[name] for name in (*names, *rest)}, said=said)

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import groupby
 from math import log
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from prefloop.config.labelling import Consensus, Form, LabelExportConfig
+from prefloop.config.labelling import Consensus, LabelExportConfig
 from prefloop.data.formats import parse_row
 from prefloop.data.split import split_by_prompt
 from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.labelling.agreement import copeland, one_coin, pair_signs, ranks_of
+from prefloop.labelling.forms import Decision, form_rows
 from prefloop.labelling.store import Store, Transaction
 from prefloop.labelling.store.reading import (
     Annotation,
@@ -35,29 +35,11 @@ from prefloop.labelling.store.reading import (
     responses_of,
 )
 from prefloop.records import (
-    Comparison,
     Prompt,
     Ranking,
     RowCounts,
-    Sampled,
-    Text,
     Unpaired,
-    to_json,
 )
-
-GOOD, BAD = 5, 3
-"""In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A task's answers with an order, from one labeller or from all."""
-
-    ranking: Ranking
-    labeller: str  # "" where all labellers were asked
-    confidence: int | None
-    all_bad: bool
-    ratings: Sequence[int] | None
 
 
 def run(config: LabelExportConfig) -> dict[str, Any]:
@@ -233,7 +215,9 @@ def _kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
     reason = (
         "skipped"
         if a.tiers is None
-        else {"gold": "gold task", "repeat": "repeated task"}.get(a.kind)
+        else {"gold": "gold task", "repeat": "repeated task", "practice": "practice task"}.get(
+            a.kind
+        )
     )
     if reason is None and a.labeller in exclude:
         reason = f"labeller {a.labeller} excluded"
@@ -295,86 +279,6 @@ def _weights(by_task: Sequence[Sequence[Annotation]]) -> Callable[[str], float]:
     model = one_coin(np.array(items), np.array(who), np.array(labels), classes=3)
     accuracy = {name: float(p) for name, p in zip(names, model.accuracy, strict=True)}
     return lambda name: log(2 * accuracy[name] / (1 - accuracy[name]))
-
-
-# --- forms ---------------------------------------------------------------------------------------
-
-
-def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[str, object]]:
-    """The rows that a decision gives in one form."""
-    ranking = decision.ranking
-    prompt, answers = ranking.prompt, ranking.completions
-    if form == "rankings":
-        origin = {"labeller": decision.labeller} if decision.labeller else {}
-        sure = {"confidence": decision.confidence} if decision.confidence else {}
-        return [to_json(ranking) | origin | sure]
-    sampled = ranking.sampled or (Sampled(),) * len(answers)
-    rows: list[dict[str, object]] = []
-    if form == "kto":
-        for i, label in enumerate(_labels(decision, counts)):
-            if label is not None and _readable([answers[i]], [sampled[i]], counts):
-                rows.append(to_json(Unpaired(prompt, answers[i], label, sampled=(sampled[i],))))
-        return rows
-    if not ranking.pairs():
-        counts.drop("ranking whose answers all tie (gives no pairs)")
-    if form == "dpo":
-        for w, l in ranking.pairs():
-            pair = answers[w], answers[l]
-            if pair[0] == pair[1]:
-                counts.drop("pair of equal answers")
-            elif _readable(pair, (sampled[w], sampled[l]), counts):
-                rows.append(to_json(Comparison(prompt, *pair, sampled=(sampled[w], sampled[l]))))
-        return rows
-    return [
-        {"chosen": _transcript(prompt, answers[w]), "rejected": _transcript(prompt, answers[l])}
-        for w, l in ranking.pairs()
-    ]
-
-
-def _readable(answers: Sequence[Text], sampled: Sequence[Sampled], counts: RowCounts) -> bool:
-    """Whether training would take the answers; counted where not."""
-    for answer, one in zip(answers, sampled, strict=True):
-        text = answer if isinstance(answer, str) else answer[0].content
-        if not (text.strip() or one.finish_reason or one.ids):
-            counts.drop("empty answer that nothing says was sampled")
-            return False
-    return True
-
-
-def _labels(decision: Decision, counts: RowCounts) -> list[bool | None]:
-    """Desirable, undesirable, or (None) neither, of each answer.
-
-    By ratings where there are; else the best tier is desirable and the worst is not, and nothing is
-    where all are bad.
-    """
-    tiers, count = decision.ranking.tiers, len(decision.ranking.completions)
-    if decision.ratings is not None:
-        labels = [True if r >= GOOD else False if r <= BAD else None for r in decision.ratings]
-    elif decision.all_bad:
-        labels = [False] * count
-    elif len(tiers) == 1:
-        labels = [None] * count
-    else:
-        labels = [
-            True if i in tiers[0] else False if i in tiers[-1] else None for i in range(count)
-        ]
-    for label in labels:
-        if label is None:
-            counts.drop("answer that is neither desirable nor undesirable")
-    return labels
-
-
-def _transcript(prompt: Text, answer: Text) -> str:
-    """HH's form: turns of Human and Assistant."""
-    if isinstance(prompt, str):
-        turns = [("user", prompt)]
-    else:
-        turns = [(message.role, message.content) for message in prompt]
-    turns.append(("assistant", answer if isinstance(answer, str) else answer[0].content))
-    names = {"assistant": "Assistant", "system": "System"}
-    if isinstance(prompt, str) and prompt.rstrip().endswith("Assistant:"):
-        return prompt + str(turns[-1][1])  # it is a transcript already
-    return "".join(f"\n\n{names.get(role, 'Human')}: {text.strip()}" for role, text in turns)
 
 
 def audit(store: Store, project: str) -> list[dict[str, object]]:

@@ -52,8 +52,10 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
     for where, row in (store_rows if stored else read_outside)(config.data, counts):
         if answered(row) or row.get("prompt") is None:
             items.append(_item(row, where, config))
-        elif config.gold:
-            raise UserError(f"{where}: a gold row needs `completions` and `tiers`; add them")
+        elif _kind(config) != "real":
+            raise UserError(
+                f"{where}: a {_kind(config)} row needs `completions` and `tiers`; add them"
+            )
         else:
             carried(row, where)
             waiting += [p for p in parse_row(row, where, "prompt") if isinstance(p, Prompt)]
@@ -104,6 +106,11 @@ def add_samples(address: str, path: Path) -> dict[str, Any]:
     return run(config, project["settings"])
 
 
+def _kind(config: LabelImportConfig) -> str:
+    """Of the tasks that the rows make."""
+    return "gold" if config.gold else "practice" if config.practice else "real"
+
+
 def _settings(config: LabelImportConfig) -> dict[str, object]:
     """What hand-out goes by."""
     return {
@@ -147,8 +154,11 @@ def _item(row: Mapping[str, Any], where: str, config: LabelImportConfig) -> Item
     judged = [(str(said["labeller"]), said["tiers"]) for said in row.get("judged") or ()]
     if tiers is not None:
         judged.append((str(row.get("labeller") or config.labeller), ranking.tiers))
-    if config.gold and len(judged) != 1:
-        raise UserError(f"{where}: a gold row needs `tiers`, once; add them")
+    if _kind(config) != "real" and len(judged) != 1:
+        raise UserError(f"{where}: a {_kind(config)} row needs `tiers`, once; add them")
+    reason = row.get("reason")
+    if config.practice and not (isinstance(reason, str) and reason.strip()):
+        raise UserError(f"{where}: a practice row needs `reason`, why its order is right; add it")
     count = len(ranking.completions)
     if not 2 <= count <= MOST_ANSWERS:
         raise UserError(f"{where}: {count} answers; labellers rank 2 to {MOST_ANSWERS}")
@@ -243,7 +253,7 @@ def _put(
     prompt_id, made = 0, 0
     ids: dict[int, int] = {}
     for group in groups:
-        kind = "gold" if config.gold else "real"
+        kind = _kind(config)
         key = key_of(kind, prompt, [completions[i] for i in group])
         judged = [(name, _restricted(tiers, group)) for name, tiers in item.judged]
         known = t.task_by_key(project_id, key)
@@ -256,7 +266,7 @@ def _put(
             made += 1
         else:
             task_id = known["id"]
-        added = not config.gold and sum(_put_judged(t, task_id, *said) for said in judged)
+        added = kind == "real" and sum(_put_judged(t, task_id, *said) for said in judged)
         if known is not None and not added:
             counts.drop("task that is there already")
     return made
@@ -317,12 +327,13 @@ def _task_values(
     scores = _scores(row, len(row.get("completions") or "ab"), row["where"], "random")
     uncertainty, gap = uncertainty_and_gap([[model[i] for i in group] for model in scores])
     return {
-        "need": None if config.gold else max(need, len(judged)),
+        "need": max(need, len(judged)) if _kind(config) == "real" else None,
         "priority": _whole(row, "priority") or 0,
         "draw": Random(f"draw:{config.seed}:{key}").random(),
         "uncertainty": uncertainty,
         "gap": gap,
-        "gold_tiers": judged[0][1] if config.gold else None,
+        "gold_tiers": None if _kind(config) == "real" else judged[0][1],
+        "reason": row["reason"] if config.practice else None,
     }
 
 

@@ -124,6 +124,8 @@ def _read(annotations: Iterable[Annotation]) -> _Data:
     index: dict[str, int] = {}
     by_task: defaultdict[int, list[int]] = defaultdict(list)
     for a in annotations:
+        if a.kind == "practice":
+            continue
         data.flags.update(str(flag["flag"]) for flag in a.flags)
         if a.strategy == "adjudication":
             continue

@@ -8,14 +8,18 @@ import pytest
 from sqlalchemy import event
 from starlette.testclient import TestClient
 
-from prefloop.config.labelling import LabelAddUserConfig, LabelServeConfig
+from prefloop.config.labelling import LabelAddUserConfig, LabelImportConfig, LabelServeConfig
 from prefloop.errors import UserError
 from prefloop.labelling import users
+from prefloop.labelling.export import decisions
+from prefloop.labelling.quality import measure
 from prefloop.labelling.store import Store
+from prefloop.labelling.store.reading import work_of
 from prefloop.labelling.web.app import create_app
 from prefloop.labelling.web.security import MOST_BYTES, RateLimit
 from prefloop.labelling.web.server import names_and_origins
 from prefloop.labelling.web.words import LANGUAGES, read_words
+from prefloop.records import RowCounts
 from tests.labelling.small import Clock, add, open_store, put, rows
 
 ORIGIN = "http://testserver"
@@ -202,7 +206,8 @@ def test_the_page_is_blind_to_the_model(made):
     told = Page(app, "ann").post("/api/next").text
     assert "secret-policy" not in told
     assert set(json.loads(told)["task"]) == {
-        *("assignment", "version", "mode", "guidelines", "prompt", "answers", "draft", "said")
+        *("assignment", "version", "mode", "guidelines", "prompt", "answers", "draft", "said"),
+        "practice",
     }
 
 
@@ -285,9 +290,124 @@ def test_the_end_and_what_comes_after(made, tmp_path):
     page = Page(app, "ann")
     while task := page.task():
         page.submit(task, [[0], [1], [2]])
-    assert page.post("/api/next").json()["progress"] == {"done": 6, "open": 0}
+    assert page.post("/api/next").json()["progress"] == {"done": 6, "skipped": 0, "left": 0}
     put(tmp_path, rows(7))  # the file's new row becomes a task while the server runs
     assert page.task() is not None
+
+
+def practice_rows():
+    taught = {"tiers": [[2], [0, 1]], "reason": "The **third** is true."}
+    return [row | {"prompt": "practice"} | taught for row in rows(1)]
+
+
+def test_practice_opens_the_first_session_and_then_tells_the_projects_order(made, tmp_path):
+    store, app = made
+    put(tmp_path, practice_rows(), practice=True)
+    page = Page(app, "ann")
+    for done in range(7):
+        task = page.task()
+        assert task["practice"] == (done == 0)
+        told = page.submit(task, [[0], [1], [2]]).json()
+        with store.read() as t:
+            shown = t.shown_order(task["assignment"])
+        if task["practice"]:
+            assert "The third" not in json.dumps(task)
+            place = {position: n for n, position in enumerate(shown)}
+            known = [[place[2]], [place[0], place[1]]]
+            assert told["lesson"] == {
+                "tiers": known, "reason": "<p>The <strong>third</strong> is true.</p>\n"
+            }  # fmt: skip
+        else:
+            assert told == {"version": 1}
+    assert page.post("/api/next").json()["progress"] == {"done": 6, "skipped": 0, "left": 0}
+    assert Page(app, "bob").task()["practice"]  # each labeller once
+
+
+def test_practice_is_neither_exported_nor_measured(made, tmp_path):
+    store, app = made
+    put(tmp_path, practice_rows(), practice=True)
+    page = Page(app, "ann")
+    for _ in range(2):
+        page.submit(page.task(), [[0], [1], [2]])
+    counts = RowCounts()
+    assert len(decisions(store, "main", "labeller", (), counts)) == 1
+    assert counts.dropped == {"practice task": 1}
+    assert measure(store, "main").annotations == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "told"),
+    [
+        ({"tiers": [[0], [1], [2]]}, {"practice": True}, "needs `reason`"),
+        ({"reason": "x"}, {"practice": True}, "practice row needs `tiers`"),
+        ({"tiers": [[0], [1], [2]], "reason": " "}, {"practice": True}, "needs `reason`"),
+    ],
+)
+def test_practice_that_teaches_nothing_is_refused(tmp_path, row, changes, told):
+    with pytest.raises(UserError, match=told):
+        put(tmp_path, rows(1, **row), **changes)
+
+
+def test_rows_cannot_both_test_and_teach():
+    config = LabelImportConfig(store="labels.db", data="rows.jsonl", gold=True, practice=True)
+    assert [problem for problem in config.problems() if "give one" in problem]
+
+
+def test_own_work_is_listed_and_each_task_can_be_changed(made):
+    _, app = made
+    page = Page(app, "ann")
+    tasks = []
+    for tiers in ([[1], [0, 2]], None, [[0], [1], [2]]):
+        tasks.append(page.task())
+        page.submit(tasks[-1], tiers, confidence=2, comment="<b>")
+    text = page.client.get("/mine").text
+    said = re.findall(r"<td dir=\"auto\">(.*?)</td>", text)
+    tail = " · fairly sure · &lt;b&gt;"
+    assert said == [f"A &gt; B &gt; C{tail}", f"Skipped.{tail}", f"B &gt; A = C{tail}"]
+    skipped = page.client.get("/mine?skipped=true").text
+    links = re.findall(r'href="/\?assignment=(\d+)"', skipped)
+    assert links == [str(tasks[1]["assignment"])]
+    assert "2 done by you, 1 skipped, 3 left for you" in text
+    # The first is opened and said anew; so is the skipped one, as nobody has taken it meanwhile.
+    for task, version in ((tasks[0], 1), (tasks[1], 1)):
+        again = page.post("/api/open", {"assignment": task["assignment"]}).json()["task"]
+        assert (again["answers"], again["version"]) == (task["answers"], version)
+        assert page.submit(again, [[2], [1], [0]]).json() == {"version": 2}
+    text = page.client.get("/mine").text
+    assert text.count("C &gt; B &gt; A (version 2)") == 2
+    assert "Nothing yet" in page.client.get("/mine?skipped=true").text
+    other = Page(app, "bob")
+    assert "answer" not in other.client.get("/mine").text
+    assert reason(other.post("/api/open", {"assignment": tasks[0]["assignment"]})) == (
+        403,
+        "not-yours",
+    )
+
+
+def test_undo_goes_back_as_far_as_there_is_work(made):
+    _, app = made
+    page = Page(app, "ann")
+    done = []
+    for _ in range(3):
+        task = page.task()
+        page.submit(task, [[0], [1], [2]])
+        done.append(task["assignment"])
+    found, before = [], None
+    while task := page.post("/api/undo", {"before": before}).json()["task"]:
+        found.append(before := task["assignment"])
+    assert found == done[::-1]
+
+
+def test_the_list_has_pages(made):
+    store, app = made
+    page = Page(app, "ann")
+    for _ in range(3):
+        page.submit(page.task(), [[0], [1], [2]])
+    with store.read() as t:
+        pages = [work_of(t, 1, False, offset, 2) for offset in (0, 2, 4)]
+    assert [len(rows) for rows in pages] == [2, 1, 0]
+    assert page.client.get("/mine?page=2").status_code == 200
+    assert page.client.get("/mine?page=0").status_code == 422
 
 
 def test_leaving_ends_the_session(made):
@@ -369,7 +489,7 @@ def test_the_language_follows_the_browser_and_can_be_chosen(made):
     page = Page(app, "ann")
     korean = page.client.get("/", headers={"Accept-Language": "ko-KR,ko;q=0.9"})
     assert 'lang="ko"' in korean.text
-    assert "순위 매기기" in korean.text
+    assert "답변 평가하기" in korean.text
     assert 'lang="en"' in page.client.get("/").text
     assert 'html lang="ko"' in page.client.get("/language/ko").text
     assert 'html lang="ko"' in page.client.get("/").text

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, and_, case, func, select
+from sqlalchemy import Select, and_, case, exists, func, select
 
 from prefloop.labelling.store.schema import (
     annotation_rows,
     assignments,
     events,
     labellers,
+    projects,
     prompts,
     responses,
     snapshots,
@@ -20,6 +21,7 @@ from prefloop.labelling.store.schema import (
 )
 from prefloop.labelling.store.transaction import Transaction
 
+_not_expired = assignments.c.state != "expired"
 MANY = 1000
 """Tasks that lack labellers are counted up to here."""
 
@@ -29,7 +31,7 @@ class Annotation:
     """The newest version of what a labeller says of a task."""
 
     task_id: int
-    kind: str  # real, gold, repeat
+    kind: str  # real, gold, repeat, practice
     prompt_id: int
     response_ids: Sequence[int]
     gold_tiers: Sequence[Sequence[int]] | None
@@ -132,14 +134,58 @@ def _texts(completion: Any) -> list[str]:
     return [completion] if isinstance(completion, str) else [m["content"] for m in completion]
 
 
-def count_of(t: Transaction, labeller_id: int) -> tuple[int, int]:
-    """(tasks that a labeller has done, real tasks that lack labellers: MANY stands for more)."""
-    mine = and_(assignments.c.labeller_id == labeller_id, assignments.c.state == "done")
-    done = select(func.count()).select_from(assignments).where(mine)
-    lacking = and_(tasks.c.kind == "real", tasks.c.taken < tasks.c.need)
+def count_of(t: Transaction, labeller_id: int) -> dict[str, int]:
+    """What a labeller has done and skipped, practice apart, and real tasks left for this labeller.
+
+    MANY stands for more.
+    """
+    mine = assignments.c.labeller_id == labeller_id
+    states: Select[Any] = (
+        select(assignments.c.state, func.count())
+        .where(mine, assignments.c.strategy != "practice")
+        .group_by(assignments.c.state)
+    )
+    counted = {row[0]: int(row[1]) for row in t.connection.execute(states)}
+    seen = exists().where(assignments.c.task_id == tasks.c.id, mine, _not_expired)
+    lacking = and_(tasks.c.kind == "real", tasks.c.taken < tasks.c.need, ~seen)
     open_tasks = select(tasks.c.id).where(lacking).limit(MANY).subquery()
-    open_ = select(func.count()).select_from(open_tasks)
-    return t.connection.execute(done).scalar_one(), t.connection.execute(open_).scalar_one()
+    left = t.connection.execute(select(func.count()).select_from(open_tasks)).scalar_one()
+    done, skipped = counted.get("done", 0), counted.get("skipped", 0)
+    return {"done": done, "skipped": skipped, "left": int(left) + counted.get("open", 0)}
+
+
+def work_of(
+    t: Transaction, labeller_id: int, skipped: bool, offset: int, limit: int
+) -> Sequence[Mapping[str, Any]]:
+    """What a labeller did, or skipped, newest hand-out first."""
+    said = annotation_rows.c
+    columns: tuple[Any, ...] = (
+        *(assignments.c.id, assignments.c.shown, assignments.c.strategy, projects.c.mode),
+        *(prompts.c.prompt, said.tiers, said.ratings, said.strength, said.confidence),
+        *(said.all_bad, said.flags, said.comment, said.created, said.version),
+    )
+    return t.all(
+        select(*columns)
+        .join(tasks, tasks.c.id == assignments.c.task_id)
+        .join(projects, projects.c.id == tasks.c.project_id)
+        .join(prompts, prompts.c.id == tasks.c.prompt_id)
+        .join(annotation_rows, said.assignment_id == assignments.c.id)
+        .where(assignments.c.labeller_id == labeller_id, said.version == assignments.c.version)
+        .where(assignments.c.state.in_(("skipped",) if skipped else ("done", "skipped")))
+        .order_by(assignments.c.id.desc())
+        .offset(offset)
+        .limit(limit)
+    )
+
+
+def lesson_of(t: Transaction, assignment_id: int) -> Mapping[str, Any] | None:
+    """(order shown, known order, reason) of an assignment of a practice task; None of others."""
+    query = (
+        select(assignments.c.shown, tasks.c.gold_tiers, tasks.c.reason)
+        .join(tasks, tasks.c.id == assignments.c.task_id)
+        .where(assignments.c.id == assignment_id, tasks.c.kind == "practice")
+    )
+    return next(iter(t.all(query)), None)
 
 
 @dataclass(frozen=True)

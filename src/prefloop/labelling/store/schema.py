@@ -132,7 +132,7 @@ tasks = Table(
     _to("project"),
     _to("prompt"),
     Column("key", String(32), nullable=False),  # hash of kind, prompt and responses
-    Column("kind", String(20), nullable=False),  # real, gold, repeat
+    Column("kind", String(20), nullable=False),  # real, gold, repeat, practice
     Column("response_ids", Json, nullable=False),
     Column("need", Integer),  # labellers needed; NULL: each labeller once (gold)
     Column("taken", Integer, nullable=False),  # leases out, plus annotations
@@ -141,7 +141,8 @@ tasks = Table(
     Column("draw", Float, nullable=False),  # random order, [0, 1)
     Column("uncertainty", Float, nullable=False),  # of a reward-model ensemble
     Column("gap", Float, nullable=False),  # largest difference of predicted rewards
-    Column("gold_tiers", Json),
+    Column("gold_tiers", Json),  # of gold and practice: the order that is known
+    Column("reason", Json),  # of practice: why that order
     Column("repeat_of", ForeignKey("tasks.id")),
     _to("labeller", nullable=True),  # whom a repeat is for
     UniqueConstraint("project_id", "key"),

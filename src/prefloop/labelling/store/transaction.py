@@ -11,7 +11,7 @@ from hashlib import blake2b, sha256
 from json import dumps
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, insert, or_, select, text, update
+from sqlalchemy import Connection, and_, exists, insert, or_, select, text, true, update
 
 from prefloop.errors import UserError
 from prefloop.labelling.store.schema import (
@@ -215,11 +215,10 @@ class Transaction:
             project_id, labeller_id, "real", order, tasks.c.taken < tasks.c.need
         )
 
-    def first_gold(self, project_id: int, labeller_id: int) -> int | None:
-        """A gold task that this labeller has not seen."""
-        return self._first_task(
-            project_id, labeller_id, "gold", tasks.c.draw, tasks.c.need.is_(None)
-        )
+    def first_known(self, project_id: int, labeller_id: int, kind: str) -> int | None:
+        """A gold or practice task, whose order is known, that this labeller has not seen."""
+        anybody = tasks.c.need.is_(None)
+        return self._first_task(project_id, labeller_id, kind, tasks.c.draw, anybody)
 
     def _first_task(
         self, project_id: int, labeller_id: int, kind: str, order: Any, open_: Any
@@ -321,11 +320,12 @@ class Transaction:
         mine = and_(assignments.c.labeller_id == labeller_id, assignments.c.state == "open")
         return self._one(_held().where(mine).order_by(assignments.c.id.desc()).limit(1))
 
-    def latest(self, labeller_id: int) -> Row | None:
-        """The assignment a labeller finished or skipped last."""
+    def finished(self, labeller_id: int, before: int | None) -> Row | None:
+        """The assignment a labeller finished or skipped last, or last before another."""
         mine = and_(
             assignments.c.labeller_id == labeller_id,
             assignments.c.state.in_(("done", "skipped")),
+            true() if before is None else assignments.c.id < before,
         )
         return self._one(_held().where(mine).order_by(assignments.c.id.desc()).limit(1))
 

@@ -16,7 +16,8 @@ from prefloop.config.labelling import Consensus, Form
 from prefloop.errors import UserError
 from prefloop.labelling import report
 from prefloop.labelling.assign import Refused
-from prefloop.labelling.export import audit, decisions, form_rows, project_id_of
+from prefloop.labelling.export import audit, decisions, project_id_of
+from prefloop.labelling.forms import form_rows
 from prefloop.labelling.outside import tiers_of_ranks
 from prefloop.labelling.quality import disagreements, measure
 from prefloop.labelling.store import Transaction

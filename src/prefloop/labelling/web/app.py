@@ -25,10 +25,12 @@ from prefloop.labelling.assign import (
     reopen,
     save_draft,
     submit,
+    take_up,
 )
 from prefloop.labelling.store import Store, Unavailable
-from prefloop.labelling.store.reading import count_of, texts_of
+from prefloop.labelling.store.reading import count_of, lesson_of, texts_of
 from prefloop.labelling.web.admin import Number, add_admin
+from prefloop.labelling.web.own import add_own
 from prefloop.labelling.web.render import Renderer
 from prefloop.labelling.web.security import (
     COOKIE,
@@ -70,6 +72,18 @@ class Submission(Body):
     flags: list[Flag] = Field(default=[], max_length=60)
     comment: str = Field(default="", max_length=4000)
     seconds: float = Field(default=0.0, ge=0, le=1e6)
+
+
+class Before(Body):
+    """Whose forerunner is wanted; none for the last one of all."""
+
+    before: Number | None = None
+
+
+class Own(Body):
+    """A task of the labeller's own."""
+
+    assignment: Number
 
 
 class Draft(Body):
@@ -143,6 +157,7 @@ def create_app(
     app = FastAPI(openapi_url=None)
     _add_pages(app, site)
     _add_api(app, site)
+    add_own(app, site)
     add_admin(app, site)
     static = Path(__file__).with_name("static")
     app.mount("/static", StaticFiles(directory=static), name="static")
@@ -233,11 +248,16 @@ def _add_api(app: FastAPI, site: Site) -> None:
     @app.post("/api/submit")
     def submit_task(body: Submission, labeller: Labeller) -> dict[str, Any]:
         version = submit(site.store, labeller["id"], body.assignment, _judgement(site, body))
-        return {"version": version}
+        return {"version": version} | _lesson(site, body.assignment)
 
     @app.post("/api/undo")
-    def undo(labeller: Labeller) -> dict[str, Any]:
-        return _as_json(site, labeller["id"], reopen(site.store, labeller["id"]))
+    def undo(body: Before, labeller: Labeller) -> dict[str, Any]:
+        return _as_json(site, labeller["id"], reopen(site.store, labeller["id"], body.before))
+
+    @app.post("/api/open")
+    def open_own(body: Own, labeller: Labeller) -> dict[str, Any]:
+        assignment = take_up(site.store, labeller["id"], body.assignment)
+        return _as_json(site, labeller["id"], assignment)
 
     @app.post("/api/leave")
     def leave(request: Request, labeller: Labeller) -> Response:
@@ -251,8 +271,7 @@ def _add_api(app: FastAPI, site: Site) -> None:
 def _as_json(site: Site, labeller_id: int, assignment: Assignment | None) -> dict[str, Any]:
     """What the page shows; it never learns which model wrote an answer."""
     with site.store.read() as t:
-        done, open_ = count_of(t, labeller_id)
-        answer: dict[str, Any] = {"progress": {"done": done, "open": open_}, "task": None}
+        answer: dict[str, Any] = {"progress": count_of(t, labeller_id), "task": None}
         if assignment is None:
             return answer
         prompt, completions = texts_of(t, assignment.prompt_id, assignment.response_ids)
@@ -275,6 +294,7 @@ def _as_json(site: Site, labeller_id: int, assignment: Assignment | None) -> dic
         "assignment": assignment.id,
         "version": assignment.version,
         "mode": assignment.mode,
+        "practice": assignment.kind == "practice",
         "guidelines": render.text(assignment.guidelines) if assignment.guidelines else "",
         "prompt": render.turns(prompt),
         "answers": [render.turns(completions[i]) for i in assignment.shown],
@@ -282,6 +302,16 @@ def _as_json(site: Site, labeller_id: int, assignment: Assignment | None) -> dic
         "said": said,
     }
     return answer
+
+
+def _lesson(site: Site, assignment_id: int) -> dict[str, Any]:
+    """After a practice task: the project's own order, by places shown, and why."""
+    with site.store.read() as t:
+        lesson = lesson_of(t, assignment_id)
+    if lesson is None:
+        return {}
+    tiers = [[lesson["shown"].index(i) for i in tier] for tier in lesson["gold_tiers"]]
+    return {"lesson": {"tiers": tiers, "reason": site.renderer.text(lesson["reason"])}}
 
 
 def _judgement(site: Site, body: Submission) -> Judgement:

@@ -5,16 +5,22 @@ const $ = (id) => document.getElementById(id);
 const FLAGS = ["harmful", "false", "off-topic", "wrong-language", "other"];
 const LOOK_AGAIN = 4000; // ms between looks for new tasks when none is left
 const DRAFT_AFTER = 400; // ms without a change before a draft is saved
+const MOST_COMPARED = 8000; // characters of an answer whose differences are shown
+const PREFERENCES = { first: [1, 2], second: [2, 1], tie: [1, 1] };
 const IDLE = 60000; // ms without input after which the clock stands still
 
 let task = null; // what the server told
 let work = null; // {values, confidence, strength, allBad, flags, comment, seconds}
 let marked = 0; // the answer that keys speak of, by the place shown
 let asWritten = false; // texts are shown letter by letter
+let compared = null; // the answer that the others are compared with
+let reviewing = false; // the task was finished before
+let asked = ""; // what a second press of the same key would do: a tie
 let past = []; // earlier values, for undo
 let busy = false; // a submission is under way
 let requestId = ""; // of the next submission: sent again, it is written once
 let draftTimer = 0;
+let unsaved = false; // the draft has changed since it was sent
 let lastInput = Date.now();
 
 // --- talking to the server -----------------------------------------------------------------------
@@ -65,7 +71,8 @@ const placed = () => work.values.every((value) => value !== null);
 
 function fresh() {
   const values = Array(count()).fill(null);
-  return { values, confidence: null, strength: null, allBad: false, flags: [], comment: "", seconds: 0 };
+  const said = { confidence: null, strength: null, allBad: false, flags: [], comment: "", seconds: 0 };
+  return { values, filled: [], ...said }; // filled: those that "all are bad" has placed
 }
 
 // What was said before, as the page keeps it.
@@ -78,6 +85,7 @@ function workOf(said) {
   found.allBad = said.all_bad;
   found.flags = said.flags;
   found.comment = said.comment;
+  if (said.all_bad && said.tiers?.length === 1) found.filled = [...found.values.keys()];
   return found;
 }
 
@@ -89,26 +97,31 @@ function kept() {
   }
 }
 
-async function load(path = "/api/next", note = "") {
-  const told = await insist("POST", path);
-  const { done, open } = told.progress;
-  const shownOpen = open >= 1000 ? "1000+" : open;
-  $("progress").textContent = words.done.replace("{done}", done).replace("{open}", shownOpen);
+async function load(path = "/api/next", note = "", body = {}) {
+  const told = await insist("POST", path, body);
+  const { done, skipped, left } = told.progress;
+  const shownLeft = left >= 1000 ? "1000+" : left;
+  const progress = words.done.replace("{done}", done).replace("{skipped}", skipped);
+  $("progress").textContent = progress.replace("{left}", shownLeft);
   if (told.task === null) {
     if (path === "/api/undo") return say(words["nothing-to-undo"]);
-    $("work").hidden = true;
+    $("work").hidden = $("controls").hidden = true;
     task = null;
     say(words.finished);
     setTimeout(() => task === null && start(), LOOK_AGAIN);
     return;
   }
   task = told.task;
+  reviewing = path !== "/api/next";
   // The newest of: this browser's draft, the server's, what was said before.
   const local = kept();
   const drafts = [local, task.draft].filter((d) => d && d.values?.length === count());
   drafts.sort((a, b) => b.at - a.at);
   work = { ...fresh(), ...(drafts[0] ?? (task.said ? workOf(task.said) : {})) };
   past = [];
+  unsaved = false;
+  asked = "";
+  compared = null;
   requestId = crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0");
   marked = Math.max(0, work.values.indexOf(null));
   build();
@@ -125,7 +138,18 @@ function toTop() {
   if (bottom > innerHeight) $("prompt-head").scrollIntoView();
 }
 
-const start = () => load().catch((error) => say(reason(error)));
+// The task of the address (a labeller's list of own work links to it), else the next one.
+async function start() {
+  const own = Number(new URLSearchParams(location.search).get("assignment"));
+  history.replaceState(null, "", "/");
+  try {
+    if (own) await load("/api/open", words.reopened, { assignment: own });
+    else await load();
+  } catch (error) {
+    say(reason(error));
+    if (own) await load("/api/next", reason(error)).catch((later) => say(reason(later)));
+  }
+}
 
 // --- building the page ---------------------------------------------------------------------------
 
@@ -136,10 +160,11 @@ function element(tag, properties = {}, ...children) {
 }
 
 // The turns of a chat: as Markdown, sanitised by the server, or letter by letter as written.
-function textOf(turns) {
+function textOf(turns, other = null) {
   return turns.flatMap(({ role, html, raw }) => {
     const made = element("div", { className: "turn", dir: "auto" });
-    if (asWritten) made.append(element("pre", { textContent: raw }));
+    if (other) made.append(element("pre", {}, ...differences(other, raw)));
+    else if (asWritten || compared !== null) made.append(element("pre", { textContent: raw }));
     else made.innerHTML = html;
     return [...(role && turns.length > 1 ? [element("h3", { textContent: role })] : []), made];
   });
@@ -147,37 +172,49 @@ function textOf(turns) {
 
 function showTexts() {
   $("prompt").replaceChildren(...textOf(task.prompt));
-  task.answers.forEach((turns, n) => answerCard(n).querySelector(".text").replaceChildren(...textOf(turns)));
+  task.answers.forEach((turns, n) => {
+    const other = compared === null || n === compared ? null : task.answers[compared].at(-1).raw;
+    answerCard(n).querySelector(".text").replaceChildren(...textOf(turns, other));
+  });
   $("raw").setAttribute("aria-pressed", String(asWritten));
+  $("differences").setAttribute("aria-pressed", String(compared !== null));
   fold(!$("work").classList.contains("unfolded"));
 }
 
 const answerCard = (n) => $("answers").children[n];
 
 function build() {
-  $("work").hidden = false;
+  $("work").hidden = $("controls").hidden = false;
+  document.title = $("title").textContent = words[`title-${task.mode}`];
+  $("scale").textContent = words[`scale-${task.mode}`].replace("{most}", most());
+  $("practice").hidden = !task.practice;
+  $("reviewing").hidden = !reviewing;
   if ($("guidelines").hidden) $("guidelines").open = innerWidth > 640; // once: then as the labeller likes
   $("guidelines").hidden = !task.guidelines;
   $("guidelines").querySelector(".text").innerHTML = task.guidelines; // sanitised, as above
   $("answers").replaceChildren(...task.answers.map(buildAnswer));
+  $("answers").dataset.count = count();
   $("work").classList.remove("unfolded");
   showTexts();
   const pairwise = task.mode === "pairwise";
   $("order").hidden = task.mode !== "ranking";
+  $("more").setAttribute("aria-expanded", "false");
   $("preference").hidden = $("strength").hidden = !pairwise;
   $("all-bad-label").textContent = words[pairwise ? "both-bad" : "all-bad"];
-  const choices = { first: [1, 2], second: [2, 1], tie: [1, 1] };
-  fill($("preference"), Object.keys(choices), "preference", (name) => setAll(choices[name]));
-  fill($("strength"), ["1", "2", "3"], "strength", (n) => change(() => (work.strength = +n)));
-  fill($("confidence"), ["1", "2", "3"], "confidence", (n) => change(() => (work.confidence = +n)));
-  $("places").replaceChildren(
-    ...(task.mode === "ranking" ? task.answers : []).map((_, n) => {
-      const place = element("li", {}, element("span", { textContent: `${n + 1}.` }));
-      place.dataset.place = n + 1;
-      return place;
-    }),
-  );
+  fill($("preference"), Object.keys(PREFERENCES), "preference", prefer, ["1", "2", "3"]);
+  for (const name of ["strength", "confidence"]) {
+    fill($(name), ["1", "2", "3"], name, (n) => choose(name, Number(n)));
+  }
+  const gap = (n) => withData(element("li", { className: "gap" }), "gap", n);
+  const slot = (n) => withData(element("li", {}, element("span", { textContent: `${n}` })), "place", n);
+  const slots = [...Array(most()).keys()].flatMap((n) => [slot(n + 1), gap(n + 1)]);
+  $("places").replaceChildren(...(task.mode === "ranking" ? [gap(0), ...slots] : []));
   buildFlags();
+}
+
+function withData(made, name, value) {
+  made.dataset[name] = value;
+  return made;
 }
 
 function focusable(made, label) {
@@ -195,8 +232,9 @@ function buildAnswer(_, n) {
   const card = element(
     "article",
     { className: "answer", tabIndex: -1 },
-    element("h3", {}, element("span", { textContent: name }), toggle),
+    element("h3", {}, element("span", {}, `${words.answer} `, handle(n)), toggle),
     text,
+    element("p", { className: "flagged", hidden: true }),
   );
   card.setAttribute("aria-label", name);
   if (task.mode !== "pairwise") {
@@ -204,7 +242,7 @@ function buildAnswer(_, n) {
     const group = element("fieldset", {}, element("legend", { textContent: `${head}: ${name}`, className: "unseen" }));
     for (let value = 1; value <= most(); value++) {
       const input = element("input", { type: "radio", name: `value-${n}`, value });
-      input.addEventListener("change", () => set(n, value));
+      input.addEventListener("change", () => set(n, value) || show());
       group.append(element("label", { className: "choice" }, input, String(value)));
     }
     card.append(group);
@@ -214,13 +252,16 @@ function buildAnswer(_, n) {
   return card;
 }
 
-function fill(fieldset, names, group, choose) {
+function fill(fieldset, names, group, chosen, keys = []) {
   const legend = fieldset.querySelector("legend");
-  const choices = names.map((name) => {
+  const choices = names.map((name, n) => {
     const input = element("input", { type: "radio", name: group, value: name });
-    input.addEventListener("change", () => choose(name));
-    const label = words[`${group}-${name}`] ?? words[name];
-    return element("label", { className: "choice" }, input, label);
+    input.addEventListener("change", () => chosen(name));
+    const label = element("label", { className: "choice" }, input, words[`${group}-${name}`] ?? words[name]);
+    if (keys[n]) {
+      label.append(" ", element("kbd", { textContent: keys[n], ariaHidden: "true" }));
+    }
+    return label;
   });
   fieldset.replaceChildren(legend, ...choices);
 }
@@ -252,7 +293,10 @@ function show() {
     const card = answerCard(n);
     card.classList.toggle("marked", n === marked && task.mode !== "pairwise");
     card.querySelectorAll("input").forEach((input) => (input.checked = Number(input.value) === value));
+    showFlags(card.querySelector(".flagged"), n);
   });
+  showFlags($("flagged"), null);
+  $("submit").disabled = !placed();
   const pair = work.values.join();
   const preference = { "1,2": "first", "2,1": "second", "1,1": "tie" }[pair];
   document.querySelectorAll("[name=preference]").forEach((i) => (i.checked = i.value === preference));
@@ -261,12 +305,21 @@ function show() {
   }
   $("all-bad").checked = work.allBad;
   if (task.mode === "ranking") {
-    document.querySelectorAll(".chip").forEach((chip) => chip.remove());
+    document.querySelectorAll("#bar .chip").forEach((chip) => chip.remove());
     work.values.forEach((value, n) => {
-      const slot = value === null ? $("tray") : $("places").children[value - 1];
+      const slot = value === null ? $("tray") : $("places").querySelector(`[data-place="${value}"]`);
       slot.append(chip(n));
     });
+    $("tray").hidden = placed();
   }
+}
+
+// The flags of an answer, or of the whole task, where they speak of it.
+function showFlags(line, n) {
+  const found = work.flags.filter((flag) => flag.answer === n).map(({ flag }) => words[flag]);
+  if (n === null && work.comment.trim()) found.push(work.comment.trim());
+  line.hidden = !found.length;
+  line.textContent = `⚑ ${found.join(", ")}`;
 }
 
 function mark(n) {
@@ -281,33 +334,77 @@ function go(step) {
   answerCard(marked).focus();
 }
 
+// The places that others than an answer have, best first.
+const othersLevels = (n) => {
+  const others = work.values.filter((value, m) => m !== n && value !== null);
+  return [...new Set(others)].sort((a, b) => a - b);
+};
+
+// Put an answer between others, after `at` of their levels: those behind it move along.
+function insert(n, at) {
+  const levels = othersLevels(n);
+  change(() => {
+    work.filled = work.filled.filter((m) => m !== n);
+    work.values = work.values.map((value, m) => {
+      if (m === n) return at + 1;
+      if (value === null) return null;
+      const level = levels.indexOf(value);
+      return level + (level < at ? 1 : 2);
+    });
+  });
+  tellPlace(n);
+}
+
+function tellPlace(n) {
+  const value = work.values[n];
+  const text = value === null ? words["taken-back"] : words[`placed-${task.mode}`];
+  say(text.replace("{answer}", letter(n)).replace("{place}", value));
+}
+
 // Do it, remember how it was, show it, keep it.
 function change(action) {
   const before = structuredClone(work);
   action();
   past.push(before);
+  asked = "";
   show();
   keep();
 }
 
-function set(n, value) {
-  change(() => (work.values[n] = value));
-  const text = value === null ? words["taken-back"] : words.placed;
-  say(text.replace("{answer}", letter(n)).replace("{place}", value));
+// Place an answer; a place that another one has asks first. Whether it was done.
+function set(n, value, tie = false) {
+  const others = work.values.some((other, m) => m !== n && other === value && value !== null);
+  const question = `${n}=${value}`;
+  if (others && task.mode === "ranking" && !tie && asked !== question) {
+    asked = question;
+    const holders = [...work.values.keys()].filter((m) => m !== n && work.values[m] === value);
+    const text = words["tie-ask"].replaceAll("{place}", value).replace("{answer}", letter(n));
+    say(text.replace("{others}", holders.map(letter).join(", ")));
+    return false;
+  }
+  change(() => {
+    work.values[n] = value;
+    work.filled = work.filled.filter((m) => m !== n);
+  });
+  tellPlace(n);
+  return true;
 }
 
-function setAll(values) {
-  change(() => (work.values = [...values]));
+function prefer(name) {
+  change(() => {
+    work.values = [...PREFERENCES[name]];
+    work.filled = [];
+  });
+  say(words[name]);
 }
 
 function place(value) {
   if (task.mode === "pairwise") {
-    const choice = [[1, 2], [2, 1], [1, 1]][value - 1];
-    if (choice) setAll(choice);
+    const name = Object.keys(PREFERENCES)[value - 1];
+    if (name) prefer(name);
     return;
   }
-  if (value > most()) return;
-  set(marked, value);
+  if (value > most() || !set(marked, value)) return;
   const next = work.values.indexOf(null);
   if (next >= 0) {
     mark(next);
@@ -315,14 +412,20 @@ function place(value) {
   }
 }
 
-// Arrows move the marked answer; one without a place enters from the end it is moved away from.
+// Arrows move the marked answer past others, never onto them; one without a place enters from the
+// end it is moved away from.
 function move(step) {
-  if (task.mode === "pairwise") return;
-  const better = task.mode === "rating" ? -step : step; // up is better
   const value = work.values[marked];
-  const entry = better < 0 ? most() : 1;
-  const next = value === null ? entry : value + better;
-  if (next >= 1 && next <= most()) set(marked, next);
+  if (task.mode === "rating") {
+    const next = value === null ? (step < 0 ? 1 : most()) : value - step; // up is better
+    if (next >= 1 && next <= most()) set(marked, next);
+  } else if (task.mode === "ranking") {
+    const levels = othersLevels(marked);
+    const before = levels.filter((other) => other < value).length;
+    const up = before - (levels.includes(value) ? 0 : 1); // out of a tie, or past the next one
+    const at = value === null ? (step < 0 ? levels.length : 0) : step < 0 ? up : before + 1;
+    if (at >= 0 && at <= levels.length) insert(marked, at);
+  }
 }
 
 function takeBack() {
@@ -338,14 +441,58 @@ function takeBack() {
 function allBad(on) {
   change(() => {
     work.allBad = on;
-    const worst = task.mode === "rating" ? 1 : Math.max(1, ...work.values.map((v) => v ?? 0));
-    if (on) work.values = work.values.map((value) => value ?? worst);
+    if (on) {
+      const levels = othersLevels(-1);
+      const own = (value) => (task.mode === "rating" ? value : levels.indexOf(value) + 1);
+      const worst = task.mode === "rating" ? 1 : levels.length + 1; // below what has a place
+      work.filled = [...work.values.keys()].filter((n) => work.values[n] === null);
+      work.values = work.values.map((value) => (value === null ? worst : own(value)));
+    } else {
+      work.filled.forEach((n) => (work.values[n] = null));
+      work.filled = [];
+    }
   });
+  say(words[on ? (task.mode === "pairwise" ? "both-bad" : "all-bad") : "not-bad"]);
 }
 
-function cycle(name) {
-  change(() => (work[name] = ((work[name] ?? 0) % 3) + 1));
-  say(words[`${name}-${work[name]}`]);
+function choose(name, value) {
+  change(() => (work[name] = value));
+  say(words[`${name}-${value}`]);
+}
+
+const cycle = (name) => choose(name, ((work[name] ?? 0) % 3) + 1);
+
+function toggleDifferences() {
+  const far = task.answers.some((turns) => turns.at(-1).raw.length > MOST_COMPARED);
+  if (compared === null && far) return say(words["differences-long"]);
+  compared = compared === null ? marked : null;
+  showTexts();
+  say(compared === null ? words["raw-off"] : words["differences-on"].replace("{answer}", letter(compared)));
+}
+
+// Words of one text that the other lacks (del) and the reverse (ins), by a longest common sequence.
+function differences(from, to) {
+  const [a, b] = [from, to].map((text) => text.match(/\s+|[^\s]+/g) ?? []);
+  const width = b.length + 1;
+  const common = new Uint16Array((a.length + 1) * width);
+  for (let i = a.length - 1; i >= 0; i--) {
+    for (let j = b.length - 1; j >= 0; j--) {
+      const [down, right] = [common[(i + 1) * width + j], common[i * width + j + 1]];
+      common[i * width + j] = a[i] === b[j] ? common[(i + 1) * width + j + 1] + 1 : Math.max(down, right);
+    }
+  }
+  const parts = [];
+  const add = (tag, word) => {
+    const last = parts.at(-1);
+    if (last?.tag === tag) last.words += word;
+    else parts.push({ tag, words: word });
+  };
+  for (let [i, j] = [0, 0]; i < a.length || j < b.length; ) {
+    if (i < a.length && j < b.length && a[i] === b[j]) add("span", (i++, b[j++]));
+    else if (j === b.length || (i < a.length && common[(i + 1) * width + j] >= common[i * width + j + 1])) add("del", a[i++]);
+    else add("ins", b[j++]);
+  }
+  return parts.map(({ tag, words: textContent }) => element(tag, { textContent }));
 }
 
 function toggleRaw() {
@@ -371,6 +518,14 @@ function fold(folded, n = marked) {
 
 // --- drag and touch ------------------------------------------------------------------------------
 
+// The letter in an answer's head: in rankings it can be dragged, too.
+function handle(n) {
+  if (task.mode !== "ranking") return letter(n);
+  const made = chip(n);
+  made.removeAttribute("aria-hidden");
+  return made;
+}
+
 function chip(n) {
   const made = element("span", { className: "chip", textContent: letter(n) });
   made.setAttribute("aria-hidden", "true"); // the buttons below the answers say the same
@@ -380,7 +535,7 @@ function chip(n) {
     made.classList.add("dragged");
     const slotAt = (e) => {
       const under = document.elementsFromPoint(e.clientX, e.clientY);
-      return under.map((x) => x.closest("#places li, #tray")).find(Boolean);
+      return under.map((x) => x.closest("#places li, #order")).find(Boolean);
     };
     const clear = () => document.querySelectorAll(".over").forEach((x) => x.classList.remove("over"));
     made.addEventListener("pointermove", (e) => {
@@ -391,7 +546,10 @@ function chip(n) {
       clear();
       made.classList.remove("dragged");
       const slot = e.type === "pointerup" && slotAt(e);
-      if (slot) set(n, slot.dataset.place ? Number(slot.dataset.place) : null);
+      if (!slot || task.mode !== "ranking") return;
+      const { place, gap } = slot.dataset;
+      if (gap) insert(n, othersLevels(n).filter((level) => level <= Number(gap)).length);
+      else set(n, place ? Number(place) : null, true);
     };
     made.addEventListener("pointerup", drop, { once: true });
     made.addEventListener("pointercancel", drop, { once: true });
@@ -408,12 +566,14 @@ function keep() {
   } catch {
     // without local storage the server's draft must do
   }
+  unsaved = true;
   clearTimeout(draftTimer);
   draftTimer = setTimeout(saveDraft, DRAFT_AFTER);
 }
 
 async function saveDraft() {
-  if (task === null || busy) return;
+  if (task === null || busy || !unsaved) return; // a draft takes a skipped task up again
+  unsaved = false;
   try {
     await call("PUT", "/api/draft", { assignment: task.assignment, draft: work });
   } catch (error) {
@@ -429,8 +589,12 @@ function tiers() {
 
 async function send(skipped) {
   if (busy || task === null) return;
-  if (!skipped && !placed()) return say(words["not-all"]);
+  if (!skipped && !placed()) return say(words[`not-all-${task.mode}`]);
   if (work.flags.some((f) => f.flag === "other") && !work.comment.trim()) return say(words["needs-comment"]);
+  if (!skipped && tiers().length === 1 && !work.allBad && asked !== "all") {
+    asked = "all";
+    return say(words["all-tie"]);
+  }
   busy = true;
   clearTimeout(draftTimer);
   const body = {
@@ -447,8 +611,9 @@ async function send(skipped) {
     seconds: work.seconds,
   };
   try {
-    await insist("POST", "/api/submit", body);
+    const { lesson } = await insist("POST", "/api/submit", body);
     localStorage.removeItem(draftKey());
+    if (lesson) await teach(lesson, body.tiers);
     await load("/api/next", words[skipped ? "skipped" : "submitted"]);
   } catch (error) {
     say(reason(error));
@@ -457,6 +622,16 @@ async function send(skipped) {
   } finally {
     busy = false;
   }
+}
+
+// After a practice task: the project's own order beside the labeller's, and why.
+async function teach(lesson, own) {
+  const order = (said) => said?.map((tier) => tier.map(letter).join(" = ")).join(" > ") ?? words.skipped;
+  $("lesson-theirs").textContent = order(lesson.tiers);
+  $("lesson-yours").textContent = order(own);
+  $("lesson-reason").innerHTML = lesson.reason; // sanitised
+  $("lesson").showModal();
+  await new Promise((done) => $("lesson").addEventListener("close", done, { once: true }));
 }
 
 function undo() {
@@ -469,7 +644,7 @@ function undo() {
     return;
   }
   saveDraft()
-    .then(() => load("/api/undo", words.reopened))
+    .then(() => load("/api/undo", words.reopened, reviewing ? { before: task.assignment } : {}))
     .catch((error) => say(reason(error)));
 }
 
@@ -487,6 +662,7 @@ const KEYS = {
   e: () => fold($("work").classList.contains("unfolded")),
   a: () => allBad(!work.allBad),
   r: toggleRaw,
+  v: toggleDifferences,
   s: () => send(true),
   f: () => $("flags").showModal(),
   c: () => cycle("confidence"),
@@ -504,6 +680,11 @@ document.addEventListener("keydown", (event) => {
     // Arrows of a radio group choose in it; on long text they scroll.
     if (target.matches("input") || target.closest(".text, details")) return;
   }
+  const shifted = event.shiftKey && /^Digit[1-9]$/.test(event.code) && Number(event.code.slice(5));
+  if (shifted && task.mode === "ranking") {
+    event.preventDefault();
+    return insert(marked, othersLevels(marked).filter((level) => level < shifted).length);
+  }
   const action = /^[1-9]$/.test(key) ? () => place(Number(key)) : KEYS[key.length === 1 ? key.toLowerCase() : key];
   if (!action || (event.repeat && !key.startsWith("Arrow"))) return;
   event.preventDefault();
@@ -517,8 +698,19 @@ $("flag").addEventListener("click", () => $("flags").showModal());
 $("raw").addEventListener("click", toggleRaw);
 $("help-button").addEventListener("click", () => $("help").showModal());
 $("all-bad").addEventListener("change", (event) => allBad(event.target.checked));
+$("differences").addEventListener("click", toggleDifferences);
+$("back").addEventListener("click", () => load().catch((error) => say(reason(error))));
+$("more").addEventListener("click", () => {
+  const open = $("more").getAttribute("aria-expanded") !== "true";
+  $("more").setAttribute("aria-expanded", String(open));
+});
+new ResizeObserver(([bar]) => {
+  const height = bar.borderBoxSize[0].blockSize;
+  document.documentElement.style.setProperty("--bar", `${height}px`); // what scrolls stops above it
+}).observe($("bar"));
 $("comment").addEventListener("input", (event) => {
   work.comment = event.target.value;
+  showFlags($("flagged"), null);
   keep();
 });
 $("leave").addEventListener("click", async () => {
