@@ -155,6 +155,7 @@ def test_a_store_has_no_demonstrations(tmp_path) -> None:
         "label serve --store absent.db",
         "label add-user --store absent.db --name ann",
         "label report --store absent.db",
+        "label backup --store absent.db --output copy.db",
         "label export --store absent.db --output x.jsonl",
         "label score --store absent.db --reward-model builtins:len --strategy gap",
         "label import --store new.db --data absent.db",

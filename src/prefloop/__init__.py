@@ -14,6 +14,7 @@ from prefloop.commands import (
     fetch_model,
     generate,
     label_add_user,
+    label_backup,
     label_export,
     label_import,
     label_report,
@@ -45,6 +46,7 @@ from prefloop.config import (
 )
 from prefloop.config.labelling import (
     LabelAddUserConfig,
+    LabelBackupConfig,
     LabelExportConfig,
     LabelImportConfig,
     LabelReportConfig,
@@ -63,6 +65,7 @@ __all__ = [
     "FetchModelConfig",
     "GenerateConfig",
     "LabelAddUserConfig",
+    "LabelBackupConfig",
     "LabelExportConfig",
     "LabelImportConfig",
     "LabelReportConfig",
@@ -85,6 +88,7 @@ __all__ = [
     "fetch_model",
     "generate",
     "label_add_user",
+    "label_backup",
     "label_export",
     "label_import",
     "label_report",

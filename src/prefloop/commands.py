@@ -160,6 +160,14 @@ def label_add_user(config: l.LabelAddUserConfig) -> str:
     return run(config)
 
 
+def label_backup(config: l.LabelBackupConfig) -> dict[str, Any]:
+    """Copy a labelling store as it stands at one moment, while it is served."""
+    validate(config)
+    from prefloop.labelling.backup import run
+
+    return run(config)
+
+
 def demo(config: c.DemoConfig) -> Comparison:
     """The whole loop on a real model, with a report at the end."""
     validate(config)
@@ -271,6 +279,7 @@ COMMANDS = {
     "label export": Command(l.LabelExportConfig, label_export),
     "label report": Command(l.LabelReportConfig, label_report, show_quality),
     "label add-user": Command(l.LabelAddUserConfig, label_add_user),
+    "label backup": Command(l.LabelBackupConfig, label_backup),
     "export": Command(c.ExportConfig, export, positional="run"),
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "check": Command(c.CheckConfig, check),

@@ -176,3 +176,11 @@ class LabelAddUserConfig(StoreConfig):
     """Admins also see progress and quality, adjudicate, and export."""
     url: str = "http://127.0.0.1:8000"
     """Address under which labellers reach the server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelBackupConfig(StoreConfig):
+    """Copy a store as it stands at one moment, while it is served."""
+
+    output: str
+    """New SQLite file, or an empty PostgreSQL database (a URL); a copy is a store itself."""
