@@ -91,6 +91,7 @@ CHANGES = test_settings.CHANGES | {
     "micro_batch_tokens": 3,
     "form": "hh",
     "consensus": "majority",
+    "label_margins": True,
     "exclude": ("l1",),
     "eval_fraction": 0.3,
     "wait": True,
@@ -112,6 +113,7 @@ CHANGES = test_settings.CHANGES | {
 }
 ALONE = {  # (command, setting): why it may be given where it changes nothing
     ("label export", "wait"): "all tasks of this store are done",
+    ("label export", "label_margins"): "imported rows say neither strength nor confidence",
     ("label export", "output"): "the same rows, elsewhere: the path is told",
     ("label score", "micro_batch_tokens"): "changes no result (tests/data/test_batches.py)",
     ("label score", "dtype"): "scores of models are compared to four digits",

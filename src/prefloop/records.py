@@ -280,7 +280,8 @@ def _columns(record: Record) -> dict[str, object]:
     if isinstance(record, Conversation):
         return {"messages": text_to_json(record.messages)}
     if isinstance(record, Ranking):
-        return ranking_to_json(record)
+        margin = {"margin": record.margin} if record.margin else {}
+        return ranking_to_json(record) | margin
     row: dict[str, object] = {"prompt": text_to_json(record.prompt)}
     if isinstance(record, Prompt):
         row.update(record.extra)

@@ -29,25 +29,44 @@ Data = str | Sequence[str]
 
 
 def load(
-    data: Data, kind: Kind, counts: RowCounts, chat: bool = False, of: str = "--data"
+    data: Data,
+    kind: Kind,
+    counts: RowCounts,
+    chat: bool = False,
+    of: str = "--data",
+    margins: bool = False,
 ) -> list[Any]:
-    """The records of one or more sources, all used alike; `chat` takes strings for messages."""
+    """The records of one or more sources, all used alike; `chat` takes strings for messages.
+
+    `margins`: of labelling stores, by how strong and how sure the labellers said they were.
+    """
     for source in (data,) if isinstance(data, str) else data:
         if _weighted(source)[1] is not None:
             raise UserError(
                 f"{of} {source}: weights share out the rows of training, and here all are used; "
                 "leave them out"
             )
-    return [record for part in load_parts(data, kind, counts, chat, of) for record in part]
+    parts = load_parts(data, kind, counts, chat, of, margins)
+    return [record for part in parts for record in part]
 
 
 def load_parts(
-    data: Data, kind: Kind, counts: RowCounts, chat: bool = False, of: str = "--data"
+    data: Data,
+    kind: Kind,
+    counts: RowCounts,
+    chat: bool = False,
+    of: str = "--data",
+    margins: bool = False,
 ) -> list[list[Any]]:
     """The records of each source by itself, weighted or not; `of` is the setting's flag."""
     formats.require_kind(kind)
     addresses, _ = addresses_and_weights(data, of)
-    return [_load(address, kind, counts, chat) for address in addresses]
+    if margins and of == "--data" and not any(map(is_store, addresses)):
+        raise UserError(
+            f"{of} {' '.join(addresses)}: --label-margins reads labelling stores, and none is "
+            "given; leave it out (a file's own column `margin` is read as it is)"
+        )
+    return [_load(address, kind, counts, chat, margins) for address in addresses]
 
 
 def load_unanswered(source: str, counts: RowCounts, chat: bool = False) -> list[Any]:
@@ -93,14 +112,14 @@ def _weighted(source: str) -> tuple[str, float | None]:
     return match[1], float(match[2])
 
 
-def _load(source: str, kind: Kind, counts: RowCounts, chat: bool) -> list[Any]:
+def _load(source: str, kind: Kind, counts: RowCounts, chat: bool, margins: bool) -> list[Any]:
     if not is_store(source):
         return formats.load(source, kind, counts, chat)
     records: Sequence[Record]
     if kind == "prompt":
         records = read_prompts(source, counts)
     else:
-        records = read_records(source, kind, counts)
+        records = read_records(source, kind, counts, margins)
     return _as_chats(records, counts) if chat else list(records)
 
 

@@ -5,12 +5,14 @@ import threading
 
 import pytest
 
+from prefloop import sources
 from prefloop.config.labelling import LabelExportConfig
 from prefloop.data.formats import load
 from prefloop.errors import UserError
 from prefloop.files import read_rows
 from prefloop.labelling import export
 from prefloop.labelling.assign import Judgement, next_assignment, submit
+from prefloop.labelling.forms import margin_of
 from prefloop.records import RowCounts
 from tests.labelling.small import add, in_order, open_store, put, rows
 
@@ -311,3 +313,46 @@ def test_an_empty_answer_with_its_tokens_alone_was_sampled(tmp_path):
     }
     records = load(str(tmp_path / "out.jsonl"), "preference", RowCounts())
     assert [one.ended for one in records[1].sampled] == [None, None]
+
+
+# --- margins -------------------------------------------------------------------------------------
+
+SAID = [  # strength, confidence, margin by hand
+    (None, None, 0.0),
+    (1, None, 1 / 3),
+    (2, None, 2 / 3),
+    (3, None, 1.0),
+    (3, 1, 0.0),
+    (3, 2, 0.5),
+    (1, 3, 1 / 3),
+    (None, 2, 1 / 3),
+    (None, 3, 2 / 3),
+]
+
+
+@pytest.mark.parametrize(("strength", "confidence", "margin"), SAID)
+def test_margins_by_hand(strength, confidence, margin):
+    assert margin_of(strength, confidence) == pytest.approx(margin)
+
+
+def test_strength_and_confidence_reach_exports_and_training_where_asked(tmp_path):
+    put(tmp_path, rows(2, answers=2), mode="pairwise")
+    store = open_store(tmp_path)
+    (ann,) = add(store, "ann")
+    for number, (strength, confidence) in enumerate([(3, 2), (None, None)]):
+        task = next_assignment(store, ann)
+        said = {"strength": strength, "confidence": confidence}
+        submit(store, ann, task.id, in_order(task, f"request-{number}", **said))
+    address = str(tmp_path / "labels.db")
+    for form in ("rankings", "dpo"):
+        for asked, margins in ((False, [None, None]), (True, [None, 0.5])):
+            output = tmp_path / f"{form}-{asked}.jsonl"
+            config = LabelExportConfig(store=address, output=output, form=form, label_margins=asked)
+            export.run(config)
+            written = [row.get("margin") for _, row in read_rows(str(output))]
+            assert sorted(written, key=str) == sorted(margins, key=str)
+    for asked, margins in ((False, [0.0, 0.0]), (True, [0.0, 0.5])):
+        found = sources.load(address, "preference", RowCounts(), margins=asked)
+        assert sorted(ranking.margin for ranking in found) == margins
+    with pytest.raises(UserError, match="--label-margins reads labelling stores"):
+        sources.load(str(tmp_path / "dpo-True.jsonl"), "preference", RowCounts(), margins=True)

@@ -1,6 +1,7 @@
 """Rows of training: several sources for each setting, and bad rows that only training finds."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from prefloop.config.resolve import resolve
 from prefloop.data.batches import TokenBatch
 from prefloop.data.stream import mixed_order
 from prefloop.errors import UserError
+from prefloop.labelling.assign import next_assignment, submit
 from prefloop.records import RowCounts
+from tests.labelling.small import add, in_order, open_store, put
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import REWARDS, assert_same_run, lines, train, write_rows
 from tests.training.test_ppo import built
@@ -154,3 +157,24 @@ def test_a_kind_that_there_is_not_is_told(two):
     for read in (sources.load, sources.load_parts):
         with pytest.raises(UserError, match=r"no kind 'pairs' of rows; give one of demonstration,"):
             read(two[0], "pairs", RowCounts())
+
+
+@pytest.mark.parametrize("command", ["reward", "dpo"])
+def test_margins_of_what_labellers_said_reach_the_loss(command, world, tmp_path):
+    """One pair, said to be much better and for sure: margin 1. DPO begins at d = 0."""
+    pair = [{"prompt": "a", "completions": [" boat", " ant"]}]
+    put(tmp_path, pair, mode="pairwise")
+    store = open_store(tmp_path)
+    (ann,) = add(store, "ann")
+    task = next_assignment(store, ann)
+    submit(store, ann, task.id, in_order(task, "request-1", strength=3, confidence=3))
+    store.close()
+    found = []
+    for asked in (False, True):
+        run = tmp_path / str(asked)
+        train(command, world, run, data=str(tmp_path / "labels.db"), label_margins=asked)
+        found.append(lines(run)[0]["loss"])
+    x = math.log(math.exp(found[0]) - 1)  # loss = log(1 + e^x), and with the margin x + 1
+    assert found[1] == pytest.approx(math.log1p(math.exp(x + 1)), rel=1e-4)
+    if command == "dpo":
+        assert found == [pytest.approx(math.log(2)), pytest.approx(math.log1p(math.e))]

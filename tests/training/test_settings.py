@@ -139,6 +139,7 @@ ALONE = {  # may be given where it changes nothing
     "keep_checkpoints": "an interruption and --save-every leave more than one",
 }
 ELSEWHERE = {  # changes no number: the test that finds its effect
+    "label_margins": "training/test_rows.py::test_margins_of_what_labellers_said_reach_the_loss",
     "reward_ensemble": "training/test_one_base.py::test_several_scores_are_one",
     "micro_batch_tokens": "data/test_batches.py::test_micro_batches_keep_order_and_budget",
     "gradient_checkpointing": "training/test_loop.py::test_checkpointing_keeps_fewer_activations",

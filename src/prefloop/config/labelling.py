@@ -144,6 +144,10 @@ class LabelExportConfig(ProjectConfig):
     """rankings (tiers), dpo (TRL's pairs), hh (transcripts), kto (TRL's labels), or audit (all)."""
     consensus: Annotated[Consensus, DECIDED] = "labeller"
     """One row a labeller; or one a task, by majority or weighted by estimated accuracy."""
+    label_margins: Annotated[
+        bool, OnlyWith("form", "rankings", "dpo"), OnlyWith("consensus", "labeller")
+    ] = False
+    """Rows get a `margin` by how strong and how sure the labeller said it is."""
     exclude: Annotated[tuple[str, ...], DECIDED] = ()
     """Labellers whose annotations are left out (logged)."""
     eval_fraction: Annotated[float, Within(0, 1, with_high=False), DECIDED] = 0.0

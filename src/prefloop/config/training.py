@@ -179,6 +179,8 @@ class RewardConfig(TrainingConfig):
     """Mean over a prompt's pairs and then over prompts, or over all pairs."""
     center_coefficient: Annotated[float, AtLeast(0)] = 0.0
     """c of the term c * mean(score^2) that keeps scores around 0 (0.01 is usual)."""
+    label_margins: Annotated[bool, OnlyWith("loss", "bradley-terry")] = False
+    """Rows of a labelling store get margins by how strong and how sure the labellers were."""
     tie_parameter: Annotated[float, Above(0), OnlyWith("loss", "rao-kupper", "davidson")] = 1.5
     """rao-kupper: threshold theta > 1; davidson: nu > 0."""
 
@@ -201,6 +203,8 @@ class DPOConfig(TrainingConfig):
         float, Within(0, 0.5, with_high=False), OnlyWith("loss", "sigmoid", "robust")
     ] = 0.0
     """epsilon: share of labels believed flipped (sigmoid: conservative DPO; robust)."""
+    label_margins: Annotated[bool, OnlyWith("loss", "sigmoid")] = False
+    """Rows of a labelling store get margins by how strong and how sure the labellers were."""
     ref_model: Annotated[str | None, WITH_REFERENCE] = None
     """Reference policy; by default the starting weights, as they are in memory."""
     sft_coefficient: Annotated[float, AtLeast(0), WITH_NLL] = 0.0

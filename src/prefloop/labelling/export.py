@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby
 from math import log
 from pathlib import Path
@@ -24,7 +25,7 @@ from prefloop.data.split import split_by_prompt
 from prefloop.errors import UserError
 from prefloop.files import write_jsonl
 from prefloop.labelling.agreement import copeland, one_coin, pair_signs, ranks_of
-from prefloop.labelling.forms import Decision, form_rows
+from prefloop.labelling.forms import Decision, form_rows, margin_of
 from prefloop.labelling.store import Store, Transaction
 from prefloop.labelling.store.reading import (
     Annotation,
@@ -56,7 +57,8 @@ def run(config: LabelExportConfig) -> dict[str, Any]:
             rows, held_out = audit(store, config.project), list[dict[str, object]]()
             counts.read = counts.used = len(rows)
         else:
-            decided = decisions(store, config.project, config.consensus, config.exclude, counts)
+            wanted = (config.consensus, config.exclude)
+            decided = decisions(store, config.project, *wanted, counts, config.label_margins)
             fraction, seed = config.eval_fraction, config.seed
             kept = {id(d.ranking): d for d in decided}
             sides = split_by_prompt([d.ranking for d in decided], fraction, seed)
@@ -128,7 +130,9 @@ def split_address(address: str) -> tuple[str, str]:
     return store, project or "main"
 
 
-def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | Unpaired]:
+def read_records(
+    address: str, kind: str, counts: RowCounts, margins: bool = False
+) -> list[Ranking | Unpaired]:
     """Training records of `STORE#PROJECT`: a ranking an annotation, or KTO's unpaired rows."""
     if kind not in ("preference", "unpaired"):
         raise UserError(
@@ -136,7 +140,7 @@ def read_records(address: str, kind: str, counts: RowCounts) -> list[Ranking | U
         )
     path, project = split_address(address)
     with closing(Store(path, must_exist=True)) as store:
-        decided = decisions(store, project, "labeller", (), counts)
+        decided = decisions(store, project, "labeller", (), counts, margins)
     if kind == "preference":
         return [decision.ranking for decision in decided]
     rows = [(d.ranking.where, row) for d in decided for row in form_rows("kto", d, counts)]
@@ -171,9 +175,17 @@ def read_prompts(address: str, counts: RowCounts) -> list[Prompt]:
 
 
 def decisions(
-    store: Store, project: str, consensus: Consensus, exclude: Sequence[str], counts: RowCounts
+    store: Store,
+    project: str,
+    consensus: Consensus,
+    exclude: Sequence[str],
+    counts: RowCounts,
+    margins: bool = False,
 ) -> list[Decision]:
-    """What the labellers decided: each by itself, or together for each task."""
+    """What the labellers decided: each by itself, or together for each task.
+
+    `margins`: what `margin_of` makes of each by itself.
+    """
     with store.read() as t:
         project_id = project_id_of(t, project)
         if unknown := [name for name in exclude if t.labeller_named(name) is None]:
@@ -200,6 +212,8 @@ def decisions(
             for a in chosen:
                 assert a.tiers is not None
                 ranking = _ranking(row, a.tiers, where)
+                if margins:
+                    ranking = replace(ranking, margin=margin_of(a.strength, a.confidence))
                 ratings, name = a.ratings, a.labeller
                 decided.append(Decision(ranking, name, a.confidence, a.all_bad, ratings))
         else:

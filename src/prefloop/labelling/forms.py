@@ -12,6 +12,24 @@ GOOD, BAD = 5, 3
 """In rating mode an answer is desirable from GOOD on and undesirable up to BAD (of 1 to 7)."""
 
 
+STRENGTHS = {1: 1 / 3, 2: 2 / 3, 3: 1.0}  # slightly, clearly, much better
+CONFIDENCES = {1: 0.0, 2: 0.5, 3: 1.0}  # unsure, fairly sure, sure
+
+
+def margin_of(strength: int | None, confidence: int | None) -> float:
+    """By how much a better answer should outscore a worse one, by what a labeller said: in [0, 1].
+
+    The strength's share (Llama 2's small margins, arXiv 2307.09288, table 27) times the
+    confidence's. Strength unsaid, as in rankings, counts as clearly; confidence unsaid as sure.
+
+    >>> margin_of(3, 2), margin_of(None, None)
+    (0.5, 0.0)
+    """
+    if strength is None and confidence is None:
+        return 0.0
+    return STRENGTHS[strength or 2] * CONFIDENCES[confidence or 3]
+
+
 @dataclass(frozen=True)
 class Decision:
     """A task's answers with an order, from one labeller or from all."""
@@ -46,7 +64,8 @@ def form_rows(form: Form, decision: Decision, counts: RowCounts) -> list[dict[st
             if pair[0] == pair[1]:
                 counts.drop("pair of equal answers")
             elif _readable(pair, (sampled[w], sampled[l]), counts):
-                rows.append(to_json(Comparison(prompt, *pair, sampled=(sampled[w], sampled[l]))))
+                both = (sampled[w], sampled[l])
+                rows.append(to_json(Comparison(prompt, *pair, margin=ranking.margin, sampled=both)))
         return rows
     return [
         {"chosen": _transcript(prompt, answers[w]), "rejected": _transcript(prompt, answers[l])}

@@ -24,16 +24,18 @@ def sigmoid_loss(
     *,
     beta: float,
     label_smoothing: float = 0.0,
+    margin: float | Float[Tensor, " M"] = 0.0,
 ) -> Total:
-    """DPO (eq. 7): -log sigma(beta d); with e = label_smoothing, conservative DPO.
+    """DPO (eq. 7): -log sigma(x), x = beta d - m; with e = label_smoothing, conservative DPO.
 
-    -(1 - e) log sigma(beta d) - e log sigma(-beta d), e the share of labels believed flipped.
+    -(1 - e) log sigma(x) - e log sigma(-x), e the share of labels believed flipped; m the margin of
+    DPO with an offset (arXiv 2402.10571, eq. 6), by which the better answer should lead.
 
     >>> zero = torch.zeros(1)
     >>> sigmoid_loss(zero, zero, zero, zero, beta=0.1).sum
     tensor(0.6931)
     """
-    x = beta * _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
+    x = beta * _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected) - margin
     return total(-(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x))
 
 

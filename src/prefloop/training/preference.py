@@ -48,6 +48,7 @@ class Pairs(NamedTuple):
     log_probs: tuple[Tensor, ...]  # of the winners [M], of the losers [M]
     ref_log_probs: tuple[Tensor, ...]
     lengths: tuple[Tensor, ...]
+    margins: Tensor  # [M]; zeros but with `sigmoid`
 
 
 class PairLoss(NamedTuple):
@@ -57,16 +58,15 @@ class PairLoss(NamedTuple):
     needs_reference: bool
 
 
-def _smoothed(loss: Callable[..., Total]) -> PairLoss:
-    return PairLoss(
-        lambda pairs, config: loss(
-            *pairs.log_probs,
-            *pairs.ref_log_probs,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-        ),
-        True,
-    )
+def _sigmoid(pairs: Pairs, config: DPOConfig) -> Total:
+    both = (*pairs.log_probs, *pairs.ref_log_probs)
+    smoothing, margin = config.label_smoothing, pairs.margins
+    return losses.sigmoid_loss(*both, beta=config.beta, label_smoothing=smoothing, margin=margin)
+
+
+def _robust(pairs: Pairs, config: DPOConfig) -> Total:
+    both = (*pairs.log_probs, *pairs.ref_log_probs)
+    return losses.robust_loss(*both, beta=config.beta, label_smoothing=config.label_smoothing)
 
 
 def _hinge(pairs: Pairs, config: DPOConfig) -> Total:
@@ -91,8 +91,8 @@ def _orpo(pairs: Pairs, config: DPOConfig) -> Total:
 
 
 PAIR_LOSSES: Mapping[str, PairLoss] = {
-    "sigmoid": _smoothed(losses.sigmoid_loss),
-    "robust": _smoothed(losses.robust_loss),
+    "sigmoid": PairLoss(_sigmoid, True),
+    "robust": PairLoss(_robust, True),
     "hinge": PairLoss(_hinge, True),
     "ipo": PairLoss(_ipo, True),
     "simpo": PairLoss(_simpo, False),
@@ -165,8 +165,10 @@ class Preference:
                 beta=config.beta,
             )
         else:
-            both = ((x[winners], x[losers]) for x in answers[:3])
-            total = self.pair_loss.function(Pairs(*both), config)
+            pi, ref, lengths = ((x[winners], x[losers]) for x in answers[:3])
+            counts = torch.tensor([len(e.answers) for e in batch.examples])
+            margins = batch.margins().flatten().repeat_interleave(counts.to(winners.device))
+            total = self.pair_loss.function(Pairs(pi, ref, lengths, margins[winners]), config)
         weight = config.orpo_lambda if config.loss == "orpo" else 1.0
         terms = {"preference": weight * total.sum}
         if self._uses_nll:
@@ -256,8 +258,10 @@ def run(config: DPOConfig) -> Run:
         config = planning.settle(work(config), config, run, device)
         policy = load_policy(config.model, device, **model_options(config))
         kind: rows.Kind = "unpaired" if config.loss == "kto" else "preference"
+        refused = "" if config.loss == "sigmoid" else config.loss
+        margins = config.label_margins
         examples, held_out = rows.read_examples(
-            config, kind, policy, run, refuse_margins=config.loss
+            config, kind, policy, run, refuse_margins=refused, label_margins=margins
         )
         cache = run.directory / "reference_log_probs.safetensors"
         method = KTO if config.loss == "kto" else Preference

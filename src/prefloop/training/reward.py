@@ -159,8 +159,9 @@ def run(config: RewardConfig) -> Run:
         scorer.encoder.trains = True
         loss = config.loss
         refused = "" if loss == "bradley-terry" else loss
+        ties, margins = loss in LEARN_FROM_TIES, config.label_margins
         examples, held_out = rows.read_examples(
-            config, "preference", scorer, run, "answer", loss in LEARN_FROM_TIES, refused
+            config, "preference", scorer, run, "answer", ties, refused, margins
         )
         planning.announce(WORK, config, run, device, examples)
         loop.train(Reward(config, scorer, examples, held_out), config, run)

@@ -33,13 +33,14 @@ def read_examples(
     train_on: Literal["answer", "all"] = "answer",
     keep_ties: bool = False,
     refuse_margins: str = "",
+    label_margins: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """The training and the held-out examples; what was dropped and why is printed and recorded.
 
     What the model cannot read is a bad row, and a margin where the loss `refuse_margins` would not
     read it.
     """
-    train, held_out, part_of = _records(config, kind)
+    train, held_out, part_of = _records(config, kind, label_margins)
     _note_strings(config, model, [*train[0], *held_out[0]])
 
     def require(record: Record, example: Example) -> None:
@@ -47,7 +48,7 @@ def read_examples(
         if example.margin and refuse_margins:
             raise UserError(
                 f"`margin` is {example.margin:g}, and --loss {refuse_margins} reads none; remove "
-                "the column, or use `reward --loss bradley-terry`"
+                "the column, or use `reward --loss bradley-terry` or `dpo --loss sigmoid`"
             )
 
     limits = (config.max_length, config.truncation)
@@ -66,27 +67,33 @@ Side = tuple[list[Any], RowCounts]
 
 
 def _records(
-    config: TrainingConfig, kind: Kind | Literal["prompt"]
+    config: TrainingConfig, kind: Kind | Literal["prompt"], margins: bool = False
 ) -> tuple[Side, Side, Mapping[int, int]]:
     """Training and held-out records with their counts: one count where one file gives both.
 
     And which of several sources a record (by its id) comes from.
     """
     counts, eval_counts = (RowCounts(bad_rows=config.bad_rows) for _ in range(2))
-    records, part_of = _weighted_records(config.data, kind, counts, config.chat, "--data")
+    wanted = (kind, counts, config.chat, "--data", margins)
+    records, part_of = _weighted_records(config.data, *wanted)
     if config.eval_data is not None:
         of = "--eval-data"
-        held_out = sources.load(config.eval_data, kind, eval_counts, config.chat, of)
+        held_out = sources.load(config.eval_data, kind, eval_counts, config.chat, of, margins)
         return (records, counts), (held_out, eval_counts), part_of
     records, held_out = split.split_by_prompt(records, config.eval_fraction, config.seed)
     return (records, counts), (held_out, counts), part_of
 
 
 def _weighted_records(
-    data: sources.Data, kind: Kind | Literal["prompt"], counts: RowCounts, chat: bool, of: str
+    data: sources.Data,
+    kind: Kind | Literal["prompt"],
+    counts: RowCounts,
+    chat: bool,
+    of: str,
+    margins: bool = False,
 ) -> tuple[list[Any], Mapping[int, int]]:
     """The records of all sources, and which of them a record (by its id) comes from."""
-    parts = sources.load_parts(data, kind, counts, chat, of)
+    parts = sources.load_parts(data, kind, counts, chat, of, margins)
     part_of = {id(record): number for number, part in enumerate(parts) for record in part}
     return [record for part in parts for record in part], part_of
 
