@@ -36,7 +36,8 @@ def main():
 
         def enter(who, width, height, locale="en-GB"):
             size = {"width": width, "height": height}
-            page = chromium.new_context(viewport=size, locale=locale).new_page()
+            touch = {"has_touch": width < 600, "is_mobile": width < 600}
+            page = chromium.new_context(viewport=size, locale=locale, **touch).new_page()
             page.goto(f"{server.url}/enter?token=token-{who}")
             page.locator("#progress", has_text="0").wait_for()
             return page
@@ -47,15 +48,14 @@ def main():
 
         IMAGES.mkdir(exist_ok=True)
         page = enter("ann", 1280, 860)
-        for key in "1324":
+        for key in "132c":
             page.keyboard.press(key)
-        page.keyboard.press("u")
         take(page, "labelling-ranking")
-        for key in ("4", "c", "Enter"):
+        for key in ("4", "Enter"):
             page.keyboard.press(key)
         page.locator("#progress", has_text="1 done").wait_for()
         phone = enter("bob", 360, 740, "ko-KR")
-        for key in "211":
+        for key in "2111":
             phone.keyboard.press(key)
         take(phone, "labelling-phone")
         for key in ("4", "Enter"):
@@ -65,7 +65,7 @@ def main():
         admin.goto(f"{server.url}/admin/quality?project=main")
         take(admin, "labelling-quality")
         put(folder, [pair], project="pairs", mode="pairwise")
-        for key in ("1", "2", "3", "3", "Enter"):
+        for key in ("1", "2", "3", "3", "3", "Enter"):
             page.keyboard.press(key)
         page.locator("#preference:not([hidden])").wait_for()
         page.keyboard.press("1")

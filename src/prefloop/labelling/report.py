@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,23 +16,14 @@ from prefloop.config.labelling import LabelReportConfig
 from prefloop.files import write_atomic
 from prefloop.labelling.quality import Quality, Record, measure
 from prefloop.labelling.store import Store
+from prefloop.labelling.web.words import read_words
 from prefloop.terminal import as_is
 
-COLUMNS = {  # of a labeller's record
-    "name": "Labeller",
-    "annotations": "Done",
-    "skip_rate": "Skipped",
-    "agreement": "Agreement",
-    "accuracy": "Accuracy",
-    "gold_accuracy": "Gold",
-    "gold_pairs": "Gold pairs",
-    "consistency": "Consistency",
-    "first_wins": "First wins",
-    "first_wins_p": "p",
-    "seconds": "Seconds",
-    "fast": "Fast",
-    "flags": "To look at",
-}
+Words = Mapping[str, str]
+
+COLUMNS = tuple(field.name for field in fields(Record))
+"""Of a labeller's record; the words of each are `quality-NAME`."""
+ENGLISH = read_words()["en"]
 
 
 def run(config: LabelReportConfig) -> Quality:
@@ -43,27 +35,38 @@ def run(config: LabelReportConfig) -> Quality:
     return quality
 
 
-def facts(q: Quality) -> list[tuple[str, str, str]]:
+def facts(q: Quality, words: Words = ENGLISH) -> list[tuple[str, str, str]]:
     """(name, value, meaning) of the project's numbers."""
-    flags = ", ".join(f"{name} {count}" for name, count in sorted(q.flagged_answers.items()))
-    ceiling = None if q.ceiling is None else "{:.2f} to {:.2f}".format(*q.ceiling)
+    flags = sorted((words.get(name, name), count) for name, count in q.flagged_answers.items())
+    ceiling = None if q.ceiling is None else "{:.2f} – {:.2f}".format(*q.ceiling)
     place = None if q.first_wins is None else f"{q.first_wins:.2f} (p {_cell(q.first_wins_p)})"
-    return [
-        ("Annotations", str(q.annotations), f"{q.shared_tasks} tasks have two or more"),
-        ("Pair agreement", _cell(q.agreement), "pairs that two labellers order alike, ties half"),
-        ("Krippendorff's alpha", _cell(q.alpha), "ordinal; 1 is perfect, 0 is chance"),
-        ("Ceiling", _cell(ceiling), "accuracy of a perfect reward model on labels like these"),
-        ("First wins", _cell(place), "pairs won by the answer shown earlier; 0.50 without bias"),
-        ("Longer wins", _cell(q.longer_wins), "pairs won by the longer answer"),
-        ("Skipped", _cell(q.skip_rate), "share of the tasks seen"),
-        ("Flags", flags or "–", "on answers"),
-    ]
+    shared = words["fact-annotations-meaning"].format(count=q.shared_tasks)
+    values = {
+        "annotations": str(q.annotations),
+        "agreement": _cell(q.agreement),
+        "alpha": _cell(q.alpha),
+        "ceiling": _cell(ceiling),
+        "first": _cell(place),
+        "longer": _cell(q.longer_wins),
+        "skipped": _cell(q.skip_rate),
+        "flags": ", ".join(f"{name} {count}" for name, count in flags) or "–",
+    }
+    meanings = {name: words[f"fact-{name}-meaning"] for name in values} | {"annotations": shared}
+    return [(words[f"fact-{name}"], value, meanings[name]) for name, value in values.items()]
 
 
-def rows(q: Quality) -> list[list[str]]:
+def columns(words: Words = ENGLISH) -> list[str]:
+    """The heads of the labellers' table."""
+    return [words[f"quality-{name}"] for name in COLUMNS]
+
+
+def rows(q: Quality, words: Words = ENGLISH) -> list[list[str]]:
     """A row of cells a labeller."""
-    assert list(COLUMNS) == [field.name for field in fields(Record)]
-    return [[_cell(getattr(record, name)) for name in COLUMNS] for record in q.labellers]
+    told = [
+        replace(r, flags=tuple(words.get(f"look-{flag}", flag) for flag in r.flags))
+        for r in q.labellers
+    ]
+    return [[_cell(getattr(record, name)) for name in COLUMNS] for record in told]
 
 
 def _cell(value: Any) -> str:
@@ -80,7 +83,7 @@ def terminal(q: Quality) -> Group:
     for row in facts(q):
         numbers.add_row(*map(as_is, row))
     people = Table(title="Labellers", box=SIMPLE)
-    for head in COLUMNS.values():
+    for head in columns():
         people.add_column(head, overflow="fold")
     for cells in rows(q):
         people.add_row(*map(as_is, cells))
@@ -94,6 +97,7 @@ def html(q: Quality) -> str:
     return environment.get_template("report.html").render(context(q))
 
 
-def context(q: Quality) -> dict[str, object]:
+def context(q: Quality, words: Words = ENGLISH) -> dict[str, object]:
     """What templates need to show the report."""
-    return {"q": q, "facts": facts(q), "columns": list(COLUMNS.values()), "rows": rows(q)}
+    tables = {"facts": facts(q, words), "columns": columns(words), "rows": rows(q, words)}
+    return {"q": q, "words": words, **tables}

@@ -484,6 +484,19 @@ def test_the_pages_words_exist():
     assert named <= set(read_words()["en"])
 
 
+def test_the_quality_page_speaks_korean_too(made):
+    _, app = made
+    for name in ("ann", "bob"):
+        page = Page(app, name)
+        page.submit(page.task(), [[0], [1], [2]])
+    page = Page(app, "boss")
+    text = page.client.get("/admin/quality?project=main", headers={"Accept-Language": "ko"}).text
+    cells = re.findall(r"<(?:td|th|caption|h2)[^>]*>([^<]*)<", text)
+    words = {word for cell in cells for word in re.findall("[A-Za-z]+", cell)}
+    assert words <= {"main", "ann", "bob", "boss", "p"}  # names, and the p of a test
+    assert "쌍별 일치도" in cells
+
+
 def test_the_language_follows_the_browser_and_can_be_chosen(made):
     _, app = made
     page = Page(app, "ann")

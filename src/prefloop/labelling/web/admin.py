@@ -93,7 +93,8 @@ def _add_views(app: FastAPI, site: "Site", admin: Any) -> None:
         if measured is None:
             return site.page(request, "message.html", 404, key="finished")
         worst = disagreements(site.store, project)
-        context: dict[str, Any] = report.context(measured)
+        words = site.words[site.language(request)]
+        context: dict[str, Any] = report.context(measured, words)
         return site.page(request, "admin_quality.html", worst=worst, project=project, **context)
 
     @app.get("/admin/task")

@@ -118,7 +118,7 @@ class Site:
         session = request.cookies.get(COOKIE, "")
         shared = {"words": self.words[language], "language": language, "csrf": csrf_token(session)}
         template = self._templates.get_template(shown)
-        return HTMLResponse(template.render(**shared, **context), status)
+        return HTMLResponse(template.render(**{**context, **shared}), status)
 
     def language(self, request: Request) -> str:
         """The asker's language."""
