@@ -484,6 +484,20 @@ def test_the_pages_words_exist():
     assert named <= set(read_words()["en"])
 
 
+def test_every_page_is_under_100_kb_with_what_it_loads(made):
+    """Uncompressed; the largest is the labellers', in Korean."""
+    _, app = made
+    page = Page(app, "boss")
+    for _ in range(3):
+        page.submit(page.task(), [[0], [1], [2]])
+    for path in ("/", "/mine", "/admin", "/admin/quality?project=main"):
+        answer = page.client.get(path, headers={"Accept-Language": "ko"})
+        loaded = set(re.findall(r'(?:src|href)="(/static/[^"]+)"', answer.text))
+        assert "/static/style.css" in loaded
+        size = len(answer.content) + sum(len(page.client.get(x).content) for x in loaded)
+        assert size < 100_000, path
+
+
 def test_the_quality_page_speaks_korean_too(made):
     _, app = made
     for name in ("ann", "bob"):
