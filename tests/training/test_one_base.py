@@ -76,7 +76,7 @@ def test_scores_and_values_and_gradients(judged):
     torch.manual_seed(0)
     policy = load_policy(str(judged / "model"), CPU, trained=True, lora_rank=2)
     path = str(judged / "rm_lora")
-    assert shared.stands_on_base(policy, path)
+    assert shared.stands_on_base(str(judged / "model"), path)
     reward = shared.reward_role(policy, path, "reward", policy.tokenizer)
     policy.adapters = (shared.POLICY,)
     alone = load_reward_model(path, CPU)

@@ -12,6 +12,7 @@ from prefloop import CheckConfig, UserError, check
 from prefloop.cli import main
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from prefloop.data.batches import pack
+from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.shared import critic_role
 from prefloop.models.weights import storage_of
@@ -231,6 +232,43 @@ def test_a_pair_too_long_for_the_micro_batch_is_planned_in_pieces(model):
     settings = run_of("dpo", model)
     short = replace(settings, micro_batch_tokens=128)
     assert planned(short).peak < planned(replace(settings, micro_batch_tokens=255)).peak
+
+
+def test_ppo_learns_of_some_answers_to_a_prompt_at_a_time(model):
+    """96 tokens of a prompt with four answers of 32 each: with all of them, and with one."""
+    settings = run_of("ppo", model, samples_per_prompt=4, batch_size=1, max_concurrent=1)
+    plans = [planned(replace(settings, micro_batch_tokens=most)) for most in (255, 128)]
+    assert [plan.tokens for plan in plans] == [96 + 4 * 32, 96 + 32]
+    whole, short = (peaks(plan.stages) for plan in plans)
+    assert short["forward"] < whole["forward"] and short["scoring"] < whole["scoring"]
+
+
+def test_dpos_reference_computes_as_many_tokens_at_once_as_the_run(model):
+    """A pair of 255 tokens in micro-batches of 128: one answer after the other."""
+    settings = run_of("dpo", model, ref_model=model, batch_size=1, micro_batch_tokens=128)
+    policy, reference = (load_policy(model, CPU, trained=first) for first in (True, False))
+    with Ledger() as ledger, torch.no_grad():
+        for tensor in (*weights_of(policy.module), *weights_of(reference.module)):
+            ledger.claim(tensor, Part("", WEIGHTS))
+        ledger.enter_stage("reference")
+        sequence_log_probs(reference, full_rows(settings, 128), 128)
+    mine = planned(settings).stages["reference"]
+    assert peaks({"": mine})[""] == pytest.approx(peaks(ledger.peaks)["reference"], rel=0.01)
+
+
+@pytest.mark.parametrize("form", [{}, LORA | {"weights": "nf4"}], ids=str)
+def test_two_layers_and_three_tell_what_nine_hold(form, tmp_path):
+    """Where a stage is fullest changes with the depth: at the head, or after the last layer."""
+    if "weights" in form:
+        pytest.importorskip("bitsandbytes")
+    llama(9, vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_attention_heads=24,
+          num_key_value_heads=8).save_pretrained(tmp_path)  # fmt: skip
+    changes = {"dtype": "bfloat16", "max_length": 1024, "micro_batch_tokens": 2048}
+    settings = run_of("ppo", str(tmp_path), **changes | form, max_new_tokens=512)
+    roles, work = roles_of(settings, CUDA), work_of(settings)
+    short = full_plan(work, settings, roles, CUDA)
+    long = full_plan(work, settings, [role._replace(regular=False) for role in roles], CUDA)
+    assert peaks(short.stages) == pytest.approx(peaks(long.stages), rel=1e-3)
 
 
 @pytest.fixture(scope="module")

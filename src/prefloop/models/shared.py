@@ -52,17 +52,15 @@ def stackable(path: str) -> LoraConfig | None:
     return config if plain else None
 
 
-def stands_on_base(policy: LoadedModel, path: str) -> bool:
-    """Whether a folder is an adapter that can be put on the policy's own base: of equal weights."""
-    ours = model_path(policy.source)
-    on_base = not adapters.is_adapter_folder(ours) or BEGUN_FROM in (policy.adapters or ())
-    return isinstance(policy.module, PeftModel) and on_base and may_stand_on(ours, path)
-
-
-def may_stand_on(policy: str, path: str) -> bool:
-    """The same of folders, before any is loaded; the policy's may be an adapter's."""
+def stands_on_base(policy: str, path: str) -> bool:
+    """Whether a folder is an adapter that can be put on the base of a policy with fresh adapters:
+    one of equal weights. Neither needs to be loaded.
+    """
     if not stackable(model_path(path)):
         return False
+    policy = model_path(policy)
+    if adapters.is_adapter_folder(policy) and not stackable(policy):
+        return False  # what it adds is merged into the base
     pair = adapters.root_base(policy), adapters.root_base(path)
     if pair[0] == pair[1]:
         return True

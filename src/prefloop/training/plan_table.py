@@ -26,7 +26,6 @@ from prefloop.models.load import pick_device
 from prefloop.resume import read_record
 from prefloop.training import ppo, preference, reward, sft
 from prefloop.training.bare_models import Role
-from prefloop.training.full_rows import full_rows
 from prefloop.training.planning import (
     CPU_CONCURRENT,
     CPU_TOKENS,
@@ -39,7 +38,6 @@ from prefloop.training.planning import (
     in_words,
     longest_micro_batch,
     most_concurrent,
-    plan,
     roles_of,
 )
 from prefloop.training.rehearsal import Work
@@ -164,7 +162,7 @@ def _lines(
     room = f"{in_words(memory)} ({MARGIN:.0%} of what is there)"
     most = longest_micro_batch(work, settings, roles, device, memory)
     if not most:
-        least = plan(work, settings, roles, device, full_rows(settings, 1), True)
+        least = full_plan(work, replace(settings, micro_batch_tokens=1), roles, device)
         return [*lines, f"does not fit: {does_not_fit(settings, least, memory)}"]
     if whole.peak > memory:
         lines.append(f"does not fit {room}: lower --micro-batch-tokens to {most}")

@@ -17,15 +17,16 @@ from transformers import PretrainedConfig
 
 from prefloop import distributed
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, TrainingConfig
-from prefloop.data.batches import packed_length
+from prefloop.data.batches import micro_batches, packed_length
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError, first_line
-from prefloop.models.shared import may_stand_on, stackable
+from prefloop.models.pieces import split_answers
+from prefloop.models.shared import stackable
 from prefloop.runs import Run, model_path
 from prefloop.training.bare_models import Role, make_role, read_config
 from prefloop.training.full_rows import answers_an_iteration, full_row, full_rows, rows_a_step
 from prefloop.training.rehearsal import BETWEEN, Rehearsal, Work
-from prefloop.training.roles import may_share
+from prefloop.training.roles import CRITIC, FIRST, POLICY, critic_host, shares_base
 from prefloop.training.tracing import KINDS, Parts
 
 GIB = 2**30
@@ -72,7 +73,7 @@ class Plan:
     @property
     def when(self) -> str:
         """The stage of the peak in words."""
-        return next(words for name, words in STAGES.items() if self.fullest.startswith(name))
+        return STAGES[self.fullest]
 
     def line(self) -> str:
         """Peak, stage, and the models' parts, in GiB."""
@@ -111,6 +112,10 @@ def plan(
 
     `several`: a step has several micro-batches, so that gradients stand while one is computed.
     """
+    if isinstance(config, PPOConfig):  # a prompt's answers learn alone
+        most = config.micro_batch_tokens
+        parts = micro_batches(split_answers(rows, most), most)
+        rows, several = parts[0], several or len(parts) > 1
     tokens = sum(map(packed_length, rows))
 
     def rehearse(layers: Mapping[str, int]) -> dict[str, Parts]:
@@ -118,35 +123,42 @@ def plan(
 
     depth = {role.name: role.config.get_text_config().num_hidden_layers for role in roles}
     if max(depth.values()) <= FEWEST + 1 or not all(role.regular for role in roles):
-        return Plan(tokens, rehearse(depth))
+        return Plan(tokens, _whole_stages(rehearse(depth)))
     low = {name: min(layers, FEWEST) for name, layers in depth.items()}
-    stages = base = rehearse(low)
+    sections = base = rehearse(low)
     for layers in set(depth.values()):  # roles of one depth grow together
         further = layers - FEWEST
         if further > 0:
             grown = {n: low[n] + (depth[n] == layers) for n in low}
-            stages = _on_line(stages, base, rehearse(grown), further)
-    stages = {
-        name: {part: size for part, size in parts.items() if size > 0}
-        for name, parts in stages.items()
-        if name != BETWEEN
-    }
-    return Plan(tokens, stages)
+            sections = _on_line(sections, base, rehearse(grown), further)
+    return Plan(tokens, _whole_stages(sections))
 
 
 def _on_line(
     start: Mapping[str, Parts], low: Mapping[str, Parts], high: Mapping[str, Parts], further: int
 ) -> dict[str, Parts]:
-    """`start` with `further` times what `high` holds beyond `low`, at each stage's peak."""
+    """`start` with `further` times what `high` holds beyond `low`, at each section's peak."""
     return {
-        stage: {
+        section: {
             part: parts.get(part, 0)
-            + further * (high[stage].get(part, 0) - low[stage].get(part, 0))
-            for part in {*parts, *high[stage]}
+            + further * (high[section].get(part, 0) - low[section].get(part, 0))
+            for part in {*parts, *high[section]}
         }
-        for stage, parts in start.items()
-        if stage != BETWEEN
+        for section, parts in start.items()
+        if not section.startswith(BETWEEN)
     }
+
+
+def _whole_stages(sections: Mapping[str, Parts]) -> dict[str, Parts]:
+    """Each stage as it is in the fullest of its sections."""
+    fullest: dict[str, Parts] = {}
+    for section, parts in sections.items():
+        stage = next((stage for stage in STAGES if section.startswith(stage)), BETWEEN)
+        held = {part: size for part, size in parts.items() if size > 0}
+        if sum(held.values()) > sum(fullest.get(stage, {}).values()):
+            fullest[stage] = held
+    fullest.pop(BETWEEN, None)
+    return fullest
 
 
 # --- What a command holds -----------------------------------------------------------------------
@@ -177,23 +189,18 @@ def roles_of(
 
 
 def _beside(config: PPOConfig, role: Callable[..., Role]) -> Iterator[Role]:
-    """Reward models and critic, as training/roles.py loads them."""
-    shares, hosts = may_share(config), []
+    """Reward models and critic, as training/roles.py loads them where their tokens are alike."""
+    hosts = []
     for number, path in enumerate(config.reward_models):
-        name = f"reward model {number + 1}" if number else "reward model"
-        made = role(name, path, scorer=True)
-        if shares and may_stand_on(config.model, path):
-            made = made._replace(on="policy", adapter=stackable(model_path(path)))
-        hosts.append(made.on or name)
+        made = role(f"{FIRST} {number + 1}" if number else FIRST, path, scorer=True)
+        if shares_base(config, path):
+            made = made._replace(on=POLICY, adapter=stackable(model_path(path)))
+        hosts.append(made.on or made.name)
         yield made
-    if config.advantage != "gae":
-        return
-    named = config.value_model
-    start = named or next(iter(config.reward_models), config.model)
-    critic = role("critic", start, scorer=True, trained=True)
-    if shares and (not named or may_stand_on(config.model, named)):
-        critic = critic._replace(on="policy" if named or not hosts else hosts[0])
-    yield critic
+    if config.advantage == "gae":
+        start = config.value_model or next(iter(config.reward_models), config.model)
+        host = critic_host(config, next(iter(hosts), None))
+        yield role(CRITIC, start, scorer=True, trained=True)._replace(on=host)
 
 
 # --- What fits ----------------------------------------------------------------------------------
@@ -281,7 +288,7 @@ def _automatic(name: str, work: Work, config: TrainingConfig, device: torch.devi
     else:
         value = longest_micro_batch(work, config, roles, device, memory)
     if not value:
-        least = plan(work, config, roles, device, full_rows(config, 1), True)
+        least = full_plan(work, replace(config, micro_batch_tokens=1), roles, device)
         raise UserError(does_not_fit(config, least, memory))
     return value
 

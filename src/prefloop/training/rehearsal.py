@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prefloop import distributed
 from prefloop.config import DPOConfig, PPOConfig, TrainingConfig
-from prefloop.data.batches import Segment, TokenBatch, pack
+from prefloop.data.batches import Segment, TokenBatch, pack, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.generation.cache import GPU_GROWTH, GROWTH, DecodePlan, SlotCache
 from prefloop.generation.packed import packed_bytes
@@ -23,6 +23,7 @@ from prefloop.models.attention.plan import PackedPlan
 from prefloop.models.heads import answer_log_probs, answer_scores, logits, token_values
 from prefloop.models.lean import forward_of
 from prefloop.models.model import LoadedModel
+from prefloop.models.pieces import split_answers
 from prefloop.models.shared import POLICY
 from prefloop.training import optim
 from prefloop.training.adamw import AdamW
@@ -97,7 +98,8 @@ class Rehearsal:
                 self._hold(name, model)
             if isinstance(self.config, DPOConfig) and "reference" in self.models:
                 self.ledger.enter_stage("reference")
-                self._no_grad(lambda batch: answer_log_probs(self.models["reference"], batch))
+                self._score(partial(answer_log_probs, self.models["reference"]))
+                self.ledger.enter_stage("")
                 del self.models["reference"]
             # 2. The optimiser, as from the second step on.
             method = self.work.method(self.config, self.models)
@@ -110,7 +112,7 @@ class Rehearsal:
                 self._sample(self.config)
                 self.ledger.enter_stage("scoring")
                 for compute in self._scores(self.config):
-                    self._no_grad(compute)
+                    self._score(compute)
         return self.ledger.peaks
 
     def _hold(self, name: str, model: WatchedModel) -> None:
@@ -125,10 +127,18 @@ class Rehearsal:
 
         def computes() -> None:
             ledger.model = name
+            ledger.enter_section()
 
         def has_computed(_: nn.Module, inputs: Any, states: Tensor) -> None:
-            if states.requires_grad and ledger.model == name:
+            if ledger.model != name:
+                return
+            ledger.enter_section()
+            if states.requires_grad:
                 states.register_hook(begins)
+
+        def ends() -> None:
+            self.mode.forget_casts()
+            ledger.enter_section()
 
         def begins(_: Tensor) -> None:
             ledger.model = name
@@ -142,7 +152,7 @@ class Rehearsal:
             elif layer is not None and layer < top:
                 ledger.enter_stage(BETWEEN)
 
-        model.begins, model.ends = computes, self.mode.forget_casts
+        model.begins, model.ends = computes, ends
         norms = [part for part in model.base.children() if "norm" in type(part).__name__.lower()]
         for norm in norms[-1:]:  # the last, which a Stack calls as Transformers does
             norm.register_forward_hook(has_computed)
@@ -185,9 +195,14 @@ class Rehearsal:
         for parameters in trained.values():
             optim.clip_gradients(parameters, self.config.max_grad_norm)
 
-    def _no_grad(self, compute: Callable[[TokenBatch], Tensor]) -> None:
+    def _score(self, compute: Callable[[TokenBatch], Tensor]) -> None:
+        """Computes the rows' answers without gradients, some at a time if they are long."""
+        most = self.config.micro_batch_tokens
+        padded = not all(role.packed for role in self.roles.values())
+        rows = split_answers(self.rows, most, padded)
         with torch.no_grad():
-            compute(pack(self.rows))
+            for batch in to_batches(rows, most, self.device, padded):
+                compute(batch)
 
     def _scores(self, config: PPOConfig) -> Iterator[Callable[[TokenBatch], Tensor]]:
         """What is computed of the sampled answers, in the order of `Sampler.roll_out`."""

@@ -26,7 +26,7 @@ from prefloop.rewards.scorers import with_template_args
 from prefloop.runs import model_path
 from prefloop.training.start import model_options
 
-CRITIC = "critic"
+POLICY, FIRST, CRITIC = "policy", "reward model", "critic"
 
 
 class Beside(NamedTuple):
@@ -36,8 +36,25 @@ class Beside(NamedTuple):
     critic: LoadedModel | None
 
 
-def may_share(config: PPOConfig) -> bool:
-    """Whether models may be adapters on one base: modules trained whole could not be shared."""
+def shares_base(config: PPOConfig, path: str) -> bool:
+    """Whether a scorer's folder is loaded as an adapter on the policy's base."""
+    return _may_share(config) and shared.stands_on_base(config.model, path)
+
+
+def critic_host(config: PPOConfig, first: str | None) -> str | None:
+    """The role on whose base the critic is an adapter; None where it has a base of its own.
+
+    `first`: the role whose base the first reward model stands on, where the critic can begin as it.
+    """
+    if not _may_share(config):
+        return None
+    if config.value_model:
+        return POLICY if shares_base(config, config.value_model) else None
+    return first or POLICY
+
+
+def _may_share(config: PPOConfig) -> bool:
+    """Modules that are trained whole could not be shared."""
     return config.lora_rank > 0 and config.share_base == "auto" and not config.modules_to_save
 
 
@@ -47,12 +64,11 @@ def load_beside(config: PPOConfig, policy: LoadedModel) -> Beside:
     With LoRA they are further adapters on the policy's base where they stand on the same weights,
     and a critic that begins as a reward model with a base of its own shares that one.
     """
-    shares = may_share(config)
-    if shares:
+    if _may_share(config):
         policy.adapters = policy.adapters or (shared.POLICY,)
     rewards = []
     for number, path in enumerate(config.reward_models):
-        if shares and shared.stands_on_base(policy, path):
+        if shares_base(config, path):
             model = shared.reward_role(policy, path, f"reward_{number}", load_tokenizer(path))
         else:
             model = load_reward_model(path, policy.device, storage_of(config))
@@ -60,7 +76,7 @@ def load_beside(config: PPOConfig, policy: LoadedModel) -> Beside:
         rewards.append(with_template_args(model, template_arguments(config.template_args)))
     critic = None
     if config.advantage == "gae":
-        critic = _critic(config, policy, rewards, shares)
+        critic = _critic(config, policy, rewards)
         require_same_ids("--value-model", critic, policy)
     _tell(policy, rewards, critic)
     if config.lora_rank and config.share_base == "auto":
@@ -68,9 +84,7 @@ def load_beside(config: PPOConfig, policy: LoadedModel) -> Beside:
     return Beside(tuple(rewards), critic)
 
 
-def _critic(
-    config: PPOConfig, policy: LoadedModel, rewards: list[LoadedModel], shares: bool
-) -> LoadedModel:
+def _critic(config: PPOConfig, policy: LoadedModel, rewards: list[LoadedModel]) -> LoadedModel:
     """It reads tokens alone, so it needs no chat template, and has no head of a language model."""
     if config.lora_rank and not adapters.below_head(policy.module, shared.POLICY):
         raise UserError(
@@ -81,12 +95,14 @@ def _critic(
     if first is not None and not same_ids(policy.tokenizer, first.tokenizer):
         first = None
     start: LoadedModel | None = None
-    if shares and named and shared.stands_on_base(policy, named):
+    if critic_host(config, FIRST if first else None) is None:
+        pass
+    elif named:
         start = shared.reward_role(policy, named, "value_start", load_tokenizer(named))
-    elif shares and not named and first is not None:
+    elif first is not None:
         start = first
         start.adapters = start.adapters or ()
-    elif shares and not named:
+    else:
         tokenizer = copy.deepcopy(policy.tokenizer)
         if distinct_pad(tokenizer, policy.hf):
             start = shared.as_scorer(policy, tokenizer, config.seed)

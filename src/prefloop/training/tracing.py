@@ -51,15 +51,21 @@ class Ledger(TorchDispatchMode):
         self.now: Counter[Part] = Counter()
         self.peaks: dict[str, Parts] = {}
         self.model = ""
-        self._stage = ""
+        self._stage, self._section = "", 0
         self._total = self._highest = 0
         self._held: dict[int, tuple[weakref.ref[Any], Part, int]] = {}
 
     def enter_stage(self, stage: str) -> None:
-        """What is held from now on counts for this stage; one may be entered again."""
-        self._stage = stage
+        """What is held from now on counts for this stage, or for none; one may be entered again."""
+        self._stage, self._section = stage, 0
         self._highest = sum(self.peaks.get(stage, {}).values())
         self._mark()
+
+    def enter_section(self) -> None:
+        """The next part of the stage, which has a peak of its own, `STAGE/NUMBER`."""
+        number = self._section + 1
+        self.enter_stage(f"{self._stage.partition('/')[0]}/{number}")
+        self._section = number
 
     def claim(self, tensor: Tensor, part: Part) -> None:
         """This tensor's storage is of that part."""
