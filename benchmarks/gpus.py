@@ -13,9 +13,9 @@ from peft import LoraConfig
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from prefloop.config import PPOConfig, TrainingConfig
+from prefloop.recipes.plan_table import COMMANDS, work_of
 from prefloop.training.bare_models import Role
-from prefloop.training.plan_table import COMMANDS, work_of
-from prefloop.training.planning import GIB, MARGIN, Plan, full_plan, roles_of
+from prefloop.training.planning import GIB, SHARE, Plan, full_plan, roles_of
 
 CUDA = torch.device("cuda")
 CARDS = (24, 48, 80)
@@ -110,5 +110,5 @@ def config_of(model: str) -> PretrainedConfig:
 
 def _cell(gib: float) -> str:
     """GiB, and the smallest card that holds them."""
-    card = next((f"**{card} GB**" for card in CARDS if gib <= MARGIN * card), "—")
+    card = next((f"**{card} GB**" for card in CARDS if gib <= SHARE["cuda"] * card), "—")
     return f"{gib:.0f} {card}" if gib >= 10 else f"{gib:.1f} {card}"

@@ -28,13 +28,13 @@ from prefloop.models.load import load_policy, load_scorer, pick_device
 from prefloop.models.model import LoadedModel
 from prefloop.models.shared import reference_of
 from prefloop.models.weights import frozen_copy, kept, storage_of
+from prefloop.recipes.plan_table import COMMANDS, work_of
 from prefloop.records import Prompt
 from prefloop.rewards.scorers import model_scorer
 from prefloop.training import optim
 from prefloop.training.bare_models import weights_of
 from prefloop.training.full_rows import full_row, full_rows
 from prefloop.training.method import Method
-from prefloop.training.plan_table import COMMANDS, work_of
 from prefloop.training.planning import full_plan, roles_of
 from prefloop.training.ppo import PPO
 from prefloop.training.roles import load_beside

@@ -187,6 +187,11 @@ def run(config: c.RunConfig) -> None:
 def check(config: c.CheckConfig) -> None:
     """Audit rows and a chat template without training."""
     validate(config)
+    if config.config is not None:
+        from prefloop.recipes.plan_table import check_plan
+
+        check_plan(config, COMMANDS)
+        return
     from prefloop.training.check import check as run
 
     run(config)

@@ -71,6 +71,26 @@ def peak_memory_gib() -> float:
         return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def free_memory() -> int | None:
+    """Bytes of main memory that this process has or can have, by its control group, too (Linux);
+    None elsewhere.
+    """
+    try:
+        own = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(found[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+        used = int((group / "memory.current").read_text()) - int(cached[1])  # type: ignore[index]
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    except (OSError, TypeError, ValueError):  # no such group, or one without a limit
+        pass
+    return max(free, 0) + own
+
+
 def weights_sha256(folder: Path) -> str:
     """sha256 of a model folder's safetensors files in the order of their names; "" without any."""
     files = sorted(folder.glob("*.safetensors"))

@@ -231,6 +231,11 @@ def test_the_cache_keeps_every_layers_keys():
     assert list(plan.cache) == [5]
     assert torch.equal(plan.cache[5][0], k)
     assert torch.equal(plan.cache[5][1], v)
+    joined = torch.cat([q, k, v])  # as one product gives them
+    plan.attend(6, *joined.split([len(q), len(k), len(v)]), 1.0, None)
+    for cut, whole in zip(plan.cache[6], (k, v), strict=True):
+        assert torch.equal(cut, whole)
+        assert cut.untyped_storage().nbytes() == whole.nbytes
 
 
 def test_the_plan_of_a_batch_is_made_once():

@@ -16,10 +16,10 @@ from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.shared import critic_role
 from prefloop.models.weights import storage_of
+from prefloop.recipes.plan_table import work_of
 from prefloop.training import optim
 from prefloop.training.bare_models import weights_of
 from prefloop.training.full_rows import full_rows
-from prefloop.training.plan_table import work_of
 from prefloop.training.planning import full_plan, largest, longest_micro_batch, plan, roles_of
 from prefloop.training.start import model_options
 from prefloop.training.tracing import (
@@ -180,6 +180,17 @@ def test_the_keys_and_values_of_every_slot(model):
     assert held.get(Part("policy", TO_GENERATE), 0) in (4 * linear, 0)  # 0 without oneDNN
 
 
+def test_sampling_on_a_gpu_holds_little_beside_its_slots(model):
+    """42 prompts of 96 tokens, computed at once: their keys and values in bfloat16, and what draws
+    of 64 answers' logits, of which no more than four float32 copies stand at a time.
+    """
+    settings = run_of("ppo", model, max_concurrent=64, dtype="bfloat16", samples_per_prompt=1,
+                      batch_size=64, lora_rank=4)  # fmt: skip
+    held = planned(settings, CUDA).stages["sampling"]
+    prompts = 42 * 96 * LAYERS * 2 * (WIDTH // 2) * 2
+    assert prompts < held[Part("policy", ACTIVATIONS)] < prompts + 4 * 64 * VOCABULARY * 4
+
+
 def test_four_bits_by_hand(model):
     """Half a byte a weight, a byte for 64 of them, 4 for 256 such; tables of 16 and 256 numbers."""
     pytest.importorskip("bitsandbytes")
@@ -317,11 +328,26 @@ def test_check_plans_a_run(model, tmp_path, capsys):
         check(CheckConfig(config=path))
     check(CheckConfig(config=path, command="reward"))
     assert "reward model" in capsys.readouterr().out
-    path.write_text("stages: []\n")
-    with pytest.raises(UserError, match="a pipeline"):
-        check(CheckConfig(config=path))
     with pytest.raises(UserError, match="either --model"):
         check(CheckConfig())
+
+
+def test_check_plans_each_stage_of_a_pipeline(model, tmp_path, monkeypatch, capsys):
+    """A stage that begins from another's output, which is not there yet, is planned as its base."""
+    monkeypatch.chdir(tmp_path)
+    common = "data: rows, max_length: 128, batch_size: 4"
+    Path("loop.yaml").write_text(f"""stages:
+- {{name: first, command: sft, settings: {{model: {model}, {common}}}}}
+- {{name: judge, command: reward, settings: {{model: "${{first}}", {common}}}}}
+- {{name: last, command: ppo,
+    settings: {{model: "${{first}}", reward_model: "${{judge}}", {common}}}}}
+""")
+    assert main(["check", "--config", "loop.yaml", "--memory", "1GB"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith(("first", "judge", "last"))] == [
+        "first (sft)", "judge (reward)", "last (ppo)"]  # fmt: skip
+    assert out.count("fits 921.6 MiB") == 3
+    assert f"runs/loop/judge is not there yet: planned as {model}" in out
 
 
 def test_a_run_directorys_settings_know_their_command(world, tmp_path, capsys):
@@ -338,7 +364,7 @@ def test_another_model_than_a_stack_of_equal_layers_is_planned_whole(tmp_path):
     settings = run_of("sft", str(tmp_path), max_length=64, micro_batch_tokens=128)
     roles = roles_of(settings, CPU)
     rows = full_rows(settings, 128)
-    short = plan(work_of(settings), settings, roles, CPU, rows, True)
+    short = plan(work_of(settings), settings, roles, CPU, rows)
     whole = [role._replace(regular=False) for role in roles]
-    long = plan(work_of(settings), settings, whole, CPU, rows, True)
+    long = plan(work_of(settings), settings, whole, CPU, rows)
     assert short.peak == long.peak

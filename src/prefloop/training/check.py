@@ -18,7 +18,6 @@ from prefloop.errors import UserError, located
 from prefloop.models.load import embedding_rows, load_tokenizer
 from prefloop.records import Conversation, Ranking, Record, RowCounts, Text
 from prefloop.terminal import shown
-from prefloop.training.plan_table import check_plan
 
 MOST_BAD = 10
 """Bad rows that are told one by one."""
@@ -30,9 +29,6 @@ def check(config: CheckConfig) -> None:
     All bad rows are counted and the first ten told; then they are an error, or what `--bad-rows
     drop` leaves out.
     """
-    if config.config is not None:
-        check_plan(config)
-        return
     assert config.model is not None
     arguments = template_arguments(config.template_args)
     tokenizer = load_tokenizer(config.model, arguments)

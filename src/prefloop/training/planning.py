@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from prefloop import distributed
+from prefloop import distributed, provenance
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, TrainingConfig
 from prefloop.data.batches import micro_batches, packed_length
 from prefloop.data.tokenize import Example
@@ -32,8 +32,11 @@ from prefloop.training.tracing import KINDS, Parts
 GIB = 2**30
 FEWEST = 2
 """Layers of the smaller model that is rehearsed: one at the top, one at the bottom."""
-MARGIN = 0.9
-"""Share of a GPU's memory that a plan may fill: the rest is for the driver and for gaps."""
+SHARE = {"cuda": 0.9, "cpu": 0.7}
+"""Of free memory, what a plan may fill. The rest of a GPU's is for CUDA's context (0.3 to 0.5 GiB),
+cuBLAS's workspaces (8 MiB, 32 on Hopper), graphs and gaps; of a machine's, for libraries and gaps.
+"""
+REST = {"cuda": "the context, workspaces, graphs and gaps", "cpu": "libraries and gaps"}
 CPU_TOKENS = 8192
 """What `--micro-batch-tokens auto` is where no GPU bounds it."""
 CPU_CONCURRENT = 64
@@ -106,17 +109,15 @@ def plan(
     roles: Sequence[Role],
     device: torch.device,
     rows: Sequence[Example],
-    several: bool,
 ) -> Plan:
-    """The memory of a training command whose longest micro-batch holds these rows.
+    """The memory of a training command whose steps have these rows, the longest first.
 
-    `several`: a step has several micro-batches, so that gradients stand while one is computed.
+    Where they make several micro-batches, gradients stand while one is computed.
     """
-    if isinstance(config, PPOConfig):  # a prompt's answers learn alone
-        most = config.micro_batch_tokens
-        parts = micro_batches(split_answers(rows, most), most)
-        rows, several = parts[0], several or len(parts) > 1
-    tokens = sum(map(packed_length, rows))
+    most = config.micro_batch_tokens
+    parts = split_answers(rows, most) if isinstance(config, PPOConfig) else rows  # they learn alone
+    rows, *others = micro_batches(parts, most)
+    tokens, several = sum(map(packed_length, rows)), bool(others)
 
     def rehearse(layers: Mapping[str, int]) -> dict[str, Parts]:
         return Rehearsal(work, config, roles, device, rows, several, layers).run()
@@ -222,7 +223,8 @@ def full_plan(
 ) -> Plan:
     """With the fullest micro-batch of `--micro-batch-tokens` tokens."""
     rows = full_rows(config, config.micro_batch_tokens)
-    return plan(work, config, roles, device, rows, len(rows) < rows_a_step(config))
+    further = [full_row(config)] if len(rows) < rows_a_step(config) else []
+    return plan(work, config, roles, device, [*rows, *further])
 
 
 def longest_micro_batch(
@@ -281,7 +283,9 @@ def settle(work: Work, config: TrainingConfig, run: Run, device: torch.device) -
 def _automatic(name: str, work: Work, config: TrainingConfig, device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_CONCURRENT if name == "max_concurrent" else CPU_TOKENS
-    roles, memory = roles_of(config, device), MARGIN * free_memory(device)
+    roles, free = roles_of(config, device), free_memory(device)
+    assert free is not None
+    memory = SHARE["cuda"] * free
     if name == "max_concurrent":
         assert isinstance(config, PPOConfig)
         value = most_concurrent(work, config, roles, device, memory)
@@ -293,8 +297,10 @@ def _automatic(name: str, work: Work, config: TrainingConfig, device: torch.devi
     return value
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that this process has or can have."""
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process has or can have; None where the system does not say."""
+    if device.type != "cuda":
+        return provenance.free_memory()
     free: int = torch.cuda.mem_get_info(device)[0]
     return free + torch.cuda.memory_reserved(device)
 
@@ -328,16 +334,9 @@ def announce(
     """
     if distributed.rank() > 0:
         return
-    longest, tokens = sorted(examples, key=packed_length, reverse=True), 0
-    rows: list[Example] = []
-    for row in longest[: rows_a_step(config)]:
-        tokens += packed_length(row)
-        if rows and tokens > config.micro_batch_tokens:
-            break
-        rows.append(row)
-    several = len(rows) < min(rows_a_step(config), len(examples))
+    rows = sorted(examples, key=packed_length, reverse=True)[: rows_a_step(config)]
     try:
-        planned = plan(work, config, roles_of(config, device), device, rows, several)
+        planned = plan(work, config, roles_of(config, device), device, rows)
     except Exception as error:  # an architecture may differ in any way
         print(f"memory is not planned: {first_line(error)}", file=sys.stderr)
         return
@@ -346,11 +345,15 @@ def announce(
 
 
 def _room(work: Work, config: TrainingConfig, device: torch.device, planned: Plan) -> str:
-    """What would fit a GPU."""
-    if device.type != "cuda":
+    """How much there is, and what would fit a GPU."""
+    free, kind = free_memory(device), device.type
+    if free is None:
         return ""
-    memory = MARGIN * free_memory(device)
+    memory = SHARE[kind] * free
+    told = f"{in_words(memory)}, {SHARE[kind]:.0%} of what is free (the rest: {REST[kind]})"
     if planned.peak > memory:
-        return f"; that is more than the {in_words(memory)} there are"
+        return f"; WARNING: that is more than the {told}"
+    if kind != "cuda":
+        return ""
     most = longest_micro_batch(work, config, roles_of(config, device), device, memory)
-    return f"; of {in_words(memory)}, which hold --micro-batch-tokens {most}"
+    return f"; of {told}, which hold --micro-batch-tokens {most}"

@@ -138,9 +138,16 @@ class AsIfOn(TorchFunctionMode):
             return args[0][torch.arange(len(args[1]))]
         if func in PRODUCTS and torch.is_autocast_enabled(self.device.type):
             args = tuple(map(self._cast, args))
+        if func is functional.scaled_dot_product_attention and self._fuses():
+            query, _, values = args[:3]
+            return query.new_empty(*query.shape[:-1], values.shape[-1])
         if func is torch.device:
             return func(*args, **kwargs)
         return func(*map(_on_meta, args), **{k: _on_meta(v) for k, v in kwargs.items()})
+
+    def _fuses(self) -> bool:
+        """Whether attention is one kernel, which keeps nothing; of meta tensors it is many."""
+        return self.device.type != "cpu" and not torch.is_grad_enabled()
 
     def _cast(self, value: Any) -> Any:
         """As autocast does: a weight that is trained once, anything else each time."""

@@ -90,7 +90,7 @@ class PackedPlan:
     ) -> Tensor:
         """See AttentionPlan."""
         if self.cache is not None:
-            self.cache[layer] = (k, v)
+            self.cache[layer] = _alone(k), _alone(v)
         return self.form.attend(q, k, v, scaling, window)
 
 
@@ -103,3 +103,8 @@ def plan_of(batch: TokenBatch, varlen: bool) -> PackedPlan:
         batch.plans[form] = PackedPlan(batch.segments, device, varlen=flash)
     plan: PackedPlan = batch.plans[form]
     return plan
+
+
+def _alone(x: Tensor) -> Tensor:
+    """The same without the memory of what it was cut from, such as queries, keys and values."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x

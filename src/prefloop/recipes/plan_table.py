@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from prefloop.config.checks import validate
 from prefloop.config.resolve import build, read_yaml
 from prefloop.errors import UserError
 from prefloop.models.load import pick_device
+from prefloop.recipes.pipeline import Command, read_stages
 from prefloop.resume import read_record
 from prefloop.training import ppo, preference, reward, sft
 from prefloop.training.bare_models import Role
@@ -30,7 +31,8 @@ from prefloop.training.planning import (
     CPU_CONCURRENT,
     CPU_TOKENS,
     GIB,
-    MARGIN,
+    REST,
+    SHARE,
     Plan,
     does_not_fit,
     free_memory,
@@ -51,33 +53,60 @@ COMMANDS: dict[str, type[TrainingConfig]] = {
 }
 
 
-def check_plan(config: CheckConfig) -> None:
-    """Print what each rank of a run will hold, by model and part, and what fits."""
+def check_plan(config: CheckConfig, commands: Mapping[str, Command]) -> None:
+    """Print what each rank of a run will hold, by model and part, and what fits; of a pipeline,
+    each training stage's.
+    """
     assert config.config is not None
-    settings = read_run(config.config, config.command)
-    device = _device(settings, config.memory)
-    memory = None
-    if config.memory is not None:
-        memory = MARGIN * GIB * float(config.memory.rstrip("GiB"))
-    elif device.type == "cuda":
-        memory = MARGIN * free_memory(device)
+    content = read_yaml(config.config)
+    if "stages" not in content:
+        print_plan(read_run(config.config, content, config.command), config.memory)
+        return
+    starts: dict[str, str] = {}  # by the folders that stages will write
+    for stage in read_stages(config.config, Path("runs") / config.config.stem, commands):
+        if stage.command in COMMANDS:
+            print(f"\n{stage.name} ({stage.command})")
+            print_plan(_begun(stage.config, starts), config.memory)
+            starts[str(stage.config.output)] = stage.config.model
+
+
+def _begun(settings: Any, starts: Mapping[str, str]) -> Any:
+    """With models that are not trained yet replaced by what they begin from."""
+
+    def begun(path: Any) -> Any:
+        if isinstance(path, (list, tuple)):
+            return tuple(map(begun, path))
+        while path in starts and not Path(path).exists():
+            path = starts[path]
+        return path
+
+    names = ("model", "ref_model", "reward_model", "value_model")
+    paths = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    changed = {name: begun(path) for name, path in paths.items() if begun(path) != path}
+    for name, path in changed.items():
+        print(f"{paths[name]} is not there yet: planned as {path}, which it begins from")
+    return replace(settings, **changed)
+
+
+def print_plan(settings: Any, asked: str | None) -> None:
+    """A table of one run, and what fits `asked` (such as 24GB), or else this machine's device."""
+    device = _device(settings, asked)
+    memory = GIB * float(asked.rstrip("GiB")) if asked is not None else free_memory(device)
+    room = SHARE[device.type] * memory if memory is not None else None
     work, roles = work_of(settings), roles_of(settings, device)
-    settings = _settled(work, settings, roles, device, memory)
+    settings = _settled(work, settings, roles, device, room)
     whole = full_plan(work, settings, roles, device)
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room for every column
     console.print(table(whole))
-    for line in _lines(work, settings, roles, device, memory, whole):
+    for line in _lines(work, settings, roles, device, room, whole):
         print(line)
 
 
-def read_run(path: Path, command: str | None) -> Any:
+def read_run(path: Path, content: dict[str, Any], command: str | None) -> Any:
     """The settings of a training run, checked, in a YAML file or a run directory's config.yaml."""
-    content = read_yaml(path)
     named = content.pop("command", None)
-    if "stages" in content:
-        raise UserError(f"{path}: a pipeline; give the settings of one of its stages")
     record = read_record(path.parent) if path.name == "config.yaml" else None
     command = command or (str(named) if named else None) or (record or {}).get("command")
     if command not in COMMANDS:
@@ -159,7 +188,8 @@ def _lines(
     ]
     if memory is None:
         return lines
-    room = f"{in_words(memory)} ({MARGIN:.0%} of what is there)"
+    share, rest = SHARE[device.type], REST[device.type]
+    room = f"{in_words(memory)} ({share:.0%} of what is there; the rest: {rest})"
     most = longest_micro_batch(work, settings, roles, device, memory)
     if not most:
         least = full_plan(work, replace(settings, micro_batch_tokens=1), roles, device)
