@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from prefloop.training.plan_table import COMMANDS, work_of
 
 from benchmarks.cuda import models
 from benchmarks.cuda.meter import Watch, capped, settle
@@ -24,7 +25,6 @@ from prefloop.runs import Run
 from prefloop.training import optim, ppo
 from prefloop.training.full_rows import full_row
 from prefloop.training.method import Method
-from prefloop.training.plan_table import COMMANDS, work_of
 from prefloop.training.planning import Plan, full_plan, in_words, roles_of
 from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward

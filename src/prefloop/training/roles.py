@@ -145,7 +145,7 @@ def _tell_apart(config: PPOConfig, policy: LoadedModel) -> None:
             reason = "--modules-to-save trains layers of the policy's whole"
         elif not shared.stackable(model_path(path)):
             reason = "its adapter is of a kind that must be merged, not plain LoRA on linear layers"
-        elif not shared.stands_on_base(policy, path):
+        elif not shared.stands_on_base(config.model, path):
             reason = "its base has other weights than the policy's"
         else:
             continue
