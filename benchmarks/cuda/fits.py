@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from prefloop.training.plan_table import COMMANDS, work_of
 
 from benchmarks.cuda import models
 from benchmarks.cuda.meter import Watch, capped, settle
@@ -21,6 +20,7 @@ from benchmarks.cuda.train import FreshReference
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from prefloop.config.checks import validate
 from prefloop.models.model import LoadedModel
+from prefloop.recipes.plan_table import COMMANDS, work_of
 from prefloop.runs import Run
 from prefloop.training import optim, ppo
 from prefloop.training.full_rows import full_row

@@ -14,13 +14,13 @@ import torch
 from benchmarks.cuda import correct, decode, fits, meter, models, run
 from benchmarks.cuda.parts import PARTS
 from benchmarks.cuda.scale import FULL, SMALL, TINY, Line
-from prefloop.training.plan_table import work_of
 from torch import nn
 
 from prefloop.data.batches import pack
 from prefloop.models import heads, shared
 from prefloop.models.load import load_reward_model
 from prefloop.models.weights import Storage, kept
+from prefloop.recipes.plan_table import work_of
 from prefloop.training.bare_models import weights_of
 from prefloop.training.planning import full_plan, roles_of
 from prefloop.training.tracing import Ledger

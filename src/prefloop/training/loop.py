@@ -37,8 +37,6 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
         if owed is not None:  # the step was done, but not what follows it
             _report(method, config, run, steps_done, owed)
             keeper.note(steps_done, tokens)
-        if device.type == "cpu":
-            give_back_holes()  # of loading
         began = time.perf_counter()
         steps = islice(method.steps(steps_done), total - steps_done)
         for number, item in enumerate(steps, start=steps_done + 1):
