@@ -5,6 +5,7 @@ import torch
 
 from prefloop.errors import UserError
 from prefloop.losses import (
+    dr_grpo_advantages,
     gae,
     grpo_advantages,
     moments,
@@ -107,6 +108,19 @@ def test_policy_loss_by_hand() -> None:
     assert log_probs.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])  # clipped: no gradient
 
 
+def test_clip_higher_by_hand() -> None:
+    """Ratios 1.25, 1.5, 1.25 and 0.5, range 0.2 below and 0.3 above: the first is let through."""
+    old = torch.full((4,), -1.0)
+    log_probs = (old + torch.tensor([1.25, 1.5, 1.25, 0.5]).log()).requires_grad_()
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    out = policy_loss(log_probs, old, advantages, cliprange=0.2, clip_high=0.3)
+    assert out.sum.item() == pytest.approx(-1.25 - 1.3 + 1.25 + 0.8)
+    assert out.clipfrac_sum.item() == 2.0
+    out.sum.backward()
+    assert log_probs.grad is not None
+    assert log_probs.grad.tolist() == pytest.approx([-1.25, 0.0, 1.25, 0.0])
+
+
 def test_policy_loss_before_any_step() -> None:
     log_probs = torch.tensor([-1.0, -2.0, -3.0])
     out = policy_loss(log_probs, log_probs, torch.tensor([1.0, 2.0, -6.0]), cliprange=0.2)
@@ -147,9 +161,11 @@ def test_group_baselines_by_hand() -> None:
     s = math.sqrt(7) + 1e-4
     expected = torch.tensor([[-2 / s, -1 / s, 3 / s], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(grpo_advantages(scores), expected)
+    expected = torch.tensor([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(dr_grpo_advantages(scores), expected)
 
 
-@pytest.mark.parametrize("baseline", [rloo_advantages, grpo_advantages])
+@pytest.mark.parametrize("baseline", [rloo_advantages, grpo_advantages, dr_grpo_advantages])
 def test_one_sample_has_no_baseline(baseline: object) -> None:
     assert callable(baseline)
     with pytest.raises(UserError, match="samples_per_prompt"):

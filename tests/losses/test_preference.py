@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prefloop.losses import (
     Total,
+    apo_zero_loss,
     hinge_loss,
     ipo_loss,
     kto_loss,
@@ -14,6 +15,7 @@ from prefloop.losses import (
     plackett_luce_dpo_loss,
     robust_loss,
     sigmoid_loss,
+    sigmoid_norm_loss,
     simpo_loss,
 )
 
@@ -66,6 +68,32 @@ def test_ipo_summed_and_averaged() -> None:
 def test_hinge_on_both_sides_of_the_margin() -> None:
     assert value(hinge_loss(*PAIR, beta=0.1)) == pytest.approx(0.5)
     assert value(hinge_loss(*PAIR, beta=0.3)) == 0.0
+
+
+def test_length_normalised_sigmoid_by_hand() -> None:
+    # c / |y_w| - l / |y_l| = 2 / 4 + 3 / 2 = 2
+    loss = sigmoid_norm_loss(*PAIR, *LENGTHS, beta=0.5)
+    assert value(loss) == pytest.approx(-log_sigmoid(1.0))
+
+
+def test_apo_zero_by_hand() -> None:
+    # beta c = 0.4, beta l = -0.6
+    expected = 1 - 1 / (1 + math.exp(-0.4)) + 1 / (1 + math.exp(0.6))
+    assert value(apo_zero_loss(*PAIR, beta=0.2)) == pytest.approx(expected)
+
+
+def test_apo_zero_moves_each_answer_by_itself() -> None:
+    """Its gradient of the chosen answer's log-prob does not look at the rejected one."""
+    gradients = []
+    for rejected in (-9.0, -2.0):
+        w, l, ref_w, ref_l = (x.clone().requires_grad_() for x in PAIR)
+        with torch.no_grad():
+            l.fill_(rejected)
+        apo_zero_loss(w, l, ref_w, ref_l, beta=0.2).sum.backward()
+        assert w.grad is not None
+        gradients.append(w.grad.item())
+    slope = 0.2 / (1 + math.exp(-0.4)) / (1 + math.exp(0.4))
+    assert gradients == pytest.approx([-slope, -slope])
 
 
 def test_simpo_by_hand() -> None:
@@ -133,6 +161,8 @@ LOSSES: dict[str, Loss] = {
         w, v, rw, rv, beta=0.1, chosen_lengths=nw, rejected_lengths=nv
     ),
     "hinge": lambda w, v, rw, rv, nw, nv: hinge_loss(w, v, rw, rv, beta=0.1),
+    "apo-zero": lambda w, v, rw, rv, nw, nv: apo_zero_loss(w, v, rw, rv, beta=0.1),
+    "sigmoid-norm": lambda w, v, rw, rv, nw, nv: sigmoid_norm_loss(w, v, rw, rv, nw, nv, beta=0.1),
     "simpo": lambda w, v, rw, rv, nw, nv: simpo_loss(w, v, nw, nv, beta=2.0, gamma=0.5),
     "orpo": lambda w, v, rw, rv, nw, nv: orpo_loss(w, v, nw, nv),
     "kto": lambda w, v, rw, rv, nw, nv: kto_loss(w, rw, nw > nv, 0.3, beta=0.1),

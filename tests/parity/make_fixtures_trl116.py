@@ -1,4 +1,4 @@
-"""Writes fixtures/{sft,reward,preference,kto}.json with the numbers of TRL 1.16's own trainers.
+"""Writes TRL 1.16's own numbers to fixtures/{sft,reward,preference,kto,grpo}.json.
 
 Runs in a venv of its own (see README.md); imports no prefloop.
 """
@@ -138,6 +138,8 @@ DPO = {
     "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
     "ipo": {"loss_type": ["ipo"]},
     "hinge": {"loss_type": ["hinge"]},
+    "apo_zero": {"loss_type": ["apo_zero"]},
+    "sigmoid_norm": {"loss_type": ["sigmoid_norm"]},
 }
 # Alone in its batch a row has nothing to be sorted with, and aot is conservative DPO.
 CDPO = {"loss_type": ["aot"], "label_smoothing": 0.1}
@@ -214,10 +216,71 @@ def kto() -> dict[str, Any]:
     return {"options": weights, "tokens": tokens, "step": one_step(trainer)}
 
 
+GRPO = {
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "clip_higher": {"loss_type": "bnpo", "epsilon_high": 0.28},  # divides by all tokens
+    "dr_grpo_clip_higher": {"loss_type": "dr_grpo", "epsilon_high": 0.28},
+}
+MOST_TOKENS = 24
+
+
+def grpo() -> dict[str, Any]:
+    """Clipped losses of given answers whose old log-probs lie on both sides of both limits."""
+    tokenizer = models.text_tokenizer()
+    texts = [p["chosen"] for p in rows.PREFERENCES]
+    prompts = [tokenizer(p["prompt"])["input_ids"] for p in rows.PREFERENCES]
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    width, length = max(map(len, prompts)), max(map(len, answers))
+    pad, out = tokenizer.pad_token_id, {}
+    left = [[pad] * (width - len(p)) + p for p in prompts]
+    right = [a + [pad] * (length - len(a)) for a in answers]
+    inputs = {
+        "prompt_ids": torch.tensor(left),
+        "prompt_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        "completion_ids": torch.tensor(right),
+        "completion_mask": torch.tensor([[1] * len(a) + [0] * (length - len(a)) for a in answers]),
+        "advantages": torch.tensor([(-1.0) ** i * (1 + i / 4) for i in range(len(answers))]),
+    }
+    for name, options in GRPO.items():
+        trainer = trl.GRPOTrainer(
+            models.causal_lm(models.POLICY),
+            lambda completions, **_: [0.0] * len(completions),
+            settings(
+                trl.GRPOConfig,
+                len(answers),
+                num_generations=len(answers),
+                max_completion_length=MOST_TOKENS,
+                beta=0.0,
+                **options,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": p["prompt"]} for p in rows.PREFERENCES]),
+            processing_class=tokenizer,
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        model = trainer.model.train()
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with torch.no_grad():
+            new = trainer._get_per_token_logps_and_entropies(model, ids, mask, length)[0]
+        place = torch.arange(new.numel(), dtype=torch.float32).view_as(new)
+        old = new + 0.4 * torch.sin(place)  # ratios from .67 to 1.49
+        loss = trainer._compute_loss(model, inputs | {"old_per_token_logps": old})
+        loss.backward()
+        out[name] = {
+            "options": options,
+            "loss": loss.item(),
+            "grad_norm": models.grad_norm(model),
+        }
+    rounded = [[float(f"{x:.9g}") for x in row] for row in old.tolist()]
+    given = {"prompts": prompts, "answers": answers, "old": rounded, "most_tokens": MOST_TOKENS}
+    given["advantages"] = inputs["advantages"].tolist()
+    return {"policy": models.fingerprint(models.causal_lm(models.POLICY)), "given": given, **out}
+
+
 def main() -> None:
     versions = {"trl": trl.__version__, "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
-    for make in (sft, reward, preference, kto):
+    for make in (sft, reward, preference, kto, grpo):
         models.write(make.__name__, {"versions": versions, **copy.deepcopy(make())})
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prefloop.losses import (
     Total,
+    apo_zero_loss,
     hinge_loss,
     ipo_loss,
     kto_loss,
@@ -19,6 +20,7 @@ from prefloop.losses import (
     robust_loss,
     sft_loss,
     sigmoid_loss,
+    sigmoid_norm_loss,
     simpo_loss,
 )
 from tests.parity import models, plain, rows
@@ -94,6 +96,8 @@ DPO: dict[str, Callable[[Forward], Tensor]] = {
     "sigmoid_sft": lambda f: mean(sigmoid_loss(*f.four, beta=BETA)) + 0.5 * f.nll,
     "robust": lambda f: mean(robust_loss(*f.four, beta=BETA, label_smoothing=0.1)),
     "hinge": lambda f: mean(hinge_loss(*f.four, beta=BETA)),
+    "apo_zero": lambda f: mean(apo_zero_loss(*f.four, beta=BETA)),
+    "sigmoid_norm": lambda f: mean(sigmoid_norm_loss(*f.four, *f.lengths, beta=BETA)),
     "ipo": lambda f: mean(
         ipo_loss(*f.four, beta=BETA, chosen_lengths=f.lengths[0], rejected_lengths=f.lengths[1])
     ),

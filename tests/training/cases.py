@@ -25,6 +25,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-robust": ("dpo", {"loss": "robust", "label_smoothing": 0.1}),
     "dpo-ipo": ("dpo", {"loss": "ipo"}),
     "dpo-hinge": ("dpo", {"loss": "hinge"}),
+    "dpo-apo-zero": ("dpo", {"loss": "apo-zero"}),
+    "dpo-sigmoid-norm": ("dpo", {"loss": "sigmoid-norm"}),
     "dpo-simpo": ("dpo", {"loss": "simpo"}),
     "dpo-orpo": ("dpo", {"loss": "orpo"}),
     "dpo-kto": ("dpo", {"loss": "kto", "data": "pairs.jsonl", "eval_data": "pairs.jsonl"}),
@@ -34,6 +36,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-warmup": ("ppo", ROLLOUTS | {"critic_warmup": 1, "bootstrap_cut": True}),
     "ppo-rloo": ("ppo", ROLLOUTS | {"advantage": "rloo", "samples_per_prompt": 2}),
     "ppo-grpo": ("ppo", ROLLOUTS | {"advantage": "grpo", "samples_per_prompt": 3}),
+    "ppo-dr-grpo": (
+        "ppo",
+        ROLLOUTS
+        | {"advantage": "dr-grpo", "samples_per_prompt": 2}
+        | {"policy_norm": "constant", "clip_high": 0.28},
+    ),
     "ppo-minibatches": ("ppo", ROLLOUTS | {"num_minibatches": 3, "normalize_scores": True}),
     "ppo-one-base": ("ppo", ROLLOUTS | {"lora_rank": 2, "reward_model": ["rm_one"]}),
     "ppo-several": ("ppo", ROLLOUTS | {"lora_rank": 2, "reward_model": ["rm_one", "rm_two"]}),

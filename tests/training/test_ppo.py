@@ -588,7 +588,7 @@ def test_a_policy_with_adapters_is_its_own_reference(world, tmp_path):
     assert any("lora" in name for name in weights(tmp_path / "off"))
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo"])
 def test_group_baselines_have_no_critic(advantage, world, tmp_path):
     changes = {"advantage": advantage, "samples_per_prompt": 2, "batch_size": 3}
     train("ppo", world, tmp_path / "run", save_every=1, **changes)
@@ -616,6 +616,28 @@ def test_group_advantages_by_hand(world, tmp_path):
     expected = (net - net.view(3, 2).flip(1).flatten())[:, None] * r.mask
     torch.testing.assert_close(r.advantages, expected, rtol=1e-4, atol=1e-5)
     assert step.samples[0].keys() == {"prompt", "completion", "score", "weights_version"}
+
+
+def test_dr_grpo_by_hand(world, tmp_path):
+    """Advantage: the score less the mean of both; the loss of a step divides by 6 answers x 40."""
+    changes = {"advantage": "dr-grpo", "samples_per_prompt": 2, "batch_size": 3, "kl_coef": 0.0}
+    changes |= {"max_new_tokens": 40, "temperature": 9.0}  # so that some stop
+    found = {}
+    for norm in ("tokens", "constant"):
+        output = tmp_path / norm
+        output.mkdir()
+        ppo = built(world, output, policy_norm=norm, **changes, **LENGTH)
+        step = next(iter(ppo.steps(0)))
+        r = ppo.rollouts
+        answers = [list(answer) for example in r.examples for answer in example.answers]
+        texts = ppo.policy.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        scores = torch.tensor([len(text) / 10 for text in texts]).view(3, 2)
+        expected = (scores - scores.sum(1, keepdim=True) / 2).flatten()[:, None] * r.mask
+        torch.testing.assert_close(r.advantages, expected, rtol=1e-4, atol=1e-5)
+        found[norm] = sum(ppo.counts(batch)["policy_avg"] for batch in step.batches)
+        tokens = int(r.mask.sum())
+    assert found == {"tokens": tokens, "constant": 6 * 40}
+    assert tokens < found["constant"]
 
 
 # --- what comes out ------------------------------------------------------------------------------

@@ -259,6 +259,8 @@ def test_a_rank_measures_its_share_of_the_estimate(world, tmp_path, monkeypatch)
         ("sigmoid", {}),
         ("ipo", {}),
         ("hinge", {"beta": 0.02}),
+        ("apo-zero", {}),
+        ("sigmoid-norm", {}),
         ("simpo", {}),
     ],
 )

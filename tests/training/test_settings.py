@@ -35,7 +35,7 @@ MODES = {
     ],
     "ppo": [
         {"advantage": name, "samples_per_prompt": 2, "ppo_epochs": 3, "max_new_tokens": 12}
-        for name in ("gae", "rloo", "grpo")
+        for name in ("gae", "rloo", "grpo", "dr-grpo")
     ],
 }
 CHANGES = {  # every setting but output: another value, {world} standing for the world's folder
@@ -99,6 +99,8 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "gamma": 0.5,
     "gae_lambda": 0.2,
     "cliprange": 1e-4,
+    "clip_high": 1e-4,
+    "policy_norm": "constant",
     "cliprange_value": 1e-4,
     "vf_coef": 2.0,
     "value_lr": 1e-2,

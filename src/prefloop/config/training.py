@@ -34,7 +34,18 @@ from prefloop.config.resolve import OrAuto, flag
 BadRows = Literal["error", "drop"]
 Truncation = Literal["error", "drop", "left", "right"]
 RewardLoss = Literal["bradley-terry", "plackett-luce", "rao-kupper", "davidson"]
-DPOLoss = Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "plackett-luce"]
+DPOLoss = Literal[
+    "sigmoid",
+    "sigmoid-norm",
+    "robust",
+    "ipo",
+    "hinge",
+    "apo-zero",
+    "simpo",
+    "orpo",
+    "kto",
+    "plackett-luce",
+]
 Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
 
 PAIRS = ("bradley-terry", "rao-kupper", "davidson")
@@ -198,7 +209,7 @@ class DPOConfig(TrainingConfig):
     loss: DPOLoss = "sigmoid"
     """Loss; `kto` takes unpaired rows (pairs are split into two), `plackett-luce` rankings."""
     beta: Annotated[float, Above(0), ALL_BUT_ORPO] = 0.1
-    """Strength of the implicit KL penalty."""
+    """Strength of the implicit KL penalty (2 to 5 where it is per token: sigmoid-norm, simpo)."""
     label_smoothing: Annotated[
         float, Within(0, 0.5, with_high=False), OnlyWith("loss", "sigmoid", "robust")
     ] = 0.0
@@ -242,8 +253,12 @@ class PPOConfig(TrainingConfig):
     """Critic's start: a folder; by default the reward model (or the policy, with a function)."""
     ref_model: str | None = None
     """Reference policy of the KL penalty; by default the starting weights."""
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae trains a critic; rloo and grpo use the other samples of the same prompt as baseline."""
+    advantage: Literal["gae", "rloo", "grpo", "dr-grpo"] = "gae"
+    """gae trains a critic; the rest compare a prompt's samples: each with the others' mean (rloo),
+    with the mean of all (dr-grpo), and divided by their deviation (grpo)."""
+    policy_norm: Literal["tokens", "constant"] = "tokens"
+    """What a step's policy loss is divided by: its answers' tokens, or (Dr. GRPO) the number of
+    its answers times --max-new-tokens, however long they are."""
     kl_coef: Annotated[float, AtLeast(0)] = 0.05
     """beta of the per-token reward -beta * (log pi_old - log pi_ref)."""
     kl_target: Annotated[float, AtLeast(0)] = 0.0
@@ -259,7 +274,9 @@ class PPOConfig(TrainingConfig):
     """An answer cut at --max-new-tokens goes on in the critic's eyes: its value there, and not 0,
     stands for what would have followed."""
     cliprange: Annotated[float, Above(0)] = 0.2
-    """Clip range of the probability ratio."""
+    """Clip range of the probability ratio, below 1 and above."""
+    clip_high: Annotated[float, AtLeast(0)] = 0.0
+    """Clip range above 1 (clip-higher; DAPO takes 0.28); 0 means `cliprange`."""
     cliprange_value: Annotated[float, Above(0), CRITIC] = 0.2
     """Clip range of the value."""
     vf_coef: Annotated[float, AtLeast(0), CRITIC] = 0.1
@@ -273,7 +290,7 @@ class PPOConfig(TrainingConfig):
     num_minibatches: Annotated[int, Above(0)] = 1
     """Optimiser steps per pass."""
     samples_per_prompt: Annotated[int, Above(0)] = 1
-    """Answers sampled per prompt (at least 2 for rloo and grpo)."""
+    """Answers sampled per prompt (at least 2 for all but gae)."""
     max_new_tokens: Annotated[int, Above(0)] = 64
     """Most tokens of a sampled answer."""
     temperature: Annotated[float, AtLeast(0)] = 1.0
@@ -352,7 +369,8 @@ class PPOConfig(TrainingConfig):
             yield "--temperature is 0; PPO must sample, give it above 0"
         # An iteration's first step sees the policy that sampled; the second is the first to move.
         steps = self.ppo_epochs * self.num_minibatches
-        fewest = {"cliprange": (0.2, 2), "cliprange_value": (0.2, 2), "target_kl": (0.0, 3)}
+        second = {"cliprange": (0.2, 2), "clip_high": (0.0, 2), "cliprange_value": (0.2, 2)}
+        fewest = second | {"target_kl": (0.0, 3)}
         for name, (default, least) in fewest.items():
             if getattr(self, name) != default and steps < least:
                 yield (

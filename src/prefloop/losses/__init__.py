@@ -6,6 +6,7 @@ from prefloop.losses.ppo import (
     Moments,
     PolicyLoss,
     ValueLoss,
+    dr_grpo_advantages,
     gae,
     grpo_advantages,
     moments,
@@ -17,6 +18,7 @@ from prefloop.losses.ppo import (
     whiten,
 )
 from prefloop.losses.preference import (
+    apo_zero_loss,
     hinge_loss,
     ipo_loss,
     kto_loss,
@@ -24,6 +26,7 @@ from prefloop.losses.preference import (
     plackett_luce_dpo_loss,
     robust_loss,
     sigmoid_loss,
+    sigmoid_norm_loss,
     simpo_loss,
 )
 from prefloop.losses.reward import (
@@ -41,9 +44,11 @@ __all__ = [
     "PolicyLoss",
     "Total",
     "ValueLoss",
+    "apo_zero_loss",
     "bradley_terry_loss",
     "centering_loss",
     "davidson_loss",
+    "dr_grpo_advantages",
     "gae",
     "grpo_advantages",
     "hinge_loss",
@@ -66,6 +71,7 @@ __all__ = [
     "segment_sum",
     "sft_loss",
     "sigmoid_loss",
+    "sigmoid_norm_loss",
     "simpo_loss",
     "token_rewards",
     "total",

@@ -134,15 +134,18 @@ def policy_loss(
     advantages: Float[Tensor, " N"],
     *,
     cliprange: float,
+    clip_high: float | None = None,
 ) -> PolicyLoss:
-    """Clipped surrogate -min(rho A, clip(rho, 1 - e, 1 + e) A), rho = pi / pi_old (eq. 7).
+    """Clipped surrogate -min(rho A, clip(rho, 1 - e, 1 + e_high) A), rho = pi / pi_old (eq. 7).
 
+    e_high is `clip_high` (clip-higher of DAPO, arXiv 2503.14476, eq. 10), or e where it is None.
     Clip fraction: tokens where clipping raises the loss; approx-KL: k2 of log pi - log pi_old.
     """
     log_ratio = log_probs.float() - old_log_probs.float()
     ratio = log_ratio.exp()
     free = -ratio * advantages.float()
-    clipped = -ratio.clamp(1 - cliprange, 1 + cliprange) * advantages.float()
+    above = cliprange if clip_high is None else clip_high
+    clipped = -ratio.clamp(1 - cliprange, 1 + above) * advantages.float()
     with torch.no_grad():
         clipfrac, approxkl = masked_sum((clipped > free).float()), masked_sum(k2(log_ratio))
         ratio_sum = masked_sum(ratio)
@@ -196,6 +199,17 @@ def grpo_advantages(scores: Float[Tensor, "P K"]) -> Float32[Tensor, "P K"]:
     _require_group(scores)
     scores = scores.float()
     return (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
+
+
+def dr_grpo_advantages(scores: Float[Tensor, "P K"]) -> Float32[Tensor, "P K"]:
+    """Score minus the mean over the prompt's K samples (Dr. GRPO, arXiv 2503.20783).
+
+    Not divided by their deviation, so that prompts whose samples score nearly alike do not weigh
+    more; `rloo_advantages` times (K - 1) / K.
+    """
+    _require_group(scores)
+    scores = scores.float()
+    return scores - scores.mean(1, keepdim=True)
 
 
 def _require_group(scores: Float[Tensor, "P K"]) -> None:

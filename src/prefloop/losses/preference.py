@@ -90,6 +90,43 @@ def hinge_loss(
     return total(F.relu(1 - beta * _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)))
 
 
+def sigmoid_norm_loss(
+    chosen: Float[Tensor, " M"],
+    rejected: Float[Tensor, " M"],
+    ref_chosen: Float[Tensor, " M"],
+    ref_rejected: Float[Tensor, " M"],
+    chosen_lengths: Int[Tensor, " M"],
+    rejected_lengths: Int[Tensor, " M"],
+    *,
+    beta: float,
+) -> Total:
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124): -log sigma(beta (c / |y_w| - l / |y_l|)).
+
+    A log-ratio counts per token, so beta is larger than DPO's; Tulu 3 takes 5.
+    """
+    c = (chosen.float() - ref_chosen.float()) / chosen_lengths
+    l = (rejected.float() - ref_rejected.float()) / rejected_lengths
+    return total(-F.logsigmoid(beta * (c - l)))
+
+
+def apo_zero_loss(
+    chosen: Float[Tensor, " M"],
+    rejected: Float[Tensor, " M"],
+    ref_chosen: Float[Tensor, " M"],
+    ref_rejected: Float[Tensor, " M"],
+    *,
+    beta: float,
+) -> Total:
+    """APO-zero (arXiv 2408.06266, eq. 7): (1 - sigma(beta c)) + sigma(beta l).
+
+    Each answer is moved by itself: the chosen one above the reference, the rejected one below it.
+    The 1, as in TRL, keeps the loss above 0; the paper leaves it out.
+    """
+    c = beta * (chosen.float() - ref_chosen.float())
+    l = beta * (rejected.float() - ref_rejected.float())
+    return total(torch.sigmoid(-c) + torch.sigmoid(l))
+
+
 def simpo_loss(
     chosen: Float[Tensor, " M"],
     rejected: Float[Tensor, " M"],

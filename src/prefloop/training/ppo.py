@@ -198,11 +198,13 @@ class PPO:
         return batches
 
     def counts(self, item: RolloutBatch | TokenBatch) -> Mapping[str, float]:
-        """Generated tokens, or the tokens of PPO-ptx rows."""
+        """What sums are divided by: generated tokens (see policy_norm), tokens of PPO-ptx rows."""
         if isinstance(item, TokenBatch):
             return {"ptx": item.target_ids.numel()}
         tokens = item.batch.target_ids.numel()
-        policy = {} if self.critic_alone else {"policy_avg": tokens}
+        constant = item.batch.answers * self.config.max_new_tokens
+        whole = constant if self.config.policy_norm == "constant" else tokens
+        policy = {} if self.critic_alone else {"policy_avg": whole}
         return policy | ({"value_avg": tokens} if self.critic else {})
 
     def loss(self, item: RolloutBatch | TokenBatch) -> LossSums:
@@ -220,7 +222,11 @@ class PPO:
         if not self.critic_alone:
             log_probs = answer_log_probs(self.policy, batch, config.temperature)
             policy = losses.policy_loss(
-                log_probs, item.log_probs, item.advantages, cliprange=config.cliprange
+                log_probs,
+                item.log_probs,
+                item.advantages,
+                cliprange=config.cliprange,
+                clip_high=config.clip_high or None,
             )
             terms["policy_avg"] = policy.sum
             metrics |= {

@@ -81,6 +81,15 @@ def _ipo(pairs: Pairs, config: DPOConfig) -> Total:
     )
 
 
+def _apo_zero(pairs: Pairs, config: DPOConfig) -> Total:
+    return losses.apo_zero_loss(*pairs.log_probs, *pairs.ref_log_probs, beta=config.beta)
+
+
+def _sigmoid_norm(pairs: Pairs, config: DPOConfig) -> Total:
+    both = (*pairs.log_probs, *pairs.ref_log_probs, *pairs.lengths)
+    return losses.sigmoid_norm_loss(*both, beta=config.beta)
+
+
 def _simpo(pairs: Pairs, config: DPOConfig) -> Total:
     both = (*pairs.log_probs, *pairs.lengths)
     return losses.simpo_loss(*both, beta=config.beta, gamma=config.simpo_gamma)
@@ -92,9 +101,11 @@ def _orpo(pairs: Pairs, config: DPOConfig) -> Total:
 
 PAIR_LOSSES: Mapping[str, PairLoss] = {
     "sigmoid": PairLoss(_sigmoid, True),
+    "sigmoid-norm": PairLoss(_sigmoid_norm, True),
     "robust": PairLoss(_robust, True),
     "hinge": PairLoss(_hinge, True),
     "ipo": PairLoss(_ipo, True),
+    "apo-zero": PairLoss(_apo_zero, True),
     "simpo": PairLoss(_simpo, False),
     "orpo": PairLoss(_orpo, False),
 }
@@ -191,11 +202,11 @@ class Preference:
     ) -> dict[str, tuple[Tensor | float, float]]:
         """TRL's names; implicit rewards are beta (log pi - log pi_ref)."""
         pairs = float(len(winners))
-        pi = answers.log_probs
-        if self.config.loss == "simpo":  # its implicit reward is the average log-prob
-            pi = pi / answers.lengths
-        shift = pi - answers.ref_log_probs
-        chosen, rejected = self.config.beta * shift[winners], self.config.beta * shift[losers]
+        shift = answers.log_probs - answers.ref_log_probs
+        reward = self.config.beta * shift
+        if self.config.loss in ("simpo", "sigmoid-norm"):  # their implicit reward is per token
+            reward = reward / answers.lengths
+        chosen, rejected = reward[winners], reward[losers]
         correct = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
         metrics = {
             "rewards/chosen": chosen,

@@ -105,6 +105,13 @@ class RunningScores:
         return (scores - mean) / math.sqrt(variance + 1e-8)
 
 
+BASELINES = {
+    "rloo": losses.rloo_advantages,
+    "grpo": losses.grpo_advantages,
+    "dr-grpo": losses.dr_grpo_advantages,
+}
+
+
 def advantages_and_returns(
     config: PPOConfig,
     scores: Tensor,
@@ -129,8 +136,7 @@ def advantages_and_returns(
         return _whiten(advantages, mask), (advantages + values) * mask
     kl = ((log_probs - ref_log_probs) * mask).sum(1)
     groups = (scores - kl_coef * kl).view(-1, config.samples_per_prompt)
-    baseline = losses.rloo_advantages if config.advantage == "rloo" else losses.grpo_advantages
-    per_answer = baseline(groups).flatten()
+    per_answer = BASELINES[config.advantage](groups).flatten()
     return per_answer[:, None] * mask, torch.zeros_like(values)
 
 
