@@ -16,6 +16,7 @@ from tests.training.small import REWARDS, write_rows, write_world
 FUNCTION, OTHER = f"{REWARDS}:by_length", "tests.evaluation.test_compare:vowels"
 ANSWERS = {"max_new_tokens": 24, "device": "cpu", "dtype": "float32"}
 COMPARED = {"sft": "model", "models": ("other=reference",), "data": "few.jsonl", "judge": FUNCTION}
+RANKED = {"data": "sampled.jsonl"}
 SIDES = {"answers": "one.jsonl", "baseline": "two.jsonl"}
 MODES = {
     "generate": [
@@ -31,6 +32,11 @@ MODES = {
         COMPARED | ANSWERS,
         COMPARED | ANSWERS | {"reward_model": "rm"},
         COMPARED | ANSWERS | {"judge": "rm"},
+    ],
+    "rank": [
+        RANKED | {"judge": FUNCTION},
+        RANKED | {"judge": "rm", "device": "cpu", "dtype": "float32"},
+        RANKED | {"judge": FUNCTION, "form": "best"},
     ],
     "evaluate winrate": [
         SIDES | {"judge": FUNCTION},
@@ -68,17 +74,22 @@ CHANGES = {
     "best_of": 7,
     "agreement": 0.8,
     "kind": "prompt",
+    "form": "best",
+    "min_score": 5.0,
 }
 WITH = {  # read only with these
     "max_length": {"truncation": "drop"},
     "truncation": {"max_length": 30},
     "best_of": {"reward_model": "rm"},
     "kind": {"data": "few.jsonl"},
+    "min_score": {"form": "best"},
 }
 ALONE = {  # (command, setting): why it may be given where it changes nothing
     ("check", "model"): "the two tokenizers are one",
     ("sample", "output"): "the same rows, elsewhere",
     ("compare", "output"): "the same rows, elsewhere",
+    ("rank", "output"): "the same rows, elsewhere",
+    ("rank", "form"): "one mode has it",
     ("generate", "seed"): "greedy answers draw nothing, and one command line serves both",
     ("sample", "seed"): "as for generate; the rows note it",
     ("generate", "dtype"): "rounding seldom changes which token is likeliest",
@@ -101,6 +112,7 @@ TOLD = {  # whose other value here is nothing but told, or required and the same
     "compare": {"device", "output"},
     "sample": {"device", "output"},
     "check": {"model"},
+    "rank": {"device", "output", "max_length", "data"},
     "evaluate winrate": {"device", "max_length"},
 }
 
@@ -122,6 +134,10 @@ def world(tmp_path_factory):
         more = [*asked, *(f"oath {n}" for n in range(9))]
         rows = [{"prompt": p, "completion": said[n:] + said * (n % 3)} for n, p in enumerate(more)]
         write_rows(folder / f"{name}.jsonl", rows)
+    long = "the ant in a bath that took the thin boat and the oath in it"
+    said = [[long[20 * n :], "", "in"] for n in range(len(asked))]
+    rows = [{"prompt": p, "completions": c} for p, c in zip(asked, said, strict=True)]
+    write_rows(folder / "sampled.jsonl", rows)
     return folder
 
 
@@ -136,7 +152,7 @@ def outcome(name, place, capsys, **changes):
     """The error's line, or what was printed and written, but for the settings told along."""
     command = COMMANDS[name]
     names = {field.name for field in fields(command.config)}
-    if "output" in names and "output" not in changes and name in ("sample", "compare"):
+    if "output" in names and "output" not in changes and name in ("sample", "compare", "rank"):
         changes["output"] = place
     capsys.readouterr()
     try:

@@ -1,4 +1,5 @@
 """Every setting of every command but `label`'s, as frozen dataclasses. Imports no torch."""
 
 from prefloop.config.inference import *  # noqa: F403
+from prefloop.config.judging import *  # noqa: F403
 from prefloop.config.training import *  # noqa: F403

@@ -163,6 +163,12 @@ def _function(source: str) -> Function:
     )
 
 
+def source_of(source: str) -> Path | None:
+    """The file of a function's module, once it is imported; None where it has none."""
+    file = getattr(sys.modules.get(source.partition(":")[0]), "__file__", None)
+    return Path(file) if file else None
+
+
 def _awaited(result: Any) -> Any:
     """What an async function comes to; a notebook's running loop is left alone."""
     if not inspect.isawaitable(result):
