@@ -34,6 +34,14 @@ def sft(config: c.SFTConfig) -> Run:
     return run(config)
 
 
+def rank(config: c.RankConfig) -> dict[str, Any]:
+    """Rank sampled answers by a reward model or a function."""
+    validate(config)
+    from prefloop.evaluation.rank import run
+
+    return run(config)
+
+
 def reward(config: c.RewardConfig) -> Run:
     """Train a reward model on rankings or pairs."""
     validate(config)
@@ -270,6 +278,7 @@ COMMANDS = {
     "demo": Command(c.DemoConfig, demo, show_comparison),
     "sft": Command(c.SFTConfig, sft),
     "sample": Command(c.SampleConfig, sample),
+    "rank": Command(c.RankConfig, rank),
     "reward": Command(c.RewardConfig, reward),
     "ppo": Command(c.PPOConfig, ppo),
     "dpo": Command(c.DPOConfig, dpo),
