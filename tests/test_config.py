@@ -141,7 +141,7 @@ def test_missing_settings_are_named(tmp_path):
         (SFTConfig(**BASE, eval_fraction=0.1, eval_data="e"), "give one of them"),
         (SFTConfig(**BASE, lora_alpha=4.0), "--lora-alpha is read only with --lora-rank"),
         (SFTConfig(**{**BASE, "model": " "}), "--model is empty"),
-        (DPOConfig(**BASE, loss="dpo"), "`loss` is 'dpo'; choose from sigmoid, robust"),
+        (DPOConfig(**BASE, loss="dpo"), "`loss` is 'dpo'; choose from sigmoid, "),
         (DPOConfig(**BASE, label_smoothing=0.5), "it must be in [0, 0.5)"),
         (
             DPOConfig(**BASE, loss="ipo", label_smoothing=0.1),
@@ -154,8 +154,10 @@ def test_missing_settings_are_named(tmp_path):
         ),
         (RewardConfig(**BASE, tie_parameter=2.0), "read only with --loss rao-kupper or davidson"),
         (RewardConfig(**BASE, loss="rao-kupper", tie_parameter=0.5), "needs one above 1"),
-        (PPOConfig(**BASE), "give either --reward-model or --reward-function"),
-        (PPOConfig(**BASE, reward_model="r", reward_function="a:b"), "give either"),
+        (PPOConfig(**BASE), "give one of --reward-model, --reward-function and --judge"),
+        (PPOConfig(**BASE, reward_model="r", reward_function="a:b"), "give one of"),
+        (PPOConfig(**BASE, judge="a:b"), "--judge a:b: give openai:MODEL@URL; a function is"),
+        (PPOConfig(**BASE, reward_model="r", judge_timeout=1.0), "--judge-timeout is read by an"),
         (PPOConfig(**BASE, reward_function="a.b"), "give module:function"),
         (PPOConfig(**BASE, reward_model="r", advantage="rloo"), "--samples-per-prompt 2 or more"),
         (PPOConfig(**BASE, reward_model="r", temperature=0.0), "PPO must sample"),
@@ -179,7 +181,7 @@ def test_missing_settings_are_named(tmp_path):
         (CompareConfig(**COMPARE, best_of=3), "--best-of is read only with --reward-model"),
         (
             WinrateConfig(answers=Path("a"), baseline=Path("b"), judge="a:b", dtype="bfloat16"),
-            "--dtype is read by models, and each --judge is a function; leave it out",
+            "--dtype is read by models, and no --judge is one; leave it out",
         ),
         (LabelExportConfig(store="s", output=Path("o"), seed=3), "only with --eval-fraction"),
         (

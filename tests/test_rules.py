@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prefloop"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
-SETTINGS_FILES = ("training.py", "inference.py", "judging.py", "labelling.py")
+SETTINGS_FILES = ("training.py", "inference.py", "endpoint.py", "judging.py", "labelling.py")
 CONFIGS = [command.config for command in COMMANDS.values()]
 FIELDS = sorted({field.name for config in CONFIGS for field in fields(config)})
 
@@ -188,6 +188,7 @@ def test_every_configuration_has_a_command():
         config_module.InferenceConfig,
         config_module.PolicyConfig,
         config_module.PromptsConfig,
+        config_module.EndpointConfig,
         config_labelling.StoreConfig,
         config_labelling.ProjectConfig,
     }

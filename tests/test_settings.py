@@ -42,6 +42,10 @@ MODES = {
         SIDES | {"judge": FUNCTION},
         SIDES | {"judge": "rm", "device": "cpu", "dtype": "float32"},
     ],
+    "evaluate judge": [
+        {"data": "rated.jsonl", "judge": FUNCTION},
+        {"data": "rated.jsonl", "judge": "rm", "device": "cpu", "dtype": "float32"},
+    ],
     "evaluate reward-model": [
         {"reward_model": "rm", "data": "rank.jsonl", "device": "cpu", "dtype": "float32"}
     ],
@@ -76,6 +80,7 @@ CHANGES = {
     "kind": "prompt",
     "form": "best",
     "min_score": 5.0,
+    "max_rows": 2,
 }
 WITH = {  # read only with these
     "max_length": {"truncation": "drop"},
@@ -88,6 +93,8 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     ("check", "model"): "the two tokenizers are one",
     ("sample", "output"): "the same rows, elsewhere",
     ("compare", "output"): "the same rows, elsewhere",
+    ("evaluate judge", "dtype"): "signs of scores are compared",
+    ("evaluate judge", "weights"): "as with dtype",
     ("rank", "output"): "the same rows, elsewhere",
     ("rank", "form"): "one mode has it",
     ("generate", "seed"): "greedy answers draw nothing, and one command line serves both",
@@ -103,6 +110,12 @@ ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.p
     "chat",
     "command",
     "config",
+    "judge_args",  # these: tests/evaluation/test_llm_judges.py
+    "judge_cache",
+    "judge_concurrency",
+    "judge_mode",
+    "judge_prompt",
+    "judge_timeout",
     "max_concurrent",
     "memory",
     "micro_batch_tokens",
@@ -113,6 +126,7 @@ TOLD = {  # whose other value here is nothing but told, or required and the same
     "sample": {"device", "output"},
     "check": {"model"},
     "rank": {"device", "output", "max_length", "data"},
+    "evaluate judge": {"device", "max_length", "data", "dtype", "weights"},
     "evaluate winrate": {"device", "max_length"},
 }
 
@@ -138,6 +152,14 @@ def world(tmp_path_factory):
     said = [[long[20 * n :], "", "in"] for n in range(len(asked))]
     rows = [{"prompt": p, "completions": c} for p, c in zip(asked, said, strict=True)]
     write_rows(folder / "sampled.jsonl", rows)
+    people = [[[0], [1, 2]], [[1], [0], [2]], [[2], [1], [0]], [[0, 1], [2]]]
+    said = ["aeio", "thn tht", "in"]  # by length another order than by vowels
+    rows = [
+        {"prompt": f"{p}{n}", "completions": said, "raters": [people[n], people[n * k % 4]]}
+        for k, p in enumerate(asked)
+        for n in range(4)
+    ]
+    write_rows(folder / "rated.jsonl", rows)
     return folder
 
 

@@ -100,6 +100,11 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> None:
             packed.close()
 
 
+def cache_dir() -> Path:
+    """Where prefloop keeps what can be had again: `$PREFLOOP_CACHE`, or `~/.cache/prefloop`."""
+    return Path(os.environ.get("PREFLOOP_CACHE") or "~/.cache/prefloop").expanduser()
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 

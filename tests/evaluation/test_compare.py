@@ -16,6 +16,8 @@ from prefloop.files import read_rows, write_jsonl
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
 from prefloop.rewards.judges import load_judge
+from prefloop.rewards.llm import CUT
+from tests.evaluation.llm_server import Reply, section, serving
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ("The film", "A", "It is", "What")
@@ -130,3 +132,27 @@ def test_faults_are_one_line(config: CompareConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tokenizer is not that of"):
         compare(config)
     assert not config.output.exists()
+
+
+def test_an_llm_judges_by_its_rubric(config: CompareConfig, tmp_path: Path) -> None:
+    """Its scores are gold; an answer that it scores not at all is not made up for."""
+
+    def says(prompt: str, before: int) -> Reply:
+        return f"[[{1 + sum(c in 'aeiou' for c in section(prompt, 'answer')[:9])}]]"
+
+    changes = {"judge_cache": tmp_path / "cache", "reward_model": None, "best_of": 4}
+    with serving(says) as server:
+        compare(replace(config, judge=server.judge, **changes))  # type: ignore[arg-type]
+        asked = len(server.asked)
+        compare(replace(config, judge=server.judge, **changes))  # type: ignore[arg-type]
+        assert len(server.asked) == asked
+    for row in read_answers(config):
+        both = zip(row["completions"], row["truncated"], strict=True)
+        shown = [text + CUT if cut else text for text, cut in both]
+        assert row["judge"] == [1 + sum(c in "aeiou" for c in text[:9]) for text in shown]
+    changes["judge_cache"] = tmp_path / "empty"
+    with (
+        serving(lambda prompt, _: 400 if len(server.asked) % 2 else "[[4]]") as server,
+        pytest.raises(UserError, match="answers got no score"),
+    ):
+        compare(replace(config, judge=server.judge, **changes))  # type: ignore[arg-type]

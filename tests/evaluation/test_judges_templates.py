@@ -358,7 +358,7 @@ def test_arguments_that_a_judge_does_not_read(scorer, tmp_path, capsys):
     )
     with pytest.raises(UserError, match=r"--template-args: no chat template of .*plainer reads"):
         commands.winrate(config)
-    with pytest.raises(UserError, match="--template-args is read by models, and each --judge is"):
+    with pytest.raises(UserError, match="--template-args is read by models, and no --judge is one"):
         commands.winrate(
             WinrateConfig(answers=one, baseline=one, judge="a.b:c", template_args=ARGS)
         )

@@ -100,7 +100,6 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "gae_lambda": 0.2,
     "cliprange": 1e-4,
     "clip_high": 1e-4,
-    "policy_norm": "constant",
     "cliprange_value": 1e-4,
     "vf_coef": 2.0,
     "value_lr": 1e-2,
@@ -142,6 +141,13 @@ ALONE = {  # may be given where it changes nothing
 }
 ELSEWHERE = {  # changes no number: the test that finds its effect
     "label_margins": "training/test_rows.py::test_margins_of_what_labellers_said_reach_the_loss",
+    "policy_norm": "training/test_ppo.py::test_dr_grpo_by_hand",  # no answer here ends early
+    "judge": "training/test_llm_reward.py::test_scores_are_the_judges_and_their_cost_is_logged",
+    "judge_prompt": "evaluation/test_llm_judges.py::test_a_prompt_of_ones_own_has_its_own_scale",
+    "judge_args": "evaluation/test_llm_judges.py::test_replies_are_asked_for_once",
+    "judge_concurrency": "evaluation/test_llm_judges.py::test_so_many_requests_at_once",
+    "judge_timeout": "evaluation/test_llm_judges.py::test_faults_that_pass",
+    "judge_cache": "evaluation/test_llm_judges.py::test_replies_are_asked_for_once",
     "reward_ensemble": "training/test_one_base.py::test_several_scores_are_one",
     "micro_batch_tokens": "data/test_batches.py::test_micro_batches_keep_order_and_budget",
     "gradient_checkpointing": "training/test_loop.py::test_checkpointing_keeps_fewer_activations",

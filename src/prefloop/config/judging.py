@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from prefloop.config.endpoint import EndpointConfig, JudgeMode
 from prefloop.config.inference import InferenceConfig, PromptsConfig
 from prefloop.config.ranges import (
     ANY,
@@ -15,6 +16,7 @@ from prefloop.config.ranges import (
     OnlyWith,
     Seed,
     Within,
+    is_endpoint,
     no_room,
     unread_by_functions,
 )
@@ -22,13 +24,16 @@ from prefloop.config.training import BadRows, Truncation
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankConfig(InferenceConfig):
+class RankConfig(EndpointConfig, InferenceConfig):
     """Rank sampled answers by a judge, as people would: no labels, no labellers."""
 
     data: str
     """Rows with a `prompt` and `completions`, as `sample` writes them."""
     judge: str
-    """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
+    """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id, or
+    an LLM, openai:MODEL@URL."""
+    judge_mode: JudgeMode = "pairwise"
+    """LLM judge: compare each two answers in both orders, or score each answer by a rubric."""
     output: Path
     """JSONL of rankings, or of demonstrations with --form best."""
     form: Literal["rankings", "best"] = "rankings"
@@ -47,12 +52,43 @@ class RankConfig(InferenceConfig):
         """See Settings."""
         yield from super().problems()
         yield from unread_by_functions(self, "--judge", (self.judge,))
+        if self.min_score is not None and is_endpoint(self.judge) and self.judge_mode == "pairwise":
+            yield "--min-score: a pairwise judge gives no scores; give --judge-mode rubric"
         if not self.output.name.endswith((".jsonl", ".jsonl.gz")):
             yield f"--output {self.output}: give the name of a .jsonl or .jsonl.gz file"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(PromptsConfig, InferenceConfig):
+class JudgeQualityConfig(EndpointConfig, InferenceConfig):
+    """How far a judge agrees with people, beside how far people agree with each other."""
+
+    data: str
+    """Answers with the rankings of several people: rows of `prompt`, `completions` and `raters` or
+    `judged`, or a row a person; or DB#PROJECT."""
+    judge: str
+    """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id, or
+    an LLM, openai:MODEL@URL."""
+    judge_mode: JudgeMode = "pairwise"
+    """LLM judge: compare each two answers in both orders, or score each answer by a rubric."""
+    max_rows: Annotated[int, AtLeast(0)] = 0
+    """Use only the first n sets of answers; 0 uses all."""
+    chat: bool = False
+    """Take string rows for the user's and the assistant's messages."""
+    output: Path | None = None
+    """JSON file of the numbers; they are printed in any case."""
+    micro_batch_tokens: Annotated[int, Above(0)] = 8192
+    """Most tokens in one forward pass of a judge that is a model."""
+    seed: Seed = 0
+    """Seed of the bootstrap over prompts."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        yield from unread_by_functions(self, "--judge", (self.judge,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(EndpointConfig, PromptsConfig, InferenceConfig):
     """Compare models with the SFT model on the same prompts: one HTML page and a table."""
 
     sft: str
@@ -63,7 +99,7 @@ class CompareConfig(PromptsConfig, InferenceConfig):
     """Held-out rows with a `prompt`, or DB#PROJECT."""
     judge: str
     """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
-    or a hub id."""
+    or hub id, or an LLM by its rubric, openai:MODEL@URL."""
     output: Path
     """Directory of report.html, compare.json and answers.jsonl."""
     reward_model: str | None = None
@@ -96,7 +132,7 @@ class CompareConfig(PromptsConfig, InferenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WinrateConfig(InferenceConfig):
+class WinrateConfig(EndpointConfig, InferenceConfig):
     """Win rate of one file of answers against another, with a 95 % interval."""
 
     answers: Path
@@ -104,7 +140,10 @@ class WinrateConfig(InferenceConfig):
     baseline: Path
     """The other side's answers to the same prompts, in the same form."""
     judge: str
-    """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id."""
+    """`module:function(prompts, completions) -> list[float]`, a reward model's folder or hub id, or
+    an LLM, openai:MODEL@URL."""
+    judge_mode: JudgeMode = "pairwise"
+    """LLM judge: compare each two answers in both orders, or score each answer by a rubric."""
     chat: bool = False
     """Take string prompts for the user's messages."""
     output: Path | None = None

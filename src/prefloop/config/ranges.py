@@ -133,17 +133,33 @@ def no_room(answer: int, length: int) -> Iterator[str]:
 
 def is_function(source: str) -> bool:
     """Whether a judge is `module:function`, and no folder of that name."""
-    return re.fullmatch(FUNCTION, source) is not None and not Path(source).exists()
+    named = re.fullmatch(FUNCTION, source) is not None and not is_endpoint(source)
+    return named and not Path(source).exists()
+
+
+def is_endpoint(source: str) -> bool:
+    """Whether a judge is a language model behind an endpoint: `openai:MODEL@URL`."""
+    return source.startswith("openai:")
+
+
+def endpoint_parts(source: str) -> tuple[str, str]:
+    """(model, URL) of `openai:MODEL@URL`; empty where it has another form.
+
+    >>> endpoint_parts("openai:org/m@v2@http://127.0.0.1:8000/v1/")
+    ('org/m@v2', 'http://127.0.0.1:8000/v1')
+    """
+    match = re.fullmatch(r"openai:(.+)@(https?://\S+?)/*", source)
+    return (match[1], match[2]) if match else ("", "")
 
 
 OF_MODELS = ("device", "dtype", "weights", "max_length", "micro_batch_tokens", "template_args")
 
 
 def unread_by_functions(config: Settings, of: str, judges: Sequence[str]) -> Iterator[str]:
-    """The problems of settings for models where all judges are Python functions."""
-    if not all(map(is_function, judges)):
+    """The problems of settings for models where no judge is one that is loaded here."""
+    if not all(is_function(judge) or is_endpoint(judge) for judge in judges):
         return
     for field in fields(config):  # type: ignore[arg-type]
         unread = field.name in OF_MODELS
         if unread and getattr(config, field.name) != field.default:
-            yield f"{flag(field.name)} is read by models, and each {of} is a function; leave it out"
+            yield f"{flag(field.name)} is read by models, and no {of} is one; leave it out"

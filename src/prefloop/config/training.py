@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from prefloop.config.endpoint import EndpointConfig
 from prefloop.config.ranges import (
     ALL_LINEAR,
     ANY,
@@ -26,6 +27,7 @@ from prefloop.config.ranges import (
     TemplateArgs,
     Weights,
     Within,
+    is_endpoint,
     no_room,
     target_problems,
 )
@@ -235,8 +237,8 @@ class DPOConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(TrainingConfig):
-    """PPO on prompts, against a reward model or a Python function."""
+class PPOConfig(EndpointConfig, TrainingConfig):
+    """PPO on prompts, against a reward model, a Python function or an LLM judge."""
 
     reward_model: str | tuple[str, ...] | None = None
     """One or more sequence-classification folders or hub ids with one label."""
@@ -249,6 +251,9 @@ class PPOConfig(TrainingConfig):
     model; other arguments are given the rows' columns of those names."""
     reward_weights: Annotated[tuple[float, ...], OnlyWith("reward_function")] = ()
     """Weight of each function's score in the sum; 1 each by default."""
+    judge: str | None = None
+    """Instead of a reward model: an LLM whose scores by a rubric are the reward,
+    openai:MODEL@URL."""
     value_model: Annotated[str | None, CRITIC] = None
     """Critic's start: a folder; by default the reward model (or the policy, with a function)."""
     ref_model: str | None = None
@@ -339,8 +344,13 @@ class PPOConfig(TrainingConfig):
         """See Settings."""
         yield from super().problems()
         yield from no_room(self.max_new_tokens, self.max_length)
-        if bool(self.reward_model) == bool(self.reward_function):
-            yield "give either --reward-model or --reward-function"
+        if sum(map(bool, (self.reward_model, self.reward_function, self.judge))) != 1:
+            yield "give one of --reward-model, --reward-function and --judge"
+        elif self.judge and not is_endpoint(self.judge):
+            yield (
+                f"--judge {self.judge}: give openai:MODEL@URL; a function is --reward-function, a "
+                "model --reward-model"
+            )
         if len(set(self.reward_models)) < len(self.reward_models):
             yield "--reward-model names a model twice; name it once"
         if self.reward_ensemble != "mean" and len(self.reward_models) < 2:

@@ -24,7 +24,7 @@ FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt": (("prompt",), ("chosen", "rejected")),
 }
 """The columns that a row of each kind needs, the first that are all there."""
-VERDICTS = ("tiers", "label", "margin", "judged", "priority", "scores")
+VERDICTS = ("tiers", "label", "margin", "judged", "raters", "priority", "scores")
 """What is said of a row's answers."""
 ANSWERS = (
     *"finish_reasons completion_ids log_probs tokenizer model weights seed sampling".split(),

@@ -133,6 +133,7 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
             weights=config.weights,
             max_length=config.max_length,
             template_args=arguments,
+            endpoint=config if source == config.judge else None,
         )
         if source
         else None

@@ -4,108 +4,127 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefloop import sources
 from prefloop.config import RankConfig
 from prefloop.config.checks import validate
-from prefloop.config.ranges import is_function, template_arguments
-from prefloop.data.formats import parse_row
+from prefloop.config.ranges import is_endpoint, is_function
 from prefloop.errors import UserError
+from prefloop.evaluation.verdicts import (
+    Row,
+    judge_of,
+    preferences_of,
+    ratings_of,
+    row_of,
+    scores_of,
+)
 from prefloop.files import check_writable, write_jsonl
+from prefloop.labelling.agreement import copeland
 from prefloop.progress import Progress
 from prefloop.provenance import weights_sha256
-from prefloop.records import (
-    Demonstration,
-    Prompt,
-    Ranking,
-    RowCounts,
-    Sampled,
-    text_to_json,
-    to_json,
-)
-from prefloop.rewards.functions import columns_of, source_of
-from prefloop.rewards.judges import Judge, load_judge, require_read
+from prefloop.records import Demonstration, RowCounts, text_to_json, to_json
+from prefloop.rewards.endpoint import Usage
+from prefloop.rewards.functions import source_of
+from prefloop.rewards.llm import pairwise_judge, rubric_judge
 from prefloop.runs import model_path
 from prefloop.terminal import shown
 
 AT_ONCE = 32  # rows scored between two lines of the journal
 
 
-@dataclass(frozen=True)
-class Row:
-    """A prompt with its answers, not yet ranked: all in one tier."""
+class Order(NamedTuple):
+    """Answers by a judge's verdict, with their scores where it gave some."""
 
-    prompt: Prompt
-    answers: Ranking
-    texts: tuple[str, ...]
-
-    @property
-    def ended(self) -> tuple[bool, ...]:
-        """Of each answer, whether it came to its end."""
-        return tuple(not one.cut for one in self.sampled)
-
-    @property
-    def sampled(self) -> tuple[Sampled, ...]:
-        """What is known of each answer."""
-        return self.answers.sampled or (Sampled(),) * len(self.texts)
+    tiers: tuple[tuple[int, ...], ...]
+    scores: Sequence[float] = ()
 
 
 def run(config: RankConfig) -> dict[str, Any]:
     """Scores all answers and writes --output; goes on from where an earlier try was ended."""
-    # 1. Rows and judge.
+    # 1. Rows.
     validate(config)
     check_writable(config.output)
     counts = RowCounts(bad_rows="error" if config.bad_rows == "error" else "list")
     rows = _read(config, counts)
-    arguments = template_arguments(config.template_args)
-    require_read(arguments, [config.judge])
-    judge = load_judge(
-        config.judge,
-        device=config.device,
-        dtype=config.dtype,
-        weights=config.weights,
-        max_length=config.max_length,
-        micro_batch_tokens=config.micro_batch_tokens,
-        template_args=arguments,
-    )
-    judge.require(row.prompt for row in rows)
-    # 2. Scores, each chunk of rows kept as soon as it is scored.
-    journal = Journal(config.output, _digest(config, rows))
-    with Progress("rows judged", len(rows), done=len(journal.scores), leave=False) as progress:
-        for start in range(len(journal.scores), len(rows), AT_ONCE):
-            chunk = rows[start : start + AT_ONCE]
-            journal.add(_scores(judge, chunk))
-            progress.advance(len(chunk))
+    # 2. The judge's verdicts.
+    journal = None
+    if not is_endpoint(config.judge):
+        journal = Journal(config.output, _digest(config, rows))
+        orders, usage = _scored(config, rows, journal), None
+    elif config.judge_mode == "rubric":
+        orders, usage = _rated(config, rows)
+    else:
+        orders, usage = _compared(config, rows)
     # 3. Rankings, or the best of each.
     written: list[dict[str, object]] = []
     pairs = 0
-    for row, scores in zip(rows, journal.scores, strict=True):
-        ranking = replace(row.answers, tiers=tiers_of(scores))
+    for row, order in zip(rows, orders, strict=True):
+        if order is None:
+            counts.drop("no verdict of the judge")
+            continue
+        ranking = replace(row.answers, tiers=order.tiers)
         pairs += len(ranking.pairs())
         counts.tied_pairs += ranking.tied_pairs()
         best = ranking.tiers[0][0]
+        scores = {"scores": list(order.scores)} if order.scores else {}
         if config.form == "rankings":
-            written.append(to_json(ranking) | {"labeller": config.judge, "scores": list(scores)})
-        elif config.min_score is not None and scores[best] < config.min_score:
+            written.append(to_json(ranking) | {"labeller": config.judge} | scores)
+        elif config.min_score is not None and order.scores[best] < config.min_score:
             counts.drop(f"best answer below --min-score {config.min_score:g}")
         else:
             said = ranking.completions[best]
             one = Demonstration(ranking.prompt, said, sampled=(row.sampled[best],))
-            written.append(to_json(one) | {"judge": config.judge, "score": scores[best]})
+            score = {"score": order.scores[best]} if order.scores else {}
+            written.append(to_json(one) | {"judge": config.judge} | score)
     counts.used = len(written)
     if not written:
         raise UserError(f"{config.data}: nothing to write: {counts.summary()}")
     write_jsonl(config.output, written)
-    journal.remove()
+    if journal:
+        journal.remove()
     print(counts.summary(), file=sys.stderr)
     result = {"output": str(config.output), "rows": len(written), "left_out": dict(counts.dropped)}
-    return result | {"pairs": pairs, "tied_pairs": counts.tied_pairs}
+    result |= {"pairs": pairs, "tied_pairs": counts.tied_pairs}
+    return result | ({"judge_usage": asdict(usage)} if usage else {})
+
+
+def _scored(config: RankConfig, rows: Sequence[Row], journal: Journal) -> list[Order | None]:
+    """By a model's or a function's scores, each chunk of rows kept as soon as it is scored."""
+    judge = judge_of(config, rows)
+    with Progress("rows judged", len(rows), done=len(journal.scores), leave=False) as progress:
+        for start in range(len(journal.scores), len(rows), AT_ONCE):
+            chunk = rows[start : start + AT_ONCE]
+            journal.add(scores_of(judge, chunk))
+            progress.advance(len(chunk))
+    return [Order(tiers_of(scores), scores) for scores in journal.scores]
+
+
+def _rated(config: RankConfig, rows: Sequence[Row]) -> tuple[list[Order | None], Usage]:
+    """By an LLM's scores; its cache is what an ended try goes on from."""
+    judge = rubric_judge(config.judge, config)
+    orders: list[Order | None] = []
+    for scores in ratings_of(judge, rows):
+        known = [score for score in scores if score is not None]
+        whole = len(known) == len(scores)
+        orders.append(Order(tiers_of(known), known) if whole else None)
+    return orders, judge.endpoint.usage
+
+
+def _compared(config: RankConfig, rows: Sequence[Row]) -> tuple[list[Order | None], Usage]:
+    """By an LLM's verdict on each two answers, in both orders: pairs won less pairs lost."""
+    judge = pairwise_judge(config.judge, config)
+    orders: list[Order | None] = []
+    for row, verdicts in zip(rows, preferences_of(judge, rows), strict=True):
+        votes = [v.first - 0.5 for v in verdicts if v is not None]
+        whole = len(votes) == len(verdicts)
+        tiers = copeland(votes, len(row.texts)) if whole else []
+        orders.append(Order(tuple(map(tuple, tiers))) if whole else None)
+    return orders, judge.endpoint.usage
 
 
 def tiers_of(scores: Sequence[float]) -> tuple[tuple[int, ...], ...]:
@@ -122,7 +141,7 @@ def _read(config: RankConfig, counts: RowCounts) -> list[Row]:
     rows = []
     for prompt in sources.load(config.data, "prompt", counts, config.chat):
         try:
-            rows.append(_row(prompt))
+            rows.append(row_of(prompt))
         except UserError as error:
             counts.bad_row(prompt.where, error)
     for where, problem in counts.bad:
@@ -130,40 +149,6 @@ def _read(config: RankConfig, counts: RowCounts) -> list[Row]:
     if not rows:
         raise UserError(f"{config.data}: nothing to rank: {counts.summary()}")
     return rows
-
-
-def _row(prompt: Prompt) -> Row:
-    """A prompt's answers, as rankings read them; UserError where they cannot be ranked."""
-    given = prompt.extra.get("completions")
-    if not isinstance(given, list) or len(given) < 2:
-        raise UserError(
-            f"{prompt.where}: `completions` must hold two answers or more to be ranked; sample "
-            "with --samples-per-prompt 2 or more"
-        )
-    asked = {"prompt": text_to_json(prompt.prompt), "tiers": [list(range(len(given)))]}
-    (answers,) = parse_row({**prompt.extra, **asked}, prompt.where, "preference")
-    assert isinstance(answers, Ranking)
-    turns = [said if isinstance(said, str) else said[0].content for said in answers.completions]
-    if any(len(said) != 1 for said in answers.completions if not isinstance(said, str)):
-        raise UserError(f"{prompt.where}: an answer of several turns cannot be judged; give one")
-    others = {k: v for k, v in prompt.extra.items() if k != "completions"}
-    return Row(replace(prompt, extra=others), answers, tuple(turns))
-
-
-def _scores(judge: Judge, rows: Sequence[Row]) -> list[list[float]]:
-    """The judge's scores of some rows; equal answers to one prompt are scored once."""
-    keys = [list(dict.fromkeys(zip(row.texts, row.ended, strict=True))) for row in rows]
-    asked = [row.prompt for row, own in zip(rows, keys, strict=True) for _ in own]
-    texts, ended = zip(*(key for own in keys for key in own), strict=True)
-    columns = columns_of([row.extra for row in asked])
-    found = iter(judge([row.prompt for row in asked], texts, ended, columns))
-    scores = []
-    for row, own in zip(rows, keys, strict=True):
-        known = {key: next(found) for key in own}
-        if bad := [score for score in known.values() if not math.isfinite(score)]:
-            raise UserError(f"{row.prompt.where}: the judge gave {bad[0]}; give one that is sound")
-        scores.append([known[key] for key in zip(row.texts, row.ended, strict=True)])
-    return scores
 
 
 # --- going on ------------------------------------------------------------------------------------

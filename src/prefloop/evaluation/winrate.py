@@ -12,7 +12,7 @@ import numpy as np
 
 from prefloop.config import WinrateConfig
 from prefloop.config.checks import validate
-from prefloop.config.ranges import template_arguments
+from prefloop.config.ranges import is_endpoint, template_arguments
 from prefloop.data.formats import load
 from prefloop.data.sampled import samples, samples_of_list
 from prefloop.errors import UserError
@@ -20,6 +20,10 @@ from prefloop.files import check_writable, write_atomic
 from prefloop.intervals import Grouped, Interval, bootstrap, mean_score
 from prefloop.records import Prompt, RowCounts, text_to_json, tools_of
 from prefloop.rewards.functions import columns_of
+from prefloop.rewards.llm import Answer, Pair, RubricJudge, pairwise_judge
+
+Answers = list[tuple[str, bool, Prompt]]
+"""Of one prompt: each answer's text, whether it ended, and its row."""
 
 
 def prompt_win_rate(scores: Sequence[float], baseline: Sequence[float]) -> float:
@@ -41,8 +45,6 @@ def win_rate(scores: Grouped, baseline: Grouped, seed: int = 0) -> Interval:
 
 def run(config: WinrateConfig) -> dict[str, Any]:
     """`prefloop evaluate winrate`: judge two files of answers to the same prompts."""
-    from prefloop.rewards.judges import load_judge, require_read
-
     # 1. The answers of both sides, by prompt, in the order of the first file.
     validate(config)
     if config.output is not None:
@@ -55,6 +57,25 @@ def run(config: WinrateConfig) -> dict[str, Any]:
             f"{config.baseline}: no answer to the prompt {missing[0][:80]} of {config.answers}; "
             "both files must answer the same prompts"
         )
+    # 2. Verdicts, and the numbers.
+    result: dict[str, Any] = {
+        "prompts": len(answers),
+        "baseline_prompts_left_out": len(baseline.keys() - answers.keys()),
+    }
+    both = [(said, baseline[key]) for key, said in answers.items()]
+    if is_endpoint(config.judge) and config.judge_mode == "pairwise":
+        result |= _compared(config, both)
+    else:
+        result |= _scored(config, both)
+    if config.output is not None:
+        write_atomic(config.output, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _scored(config: WinrateConfig, both: Sequence[tuple[Answers, Answers]]) -> dict[str, Any]:
+    """By a judge that scores: win rate and means, over what an LLM gave a score."""
+    from prefloop.rewards.judges import load_judge, require_read
+
     arguments = template_arguments(config.template_args)
     require_read(arguments, [config.judge])
     judge = load_judge(
@@ -65,35 +86,74 @@ def run(config: WinrateConfig) -> dict[str, Any]:
         max_length=config.max_length,
         micro_batch_tokens=config.micro_batch_tokens,
         template_args=arguments,
+        endpoint=config,
     )
-    judge.require(row for side in (answers, baseline) for said in side.values() for *_, row in said)
-    # 2. Scores.
-    sides = []
-    for side in (answers, {key: baseline[key] for key in answers}):
-        flat = [said for texts in side.values() for said in texts]
+    judge.require(row for sides in both for side in sides for *_, row in side)
+    scored: list[list[list[float | None]]] = []
+    for side in zip(*both, strict=True):
+        flat = [said for texts in side for said in texts]
         columns = columns_of([row.extra for *_, row in flat])
         asked, ended = [row.prompt for *_, row in flat], [end for _, end, _ in flat]
-        scores = iter(judge(asked, [text for text, *_ in flat], ended, columns))
-        sides.append([[next(scores) for _ in texts] for texts in side.values()])
-    # 3. Win rate and means.
-    result = {
-        "prompts": len(answers),
-        "baseline_prompts_left_out": len(baseline.keys() - answers.keys()),
-        "win_rate": asdict(win_rate(sides[0], sides[1], config.seed)),
-        "score": asdict(mean_score(sides[0], config.seed)),
-        "baseline_score": asdict(mean_score(sides[1], config.seed)),
+        texts = [text for text, *_ in flat]
+        if isinstance(judge, RubricJudge):
+            scores = iter(judge.rate(asked, texts, ended))
+        else:
+            scores = iter(judge(asked, texts, ended, columns))
+        scored.append([[next(scores) for _ in said] for said in side])
+    known = [[[s for s in row if s is not None] for row in side] for side in scored]
+    whole = [pair for pair in zip(*known, strict=True) if all(pair)]
+    _require_verdicts(config, whole)
+    own, other = zip(*whole, strict=True)
+    result: dict[str, Any] = {
+        "win_rate": asdict(win_rate(own, other, config.seed)),
+        "score": asdict(mean_score(own, config.seed)),
+        "baseline_score": asdict(mean_score(other, config.seed)),
     }
-    if config.output is not None:
-        write_atomic(config.output, json.dumps(result, indent=2) + "\n")
+    if isinstance(judge, RubricJudge):
+        result |= {
+            "prompts_without_verdict": len(both) - len(own),
+            "answers_without_score": sum(s is None for side in scored for r in side for s in r),
+            "judge_usage": asdict(judge.endpoint.usage),
+        }
     return result
 
 
-def _read_answers(path: Path, chat: bool = False) -> dict[str, list[tuple[str, bool, Prompt]]]:
+def _compared(config: WinrateConfig, both: Sequence[tuple[Answers, Answers]]) -> dict[str, Any]:
+    """By an LLM that compares: each answer with each of the baseline's, in both orders."""
+    judge = pairwise_judge(config.judge, config)
+    pairs = [
+        [
+            Pair(row.prompt, Answer(text, end), Answer(other, other_end))
+            for text, end, row in own
+            for other, other_end, _ in against
+        ]
+        for own, against in both
+    ]
+    said = iter(judge.prefer([pair for group in pairs for pair in group]))
+    verdicts = [[v for v in (next(said) for _ in group) if v is not None] for group in pairs]
+    every = [v for group in verdicts for v in group]
+    _require_verdicts(config, every)
+    rates = [sum(v.first for v in group) / len(group) for group in verdicts if group]
+    return {
+        "win_rate": asdict(bootstrap(rates, config.seed)),
+        "prompts_without_verdict": len(pairs) - len(rates),
+        "pairs_without_verdict": sum(map(len, pairs)) - len(every),
+        "order_agreement": sum(v.agreed for v in every) / len(every),
+        "judge_usage": asdict(judge.endpoint.usage),
+    }
+
+
+def _require_verdicts(config: WinrateConfig, verdicts: Sequence[object]) -> None:
+    if not verdicts:
+        raise UserError(f"{config.judge}: no verdict on any prompt; give another judge")
+
+
+def _read_answers(path: Path, chat: bool = False) -> dict[str, Answers]:
     """Each prompt's answers with their rows, {prompt, completion} or {prompt, completions}.
 
     An answer is its text and whether it ended, as finish reasons say.
     """
-    by_prompt: dict[str, list[tuple[str, bool, Prompt]]] = {}
+    by_prompt: dict[str, Answers] = {}
     for row in load(str(path), "prompt", RowCounts(), chat):
         texts = row.extra.get("completions", [row.extra.get("completion")])
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):

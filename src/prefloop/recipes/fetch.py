@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefloop.errors import UserError
+from prefloop.files import cache_dir
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,6 @@ class RatedSentence:
     def mean(self) -> float:
         """Mean of the ratings."""
         return sum(self.ratings) / len(self.ratings)
-
-
-def cache_dir() -> Path:
-    """The cache's folder: `$PREFLOOP_CACHE`, by default `~/.cache/prefloop`."""
-    return Path(os.environ.get("PREFLOOP_CACHE") or "~/.cache/prefloop").expanduser()
 
 
 @contextmanager

@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 
 from prefloop.data.sampled import samples_of_list
 from prefloop.errors import UserError
-from prefloop.files import read_rows, write_atomic, write_jsonl
+from prefloop.files import cache_dir, read_rows, write_atomic, write_jsonl
 from prefloop.recipes.fetch import (
     MOVIE_RATINGS,
     RatedSentence,
-    cache_dir,
     fetch_movie_ratings,
     require_packages,
 )

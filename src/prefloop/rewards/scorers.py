@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from prefloop.models.pieces import split_answers
 from prefloop.records import Message, Prompt, Sampled, Text
 from prefloop.rewards.functions import Columns, FunctionJudge, columns_of
 from prefloop.rewards.judges import Judge
+from prefloop.rewards.llm import RubricJudge
 from prefloop.terminal import shown
 
 
@@ -115,6 +117,7 @@ class Scored(NamedTuple):
 
     scores: list[float]
     parts: Mapping[str, list[float]]
+    cost: Mapping[str, int] = MappingProxyType({})  # what an LLM judge used for them
 
 
 Scorer = Callable[[Sequence[Prompt], Sequence[str], Sequence[Example]], Scored]
@@ -238,6 +241,22 @@ def text_scorer(judge: Judge, stop_token_ids: frozenset[int]) -> Scorer:
             parts = judge.parts(asked, completions, columns)
             return Scored(judge.weighted(parts), parts if len(parts) > 1 else {})
         ended = [answer[-1] in stop_token_ids for e in examples for answer in e.answers]
+        if isinstance(judge, RubricJudge):
+            return _rated(judge, asked, completions, ended)
         return Scored(judge(asked, completions, ended, columns), {})
 
     return score
+
+
+def _rated(
+    judge: RubricJudge, asked: Sequence[Text], completions: Sequence[str], ended: Sequence[bool]
+) -> Scored:
+    """An LLM's scores and what they cost. An answer that got none (`judge/failed`) takes the mean
+    of the others, which moves the policy least: the run would stop at the same answer again.
+    """
+    before = asdict(judge.endpoint.usage)
+    rated = judge.rate(asked, completions, ended)
+    known = [score for score in rated if score is not None]
+    scores = [sum(known) / len(known) if score is None else score for score in rated]
+    cost = {f"judge/{k}": n - before[k] for k, n in asdict(judge.endpoint.usage).items()}
+    return Scored(scores, {}, cost)

@@ -35,6 +35,7 @@ from prefloop.models.pieces import split_answers
 from prefloop.models.shared import reference_of
 from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.rewards.functions import function_judge
+from prefloop.rewards.llm import rubric_judge
 from prefloop.rewards.scorers import model_scorer, text_scorer, together
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, planning
@@ -323,7 +324,8 @@ def build(
         each = [model_scorer(model, policy, asked, config, stops) for model in rewards]
         scorer = together(config.reward_models, each, config.reward_ensemble)
     else:
-        scorer = text_scorer(functions, stops)
+        judge = rubric_judge(config.judge, config) if config.judge else functions
+        scorer = text_scorer(judge, stops)
     fixed = [model for model in (policy, reference, *rewards) if model]
     sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
     method = PPO(config, sampler, prompts, ptx, eval_prompts, fixed)

@@ -224,6 +224,7 @@ class Sampler:
         gap = (sampled - log_probs).abs()
         metrics = rollout_metrics(rollouts, scores, stopped, gap, kl_coef, self.policy.device)
         metrics |= score_means(scored.parts, len(flat), self.policy.device)
+        metrics |= distributed.sum_mapping(scored.cost, self.policy.device)
         samples = [
             {
                 "prompt": text_to_json(asked[i].prompt),
