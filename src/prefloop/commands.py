@@ -35,7 +35,7 @@ def sft(config: c.SFTConfig) -> Run:
 
 
 def rank(config: c.RankConfig) -> dict[str, Any]:
-    """Rank sampled answers by a reward model or a function."""
+    """Rank sampled answers by a reward model, a function or an LLM."""
     validate(config)
     from prefloop.evaluation.rank import run
 
@@ -59,7 +59,7 @@ def dpo(config: c.DPOConfig) -> Run:
 
 
 def ppo(config: c.PPOConfig) -> Run:
-    """Train a policy against a reward model or a function."""
+    """Train a policy against a reward model, a function or an LLM judge."""
     validate(config)
     from prefloop.training.ppo import run
 
@@ -108,6 +108,14 @@ def winrate(config: c.WinrateConfig) -> dict[str, Any]:
     """Win rate of one file of answers against another."""
     validate(config)
     from prefloop.evaluation.winrate import run
+
+    return run(config)
+
+
+def judge_quality(config: c.JudgeQualityConfig) -> dict[str, Any]:
+    """How far a judge agrees with people, beside how far people agree with each other."""
+    validate(config)
+    from prefloop.evaluation.judge_quality import run
 
     return run(config)
 
@@ -286,6 +294,7 @@ COMMANDS = {
     "chat": Command(c.ChatConfig, chat),
     "compare": Command(c.CompareConfig, compare, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
+    "evaluate judge": Command(c.JudgeQualityConfig, judge_quality),
     "evaluate reward-model": Command(c.RewardQualityConfig, reward_quality),
     "label serve": Command(l.LabelServeConfig, label_serve),
     "label import": Command(l.LabelImportConfig, label_import),
