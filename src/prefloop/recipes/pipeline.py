@@ -8,7 +8,8 @@
         command: dpo
         settings: {model: "${sft}", data: preferences.jsonl, beta: 0.1}
 
-A stage's output is its setting `output`, or a folder of its name under the pipeline's output;
+A stage's output is its setting `output`, or a folder (a file NAME.jsonl, where the command writes
+rows) of its name under the pipeline's output;
 `${name}` in a later stage's settings stands for it. A stage is skipped when it has finished with
 the same settings and the same contents of the files they name; it resumes when it was interrupted;
 when settings or contents changed, its old output is moved aside and it starts anew.
@@ -38,8 +39,12 @@ from prefloop.files import check_folder, write_atomic
 RECORD = "pipeline.json"
 NOT_INPUTS = ("output", "resume")
 WORDS = ("round", "policy")
-STORES = ("store", "to_labels")
+STORES = ("store", "to_labels", "judge_cache")
 """Settings that name a place to work in: what it holds is not part of a stage's fingerprint."""
+
+
+ROWS = ("sample", "generate", "rank", "label export")
+"""Commands whose output is a file of rows, and not a folder."""
 
 
 class Command(Protocol):
@@ -163,7 +168,8 @@ def _read_stage(
     given = item.get("settings", {})
     settings = {key: _fill(value, names, where) for key, value in given.items()}
     if "output" in {field.name for field in fields(config_class)}:
-        settings.setdefault("output", str(root / name))
+        ending = ".jsonl" if command in ROWS else ""
+        settings.setdefault("output", str(root / (name + ending)))
     config: Any = build(config_class, settings, where)
     try:
         validate(config)
