@@ -141,7 +141,7 @@ ALONE = {  # may be given where it changes nothing
 }
 ELSEWHERE = {  # changes no number: the test that finds its effect
     "label_margins": "training/test_rows.py::test_margins_of_what_labellers_said_reach_the_loss",
-    "policy_norm": "training/test_ppo.py::test_dr_grpo_by_hand",  # no answer here ends early
+    "policy_norm": "training/test_ppo.py::test_dr_grpo_by_hand",  # grpo: no answer ends
     "judge": "training/test_llm_reward.py::test_scores_are_the_judges_and_their_cost_is_logged",
     "judge_prompt": "evaluation/test_llm_judges.py::test_a_prompt_of_ones_own_has_its_own_scale",
     "judge_args": "evaluation/test_llm_judges.py::test_replies_are_asked_for_once",
