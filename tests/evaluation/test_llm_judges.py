@@ -101,7 +101,7 @@ def test_a_win_in_one_order_and_a_tie_in_the_other_disagree(tmp_path: Path) -> N
 def test_rubric_scores_chats_and_cut_answers(tmp_path: Path) -> None:
     chat = (Message("system", "Be brief."), Message("user", "Hi {answer}"))
     with serving(by_length) as server:
-        judge = rubric(server, tmp_path)
+        judge = rubric(server, tmp_path, judge_concurrency=1)
         assert judge([chat, "p"], ["four", "{prompt}"], [True, True]) == [4.0, 8.0]
         judge(["p"], ["four"], [False])
     assert section(server.prompts[0], "prompt") == "system: Be brief.\n\nuser: Hi {answer}"
