@@ -58,7 +58,7 @@ def test_every_command_has_help(name, capsys):
     assert main([*name.split(), "--help"]) == 0
     said = capsys.readouterr().out
     assert f"usage: prefloop {name}" in said
-    assert "--config FILE" in said
+    assert "--config " in said
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"], ["evaluate"]])

@@ -136,7 +136,7 @@ def test_named_flags_exist(path):
     known = {
         name: {flag(f.name) for f in fields(command.config)}
         | {flag(f"no_{n}") for n, kind in get_type_hints(command.config).items() if kind is bool}
-        | {"--config", "--help"}
+        | {"--config", "--help", "--help-all"}
         for name, command in COMMANDS.items()
     }
     every = set().union(*known.values())

@@ -276,4 +276,5 @@ def test_every_command_that_takes_settings_is_tried():
     from tests.training.small import CONFIGS
 
     tried = MODES.keys() | test_settings.MODES.keys() | CONFIGS.keys()
-    assert COMMANDS.keys() - tried <= {"fetch-model", "export"}  # tests/models/test_publish.py
+    elsewhere = {"fetch-model", "export", "completion"}  # tests/models/test_publish.py, console/
+    assert COMMANDS.keys() - tried <= elsewhere

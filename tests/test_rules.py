@@ -5,7 +5,7 @@ import importlib
 import inspect
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -128,7 +128,11 @@ def an_example(config, **settings):
     """A configuration whose required settings are given somehow."""
     examples = {str: "x", str | tuple[str, ...]: "x", Path: Path("x"), tuple[str, ...]: ("a=x",)}
     hints = get_type_hints(config)
-    required = {f.name: examples[hints[f.name]] for f in fields(config) if f.default is MISSING}
+    needed = {f.name: hints[f.name] for f in fields(config) if f.default is MISSING}
+    required = {
+        name: get_args(kind)[0] if get_origin(kind) is Literal else examples[kind]
+        for name, kind in needed.items()
+    }
     return config(**required | settings)
 
 

@@ -17,6 +17,7 @@ from types import FrameType, MappingProxyType
 
 from prefloop.commands import COMMANDS, Command
 from prefloop.config.resolve import flag, nearest, resolve
+from prefloop.console.help import overview, page
 from prefloop.errors import Terminated, UserError, first_line, out_of_memory
 from prefloop.terminal import shown
 
@@ -30,9 +31,7 @@ if not sys.stderr.isatty():  # no bars in log files
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-# That it misses a faster kernel of a package that nobody asked for.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
+HELP = {"-h", "--help", "--help-all"}
 DONE, OURS, YOURS, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
@@ -70,8 +69,13 @@ def main(
 
 
 def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in HELP | {"help"}:
         print(overview(commands))
+        return DONE
+    if words[0] == "--complete":  # asked by the shell, at each Tab
+        from prefloop.console.completion import candidates
+
+        print("".join(f"{line}\n" for line in candidates(words[1:], commands)), end="")
         return DONE
     if words[0] == "--version":
         from importlib.metadata import version
@@ -80,7 +84,7 @@ def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
         return DONE
     name = words[0]
     if name in ("evaluate", "label"):
-        if words[1:] in ([], ["-h"], ["--help"]):
+        if not set(words[1:]) - HELP:
             print(overview(commands, f"{name} "))
             return DONE
         name = " ".join(words[:2])
@@ -88,38 +92,18 @@ def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:
         known = nearest(name, commands) or "; see prefloop --help"
         raise UserError(f"no command `{name}`{known}")
     command, flags = commands[name], words[len(name.split()) :]
+    if not HELP.isdisjoint(flags):
+        print(page(name, command, whole="--help-all" in flags))
+        return DONE
     if command.positional and flags and not flags[0].startswith("-"):
         flags = [flag(command.positional), *flags]
     yaml_path = None
     if not hasattr(command.config, "config"):  # `check` reads another's
         yaml_path, flags = _take_config(flags)
-    try:
-        config: object = resolve(command.config, yaml_path, flags, prog=f"prefloop {name}")
-    except SystemExit:  # help was asked for and printed
-        return DONE
+    config: object = resolve(command.config, yaml_path, flags)
     _log_to_stderr()
     command.show(command.function(config))
     return DONE
-
-
-def overview(commands: Mapping[str, Command], prefix: str = "") -> str:
-    """The help of `prefloop --help`: every command with one line."""
-    lines = [
-        f"  {name:<23}{(command.function.__doc__ or '').splitlines()[0]}"
-        for name, command in commands.items()
-        if name.startswith(prefix)
-    ]
-    return "\n".join(
-        [
-            "usage: prefloop COMMAND [--config FILE.yaml] [--flag value ...]",
-            "",
-            "From human preferences to a better language model: SFT, reward model, PPO, DPO.",
-            "",
-            *lines,
-            "",
-            "`prefloop COMMAND --help` lists its flags; they override --config, that the defaults.",
-        ]
-    )
 
 
 def _take_config(flags: list[str]) -> tuple[Path | None, list[str]]:

@@ -235,6 +235,14 @@ def fetch_model(config: c.FetchModelConfig) -> Path:
     return config.output
 
 
+def completion(config: c.CompletionConfig) -> str:
+    """Print what makes bash, zsh or fish complete commands and flags."""
+    validate(config)
+    from prefloop.console.completion import SCRIPTS
+
+    return SCRIPTS[config.shell]
+
+
 def show(result: Any) -> None:
     """Print what a command gave back: its run's directory, a path, or numbers."""
     if isinstance(result, dict):
@@ -307,4 +315,5 @@ COMMANDS = {
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "check": Command(c.CheckConfig, check),
     "fetch-model": Command(c.FetchModelConfig, fetch_model, positional="name"),
+    "completion": Command(c.CompletionConfig, completion, print, positional="shell"),
 }

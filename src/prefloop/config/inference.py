@@ -223,3 +223,11 @@ class FetchModelConfig(Settings):
     """Name of the model."""
     output: Path | None = None
     """Folder to write; by default one in the user's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig(Settings):
+    """Print what makes a shell complete commands, flags and their values."""
+
+    shell: Literal["bash", "zsh", "fish"]
+    """The shell that reads it."""

@@ -8,10 +8,12 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from prefloop.config.kinds import in_words
 from prefloop.errors import UserError
 
 C = TypeVar("C")
@@ -32,21 +34,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def resolve(
-    config_class: type[C], yaml_path: Path | None, argv: Sequence[str], prog: str = "prefloop"
-) -> C:
+def resolve(config_class: type[C], yaml_path: Path | None, argv: Sequence[str]) -> C:
     """The configuration of one run, from a YAML file (if any) and flags; UserError if faulty."""
     values: dict[str, Any] = {}
     if yaml_path is not None:
         values = coerce(config_class, read_yaml(yaml_path), str(yaml_path))
-    return _parse_flags(config_class, values, argv, yaml_path, prog)
+    return _parse_flags(config_class, values, argv, yaml_path)
 
 
 def build(config_class: type[C], settings: Mapping[str, object], where: str) -> C:
     """The configuration that a mapping describes; `where` names its place in messages."""
     values = coerce(config_class, settings, where)
-    if missing := [name for name in _required(config_class) if name not in values]:
-        raise UserError(f"{where}: `{missing[0]}` is missing")
+    if missing := [f"`{name}`" for name in _required(config_class) if name not in values]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{where}: {_listed(missing)} {verb} missing")
     return config_class(**values)
 
 
@@ -90,8 +91,8 @@ def _unique_keys_loader() -> type:
 
 def coerce(config_class: type, settings: Mapping[str, object], where: str) -> dict[str, Any]:
     """`settings` as the field types of `config_class`; unknown keys and wrong types are errors."""
-    types, automatic = get_type_hints(config_class), _automatic(config_class)
-    settings = {k: 0 if v == "auto" and k in automatic else v for k, v in settings.items()}
+    types, by_itself = get_type_hints(config_class), automatic(config_class)
+    settings = {k: 0 if v == "auto" and k in by_itself else v for k, v in settings.items()}
     for key in settings:
         if key not in types:
             raise UserError(
@@ -101,7 +102,7 @@ def coerce(config_class: type, settings: Mapping[str, object], where: str) -> di
     return {key: _convert(value, types[key], where, key) for key, value in settings.items()}
 
 
-def _automatic(config_class: type) -> set[str]:
+def automatic(config_class: type) -> set[str]:
     """Settings that may be `auto`."""
     hints = get_type_hints(config_class, include_extras=True)
     return {name for name, hint in hints.items() if OrAuto in getattr(hint, "__metadata__", ())}
@@ -130,9 +131,7 @@ def _convert(value: object, wanted: Any, where: str, key: str) -> Any:
             return float(value)  # type: ignore[arg-type]
     if type(value) is wanted:
         return value
-    kind = {"str": "text", "int": "a whole number", "float": "a number", "Path": "a path"}
-    name = kind.get(wanted.__name__, "true or false")
-    raise UserError(f"{where}: `{key}` is {value!r}; give {name}")
+    raise UserError(f"{where}: `{key}` is {value!r}; give {in_words(wanted)}")
 
 
 def _required(config_class: type) -> list[str]:
@@ -144,11 +143,7 @@ def _required(config_class: type) -> list[str]:
 
 
 def _parse_flags(
-    config_class: type[C],
-    values: dict[str, Any],
-    argv: Sequence[str],
-    yaml_path: Path | None,
-    prog: str,
+    config_class: type[C], values: dict[str, Any], argv: Sequence[str], yaml_path: Path | None
 ) -> C:
     """Flags over `values`, through tyro, whose boxed errors become one line."""
     import tyro
@@ -156,42 +151,52 @@ def _parse_flags(
     types = get_type_hints(config_class)
     known = {flag(n) for n in types} | {flag("no-" + n) for n, t in types.items() if t is bool}
     given = {flag(a[2:].partition("=")[0]) for a in argv if a.startswith("--") and a != "--"}
-    help_wanted = not {"-h", "--help"}.isdisjoint(argv)
-    if not help_wanted:
-        for unknown in sorted(given - known):
-            raise UserError(f"unknown flag {unknown}" + (nearest(unknown, known) or "; see --help"))
-        for name in _required(config_class):
-            if name not in values and flag(name) not in given:
-                in_file = f", or `{name}` in {yaml_path}" if yaml_path else ""
-                raise UserError(f"{flag(name)} is missing; give it{in_file}")
-    automatic = {flag(name) for name in _automatic(config_class)}
+    for unknown in sorted(given - known):
+        raise UserError(f"unknown flag {unknown}" + (nearest(unknown, known) or "; see --help"))
+    required = _required(config_class)
+    if missing := [n for n in required if n not in values and flag(n) not in given]:
+        flags, names = _listed(map(flag, missing)), _listed(f"`{name}`" for name in missing)
+        verb, it = ("is", "it") if len(missing) == 1 else ("are", "them")
+        in_file = f", or {names} in {yaml_path}" if yaml_path else ""
+        raise UserError(f"{flags} {verb} missing; give {it}{in_file}")
+    by_itself = {flag(name) for name in automatic(config_class)}
     words = [
-        "0" if word == "auto" and before in automatic else word
+        "0" if word == "auto" and before in by_itself else word
         for before, word in zip(["", *argv], argv, strict=False)
     ]
-    words = [f"{w[:-5]}=0" if w[:-5] in automatic and w.endswith("=auto") else w for w in words]
-    start = dict.fromkeys(_required(config_class), tyro.MISSING) | values
+    words = [f"{w[:-5]}=0" if w[:-5] in by_itself and w.endswith("=auto") else w for w in words]
+    start = dict.fromkeys(required, tyro.MISSING) | values
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                config_class,
-                args=words,
-                prog=prog,
-                description=f"{config_class.__doc__}\n\n--config FILE reads settings from YAML.",
-                default=config_class(**start),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    raise UserError(_one_line(errors.getvalue()))
+            return tyro.cli(config_class, args=words, default=config_class(**start), add_help=False)
+    except SystemExit:
+        raise UserError(_one_line(errors.getvalue(), config_class, argv)) from None
 
 
-def _one_line(box: str) -> str:
-    """The message inside one of tyro's error boxes: the lines between its first two rules."""
+def _listed(names: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _one_line(box: str, config_class: type, argv: Sequence[str]) -> str:
+    """The message inside one of tyro's error boxes, the lines between its first two rules; where it
+    speaks of a flag, our own.
+    """
     parts = re.split(r"(?m)^.*[-─]{8,}.*$", box)
-    text = parts[1] if len(parts) > 1 else box
-    return " ".join(text.replace("│", " ").split()).rstrip(".") + "; see --help"
+    text = " ".join((parts[1] if len(parts) > 1 else box).replace("│", " ").split())
+    types = {flag(name): (name, kind) for name, kind in get_type_hints(config_class).items()}
+    named = [word for word in re.findall(r"--[\w-]+", text) if word in types]
+    if not named:
+        return text.rstrip(".") + "; see --help"
+    name, kind = types[named[0]]
+    words = [w for word in argv for w in (word.split("=", 1) if word[:2] == "--" else [word])]
+    behind = list(takewhile(lambda w: w[:2] != "--", words[words.index(named[0]) + 1 :]))
+    remedy = f"give {in_words(kind, name in automatic(config_class))}"
+    if not behind:
+        return f"{named[0]} has no value; {remedy}"
+    return f"{named[0]} is {' '.join(behind)!r}; {remedy}"
 
 
 def as_dict(config: Any) -> dict[str, object]:
