@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +252,16 @@ def show(result: Any) -> None:
         print(shown(str(getattr(result, "directory", result))))
 
 
+def show_run(result: Any) -> None:
+    """Sum a run up on standard error; its directory is what is printed."""
+    from prefloop.console.summary import lines_of
+    from prefloop.distributed import rank
+
+    if rank() == 0:
+        print("\n".join(lines_of(result)), file=sys.stderr)
+        show(result)
+
+
 def _console() -> Console:
     """For tables: a file has room for every column."""
     from rich.console import Console
@@ -292,12 +303,12 @@ class Command:
 
 COMMANDS = {
     "demo": Command(c.DemoConfig, demo, show_comparison),
-    "sft": Command(c.SFTConfig, sft),
+    "sft": Command(c.SFTConfig, sft, show_run),
     "sample": Command(c.SampleConfig, sample),
     "rank": Command(c.RankConfig, rank),
-    "reward": Command(c.RewardConfig, reward),
-    "ppo": Command(c.PPOConfig, ppo),
-    "dpo": Command(c.DPOConfig, dpo),
+    "reward": Command(c.RewardConfig, reward, show_run),
+    "ppo": Command(c.PPOConfig, ppo, show_run),
+    "dpo": Command(c.DPOConfig, dpo, show_run),
     "generate": Command(c.GenerateConfig, generate),
     "chat": Command(c.ChatConfig, chat),
     "compare": Command(c.CompareConfig, compare, show_comparison),

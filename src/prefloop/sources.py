@@ -24,6 +24,7 @@ from prefloop.errors import UserError
 from prefloop.labelling.export import is_store, read_prompts, read_records
 from prefloop.labelling.imports import unanswered
 from prefloop.records import Conversation, Record, RowCounts
+from prefloop.resume import read_record
 
 Data = str | Sequence[str]
 
@@ -134,9 +135,12 @@ def _as_chats(records: Iterable[Record], counts: RowCounts) -> list[Any]:
 
 
 def strings_note(
-    records: Sequence[Record], has_template: bool, template_args: Mapping[str, object] | None = None
+    records: Sequence[Record],
+    has_template: bool,
+    template_args: Mapping[str, object] | None = None,
+    model: str = "",
 ) -> str | None:
-    """What is to be told where a chat model is given strings.
+    """What is to be told where a chat model is given strings, and was not trained on them by us.
 
     UserError for `template_args` that nothing would read, for there are strings alone.
     """
@@ -147,10 +151,23 @@ def strings_note(
             "all rows are strings, to which it is not applied; give --chat to take them for "
             "messages, or leave --template-args out"
         )
-    if not strings or not has_template:
+    if not strings or not has_template or text_of(model) == text_kind(records) == "strings":
         return None
     which = "the rows are" if strings == len(records) else f"{strings} of {len(records)} rows are"
     return f"{which} strings: the chat template is not applied; --chat takes them for messages"
+
+
+def text_kind(records: Sequence[Record]) -> str:
+    """Whether rows are `strings`, `messages` or `mixed`."""
+    kinds = {"strings" if is_string(record) else "messages" for record in records}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
+
+
+def text_of(model: str) -> str | None:
+    """What the run that made this model was trained on, as `text_kind` says; None if unknown."""
+    folder = Path(model)
+    record = read_record(folder) or (read_record(folder.parent) if folder.is_dir() else None)
+    return (record or {}).get("text")
 
 
 def is_string(record: Record) -> bool:

@@ -91,8 +91,8 @@ ENDS = {  # what fails: member, the how manyth time, with what; the step that is
     "the user, in a rollout": ("steps", 5, KeyboardInterrupt(), 4),
     "memory": ("loss", 7, torch.OutOfMemoryError("CUDA out of memory."), None),
     "main memory": ("loss", 7, RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), None),
-    "evaluation": ("evaluate", 6, UserError("judge.py: no answer"), 6),
-    "the last evaluation": ("evaluate", 12, ZeroDivisionError(), 12),
+    "evaluation": ("evaluate", 7, UserError("judge.py: no answer"), 6),
+    "the last evaluation": ("evaluate", 13, ZeroDivisionError(), 12),
     "export": ("export", 1, OSError("no space left"), 12),
 }
 
@@ -115,7 +115,7 @@ def test_the_last_whole_step_is_kept(name, world, whole, tmp_path):
     assert_same_run(whole / "ppo", output)
 
 
-@pytest.mark.parametrize(("member", "at", "step"), [("steps", 3, 2), ("evaluate", 2, 2)])
+@pytest.mark.parametrize(("member", "at", "step"), [("steps", 3, 2), ("evaluate", 3, 2)])
 def test_so_it_is_for_rows(member, at, step, world, whole, tmp_path):
     output = tmp_path / "run"
     broken_run(world, output, member, at, ValueError(), command="sft", **SUPERVISED)

@@ -110,7 +110,8 @@ def run(config: RewardQualityConfig) -> dict[str, Any]:
     print(counts.summary(), file=sys.stderr)
     for example in examples:
         model.check_example(example)
-    if note := sources.strings_note(records, bool(model.tokenizer.chat_template), arguments):
+    has_template = bool(model.tokenizer.chat_template)
+    if note := sources.strings_note(records, has_template, arguments, config.reward_model):
         print(note, file=sys.stderr)
     pairs: list[tuple[float, float, int, int]] = []
     with torch.no_grad():

@@ -153,7 +153,8 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     prompts = [records[example.record] for example in examples]
     for one in (judge, proxy) if proxy else (judge,):
         one.require(prompts)
-    if note := sources.strings_note(records, bool(sft.tokenizer.chat_template), arguments):
+    has_template = bool(sft.tokenizer.chat_template)
+    if note := sources.strings_note(records, has_template, arguments, config.sft):
         print(note, file=sys.stderr)
     prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy, make_engine)

@@ -186,7 +186,8 @@ def _answers(
     for example in examples:
         model.check_example(example, config.max_new_tokens)
     arguments = model.template_args
-    if note := sources.strings_note(prompts, bool(model.tokenizer.chat_template), arguments):
+    has_template = bool(model.tokenizer.chat_template)
+    if note := sources.strings_note(prompts, has_template, arguments, config.model):
         print(note, file=sys.stderr)
     engine = make_engine(config, model)
     with Progress("answers", n * len(examples), leave=False) as progress:

@@ -20,6 +20,13 @@ from prefloop.training.keeper import Keeper, NotFinite, Owed
 from prefloop.training.method import Method, Step
 from prefloop.training.step import Outcome, optimizer_step
 
+ON_BAR = {
+    "accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
+    "objective/scores": "score",
+    "objective/kl": "KL",
+}
+"""Metrics beside the loss, and the bar's words for them."""
 TRIM_EVERY = 16  # steps; each takes about a hundredth of their time
 
 
@@ -37,6 +44,9 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
         if owed is not None:  # the step was done, but not what follows it
             _report(method, config, run, steps_done, owed)
             keeper.note(steps_done, tokens)
+        elif not steps_done:
+            _evaluate_before(method, run)
+        latest: dict[str, float] = {}
         began = time.perf_counter()
         steps = islice(method.steps(steps_done), total - steps_done)
         for number, item in enumerate(steps, start=steps_done + 1):
@@ -50,11 +60,7 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
                     method, item.batches, parameters, optimizer, config, keeper.forget, number
                 )
             except NotFinite as error:
-                kept = newest_checkpoint(run.directory) or "the start"
-                raise NotFinite(
-                    f"step {number}: {error}; nothing was saved over {kept}; lower --lr, or look "
-                    "for a broken row"
-                ) from None
+                raise _located(error, number, run) from None
             size = int(distributed.sum_mapping({"tokens": float(item.tokens)}, device)["tokens"])
             tokens += size
             owed = Owed(_line(config, outcome, item, factor, size / (time.perf_counter() - began)),
@@ -63,7 +69,8 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
             # 3. Log, evaluate, save.
             _report(method, config, run, number, owed)
             keeper.note(number, tokens)
-            progress.advance(note=_bar_note(owed.line))
+            latest |= owed.line
+            progress.advance(note=_bar_note(latest, "loss" in owed.line))
             stop, terminated, old = distributed.any_of(
                 (interrupt.asked, interrupt.terminated, keeper.is_old()), device
             )
@@ -84,6 +91,22 @@ def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
     run.finish("finished", steps=total, tokens=tokens)
 
 
+def _evaluate_before(method: Method[Any], run: Run) -> None:
+    """What the held-out rows give before anything is learned; draws from no generator."""
+    state = checkpoint.rng_state()
+    if held_out := method.evaluate():
+        run.note(held_out_before=held_out)
+    checkpoint.set_rng_state(state)
+
+
+def _located(error: NotFinite, number: int, run: Run) -> NotFinite:
+    kept = newest_checkpoint(run.directory) or "the start"
+    return NotFinite(
+        f"step {number}: {error}; nothing was saved over {kept}; lower --lr, or look for a broken "
+        "row"
+    )
+
+
 def _line(
     config: TrainingConfig, outcome: Outcome, item: Step[Any], factor: float, rate: float
 ) -> dict[str, float]:
@@ -92,10 +115,11 @@ def _line(
     return line | {"tokens_per_second": rate} | outcome.metrics | dict(item.metrics)
 
 
-def _bar_note(line: Mapping[str, float]) -> str:
-    """What the bar says of a step."""
-    loss = f"loss {line['loss']:.4f}" if "loss" in line else "left out"
-    return f"{loss} · {line['tokens_per_second']:,.0f} tokens/s"
+def _bar_note(latest: Mapping[str, float], learnt: bool) -> str:
+    """What the bar says: of each metric its latest value; PPO's are of the iteration's start."""
+    parts = [f"loss {latest['loss']:.4f}" if learnt else "left out"]
+    parts += [f"{word} {latest[name]:.3f}" for name, word in ON_BAR.items() if name in latest]
+    return " · ".join([*parts, f"{latest['tokens_per_second']:,.0f} tokens/s"])
 
 
 def _report(method: Method[Any], config: TrainingConfig, run: Run, number: int, owed: Owed) -> None:

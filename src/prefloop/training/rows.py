@@ -41,7 +41,7 @@ def read_examples(
     read it.
     """
     train, held_out, part_of = _records(config, kind, label_margins)
-    _note_strings(config, model, [*train[0], *held_out[0]])
+    _note_strings(config, model, run, [*train[0], *held_out[0]])
 
     def require(record: Record, example: Example) -> None:
         model.check_example(example)
@@ -124,10 +124,14 @@ def order_of(
     return lambda epoch: stream.mixed_order(parts, weights, seed, epoch)
 
 
-def _note_strings(config: TrainingConfig, model: LoadedModel, records: Sequence[Record]) -> None:
+def _note_strings(
+    config: TrainingConfig, model: LoadedModel, run: Run, records: Sequence[Record]
+) -> None:
     """Says where the chat template is not applied; UserError where its arguments are in vain."""
     arguments = template_arguments(config.template_args)
-    note = sources.strings_note(records, bool(model.tokenizer.chat_template), arguments)
+    has_template = bool(model.tokenizer.chat_template)
+    note = sources.strings_note(records, has_template, arguments, config.model)
+    run.note(text=sources.text_kind(records))
     if note and distributed.rank() == 0:
         print(note, file=sys.stderr)
 
@@ -187,7 +191,7 @@ def read_for_ppo(
         )
     train, held_out, part_of = _records(config, "prompt")
     shown, shown_part_of = _demonstrations(config)
-    _note_strings(config, model, [*train[0], *held_out[0], *shown[0]])
+    _note_strings(config, model, run, [*train[0], *held_out[0], *shown[0]])
 
     def answerable(record: Record, example: Example) -> None:
         assert isinstance(record, Prompt)
