@@ -250,7 +250,7 @@ CHECKED = {
     "training.ppo:run": PPOConfig(**BASE, reward_model="r", lr=-1.0),
     "generation.commands:sample": SampleConfig(model="m", data="d", output=Path("o"), top_p=-1.0),
     "generation.commands:generate": GenerateConfig(model="m", prompt=("a",), top_p=-1.0),
-    "generation.commands:chat": ChatConfig(model="m", top_p=-1.0),
+    "console.chat:chat": ChatConfig(model="m", top_p=-1.0),
     "evaluation.compare:compare": CompareConfig(
         sft="s", models=("a=b",), data="d", judge="a:b", output=Path("o"), temperature=-1.0
     ),

@@ -14,8 +14,8 @@ from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from prefloop.commands import COMMANDS
+from prefloop.console.chat import chat
 from prefloop.errors import UserError
-from prefloop.generation.commands import chat
 from prefloop.labelling.store import Store
 from prefloop.labelling.web import server
 from prefloop.recipes.pipeline import read_stages
@@ -38,6 +38,7 @@ DUMPS = (
     "SELECT completion, scores FROM responses ORDER BY id",
 )
 STORE = {"store": "labels.db"}
+TALK = {"device": "cpu", "max_new_tokens": 20, "max_length": 300}
 MODES = {
     "label import": [
         {"store": "new.db", "data": "rows.jsonl"},
@@ -65,6 +66,7 @@ MODES = {
     "chat": [
         {"model": "chat", "device": "cpu", "max_new_tokens": 20, "max_length": 300},
         {"model": "chat", "device": "cpu", "max_new_tokens": 20, "temperature": 0.0},
+        {"model": "chat", "against": "chat-2", "to_labels": "talk.db"} | TALK,
     ],
     "demo": [{}, {"quick": True}],
     "run": [{"pipeline": "one.yaml"}],
@@ -104,6 +106,7 @@ CHANGES = test_settings.CHANGES | {
     "public_url": "https://other.example.org",
     "session_hours": 1.0,
     "system": "Be brief.",
+    "against": "chat-2",
     "seed": 12,
     "quick": True,
     "pipeline": Path("two.yaml"),
@@ -193,8 +196,10 @@ def outcome(name, capsys, changes):
             return served(config), capsys.readouterr().err
         if name == "chat":
             out = io.StringIO()
-            chat(config, io.StringIO("Hi\nthe boat took the ant\n"), out)
-            return (out.getvalue(),)
+            verdict = "a\n" if config.against else ""
+            chat(config, io.StringIO(f"Hi\n{verdict}the boat took the ant\n{verdict}"), out)
+            stored = dumped(config.to_labels) if config.to_labels else ""
+            return out.getvalue(), stored
         if name == "demo":
             return (asdict(Plan(config.output, config.seed, QUICK if config.quick else FULL)),)
         if name == "run":

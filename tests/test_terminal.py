@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prefloop.cli import main
 from prefloop.config import ChatConfig
-from prefloop.generation.commands import chat
+from prefloop.console.chat import chat
 from prefloop.progress import Progress
 from prefloop.records import RowCounts
 from prefloop.terminal import CONTROLS, as_is, shown

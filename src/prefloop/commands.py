@@ -92,7 +92,7 @@ def generate(config: c.GenerateConfig) -> Path | None:
 def chat(config: c.ChatConfig) -> None:
     """Talk with a model on the terminal."""
     validate(config)
-    from prefloop.generation.commands import chat as run
+    from prefloop.console.chat import chat as run
 
     run(config)
 

@@ -38,19 +38,20 @@ class Typed:
         while text not in self.shown[self.read_to :]:
             if time.monotonic() > end:
                 raise AssertionError(f"{text!r} did not come; there is {self.shown!r}")
-            if not self._read(0.2) and self.process.poll() is not None and not self._read(0.2):
+            if not self.read(0.2) and self.process.poll() is not None and not self.read(0.2):
                 raise AssertionError(f"ended without {text!r}: {self.shown!r}")
         start, self.read_to = self.read_to, self.shown.index(text, self.read_to) + len(text)
         return self.shown[start : self.read_to]
 
     def exit_code(self):
         while self.process.poll() is None:
-            self._read(0.1)
-        while self._read(0.1):
+            self.read(0.1)
+        while self.read(0.1):
             pass
         return self.process.returncode
 
-    def _read(self, seconds):
+    def read(self, seconds):
+        """Whether something came within so many seconds."""
         if not select.select([self.ours], [], [], seconds)[0]:
             return False
         try:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from prefloop.config import ChatConfig, GenerateConfig, SampleConfig
+from prefloop.console.chat import chat
 from prefloop.data import formats
 from prefloop.data.tokenize import decode_answer, encode_prompt, stop_token_ids
 from prefloop.errors import UserError
-from prefloop.generation.commands import chat, generate, sample
+from prefloop.generation.commands import generate, sample
 from prefloop.generation.engine import Engine
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy

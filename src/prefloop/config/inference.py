@@ -124,6 +124,12 @@ class ChatConfig(PolicyConfig):
 
     system: str | None = None
     """System message at the start of the conversation."""
+    against: str | None = None
+    """Another model, which answers too; you say which is better, and that answer goes on."""
+    to_labels: Annotated[str | None, OnlyWith("against")] = None
+    """Store what you say is better as a preference in this labelling store, DB or DB#PROJECT."""
+    labeller: Annotated[str, OnlyWith("to_labels")] = "chat"
+    """Whose preferences they are, in the store."""
 
 
 @dataclass(frozen=True, kw_only=True)

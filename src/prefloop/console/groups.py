@@ -69,7 +69,7 @@ COMMON = {
     *("samples_per_prompt", "epochs", "batch_size", "max_steps", "seed", "lr", "lora_rank"),
     *("device", "dtype", "micro_batch_tokens", "output"),
     *("train_on", "loss", "beta", "reward_model", "reward_function", "advantage", "kl_coef"),
-    *("prompt", "system", "to_labels", "project", "mode", "guidelines", "need"),
+    *("prompt", "system", "against", "to_labels", "project", "mode", "guidelines", "need"),
     *("gold", "form", "consensus", "best_of"),
 }
 """What `--help` shows of the commands with more; `--help-all` shows the rest."""

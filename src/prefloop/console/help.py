@@ -38,7 +38,7 @@ EXAMPLES = {
     "ppo": "--model runs/sft --reward-model runs/reward --data prompts.jsonl --output runs/ppo",
     "dpo": "--model runs/sft --data preferences.jsonl --output runs/dpo --beta 0.1",
     "generate": "--model runs/dpo --prompt 'Why is the sky blue?' --chat",
-    "chat": "--model runs/dpo --system 'Answer in one sentence.'",
+    "chat": "--model runs/dpo --against runs/sft --to-labels labels.db",
     "compare": "--sft runs/sft --models dpo=runs/dpo --data held-out.jsonl --judge runs/reward "
     "--output runs/compare",
     "evaluate winrate": "--answers dpo.jsonl --baseline sft.jsonl --judge my_rewards:score",

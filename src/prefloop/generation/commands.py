@@ -1,26 +1,22 @@
-"""What `prefloop sample`, `generate` and `chat` do: prompts in, answers out."""
+"""What `prefloop sample` and `generate` do: prompts in, answers out."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
-
-import torch
-from torch import Tensor
 
 from prefloop import sources
-from prefloop.config import ChatConfig, GenerateConfig, PolicyConfig, SampleConfig
+from prefloop.config import GenerateConfig, PolicyConfig, SampleConfig
 from prefloop.config.checks import validate
 from prefloop.config.ranges import template_arguments
 from prefloop.data import split
 from prefloop.data.columns import carried, like_answers, of_answers
 from prefloop.data.formats import as_chat
-from prefloop.data.tokenize import decode_answer, stop_token_ids, tokenize
+from prefloop.data.tokenize import stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
-from prefloop.generation.engine import Engine, in_process
+from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy, pick_device
@@ -28,7 +24,7 @@ from prefloop.models.model import LoadedModel
 from prefloop.models.weights import storage_of
 from prefloop.progress import Progress
 from prefloop.provenance import weights_sha256
-from prefloop.records import Message, Prompt, RowCounts, text_to_json
+from prefloop.records import Prompt, RowCounts, text_to_json
 from prefloop.runs import model_path
 from prefloop.terminal import shown
 
@@ -43,7 +39,7 @@ def sample(config: SampleConfig, make_engine: MakeEngine = in_process) -> Path:
     counts = RowCounts()
     prompts = sources.load_unanswered(config.data, counts, config.chat)
     _check_carried(prompts)
-    model = _loaded(config)
+    model = loaded(config)
     answered = _answers(config, model, prompts, config.samples_per_prompt, counts, make_engine)
     settings = {k: getattr(config, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")}
     weights = weights_sha256(Path(model_path(config.model)))
@@ -85,7 +81,7 @@ def generate(config: GenerateConfig, make_engine: MakeEngine = in_process) -> Pa
     if config.data is not None:
         prompts = sources.load(config.data, "prompt", counts, config.chat)
     _check_carried(prompts)
-    model = _loaded(config)
+    model = loaded(config)
     answered = _answers(config, model, prompts, 1, counts, make_engine)
     encoder = model.encoder
     if config.output is not None:
@@ -107,71 +103,6 @@ def generate(config: GenerateConfig, make_engine: MakeEngine = in_process) -> Pa
     return config.output
 
 
-def chat(config: ChatConfig, source: TextIO | None = None, out: TextIO | None = None) -> None:
-    """Answers line by line, each with the conversation so far, until the input ends.
-
-    A conversation that outgrows --max-length loses its oldest turns, and says so.
-    """
-    validate(config)
-    source, out = source or sys.stdin, out or sys.stdout
-    model = _loaded(config)
-    if not model.tokenizer.chat_template:
-        raise UserError(
-            f"{config.model}: its tokenizer has no chat template; use `prefloop generate`, or a "
-            "model tuned on chats"
-        )
-    engine, sampling = Engine(model, 1), _sampling(config, model)
-    system = [Message("system", config.system)] if config.system is not None else []
-    history: list[Message] = []
-    for turn, line in enumerate(_lines(source, out)):
-        history.append(Message("user", line))
-        ids = model.encoder.prompt((*system, *history))
-        while history and len(ids) > _room(config):
-            print(f"({len(ids)} tokens, {_room(config)} fit: the oldest turn is cut)", file=out)
-            del history[:2]
-            ids = model.encoder.prompt((*system, *history)) if history else []
-        if history:
-            drawn = _print_answer(engine, ids, sampling, config.seed + turn, out)
-            text = model.encoder.said(tuple(history), drawn)
-            history.append(Message("assistant", text))
-
-
-def _print_answer(
-    engine: Engine, ids: list[int], sampling: Sampling, seed: int, out: TextIO
-) -> list[int]:
-    """An answer's tokens, printed as they come but for bytes of half a character."""
-    drawn: list[int] = []
-    before = ""
-
-    def show(tokens: Tensor, end: str = "") -> None:
-        nonlocal before
-        drawn.extend(tokens.tolist())
-        text = decode_answer(engine.model.tokenizer, drawn)
-        if end or not text.endswith("\ufffd"):
-            print(shown(text[len(before) :]), end=end, file=out, flush=True)
-            before = text
-
-    engine.generate([ids], 1, sampling, seed, on_tokens=show)
-    show(torch.tensor([], dtype=torch.long), end="\n")
-    return drawn
-
-
-def _lines(source: TextIO, out: TextIO) -> Iterator[str]:
-    """The user's lines but for empty ones, asked for on a terminal."""
-    while True:
-        if source.isatty():
-            print("> ", end="", file=out, flush=True)
-        if not (line := source.readline()):
-            return
-        try:
-            line.encode()
-        except UnicodeEncodeError:
-            print("(not UTF-8: this line is left out)", file=out)
-            continue
-        if line.strip():
-            yield line.strip()
-
-
 def _answers(
     config: SampleConfig | GenerateConfig,
     model: LoadedModel,
@@ -182,7 +113,7 @@ def _answers(
 ) -> list[tuple[Prompt, list[Sample]]]:
     """Each prompt that fits with its n samples, with its progress told."""
     prompts = split.first_prompts(prompts, config.max_prompts, counts)
-    examples = tokenize(prompts, model.encoder, _room(config), config.truncation, counts)
+    examples = tokenize(prompts, model.encoder, room(config), config.truncation, counts)
     for example in examples:
         model.check_example(example, config.max_new_tokens)
     arguments = model.template_args
@@ -194,26 +125,31 @@ def _answers(
         samples = engine.generate(
             [example.prompt for example in examples],
             n,
-            _sampling(config, model),
+            sampling_of(config, model),
             config.seed,
             on_done=lambda _: progress.advance(),
         )
     return [(prompts[e.record], row) for e, row in zip(examples, samples, strict=True)]
 
 
-def _loaded(config: PolicyConfig) -> LoadedModel:
+def loaded(config: PolicyConfig, path: str = "") -> LoadedModel:
+    """The model of the settings, or another one with the same settings."""
     arguments = template_arguments(config.template_args)
     return load_policy(
-        config.model, pick_device(config.device), storage_of(config), template_args=arguments
+        path or config.model,
+        pick_device(config.device),
+        storage_of(config),
+        template_args=arguments,
     )
 
 
-def _room(config: PolicyConfig) -> int:
+def room(config: PolicyConfig) -> int:
     """Most tokens of a prompt."""
     return config.max_length - config.max_new_tokens
 
 
-def _sampling(config: PolicyConfig, model: LoadedModel) -> Sampling:
+def sampling_of(config: PolicyConfig, model: LoadedModel) -> Sampling:
+    """How the settings draw answers."""
     return Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
