@@ -70,6 +70,7 @@ MODES = {
     ],
     "demo": [{}, {"quick": True}],
     "run": [{"pipeline": "one.yaml"}],
+    "init": [{"use": "chat", "output": "new.yaml"}],
 }
 CHANGES = test_settings.CHANGES | {
     "store": "absent/other.db",
@@ -110,6 +111,8 @@ CHANGES = test_settings.CHANGES | {
     "seed": 12,
     "quick": True,
     "pipeline": Path("two.yaml"),
+    "dry_run": True,
+    "use": "style",
     "model": "chat-2",
     "max_length": 30,
     "output": Path("elsewhere.jsonl"),
@@ -120,6 +123,7 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     ("label export", "output"): "the same rows, elsewhere: the path is told",
     ("label score", "micro_batch_tokens"): "changes no result (tests/data/test_batches.py)",
     ("label score", "dtype"): "scores of models are compared to four digits",
+    ("run", "dry_run"): "here stages are only read (tests/recipes/test_dry_run.py)",
     ("chat", "dtype"): "rounding seldom changes which token is likeliest",
     ("chat", "weights"): "as with dtype",
     ("chat", "seed"): "greedy answers draw nothing, as in generate",

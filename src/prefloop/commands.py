@@ -201,6 +201,14 @@ def run(config: c.RunConfig) -> None:
     run_pipeline(config, COMMANDS)
 
 
+def init(config: c.InitConfig) -> Path:
+    """Write a commented pipeline for a use, with paths to fill in."""
+    validate(config)
+    from prefloop.recipes.init import init as run
+
+    return run(config)
+
+
 def check(config: c.CheckConfig) -> None:
     """Audit rows and a chat template without training."""
     validate(config)
@@ -324,6 +332,7 @@ COMMANDS = {
     "label backup": Command(l.LabelBackupConfig, label_backup),
     "export": Command(c.ExportConfig, export, positional="run"),
     "run": Command(c.RunConfig, run, positional="pipeline"),
+    "init": Command(c.InitConfig, init, positional="use"),
     "check": Command(c.CheckConfig, check),
     "fetch-model": Command(c.FetchModelConfig, fetch_model, positional="name"),
     "completion": Command(c.CompletionConfig, completion, print, positional="shell"),

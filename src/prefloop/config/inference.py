@@ -152,6 +152,18 @@ class RunConfig(Settings):
     """YAML with `stages`, each {name, command, settings} (see docs/pipelines.md)."""
     output: Path | None = None
     """Directory of the stages; by default `runs/` and the pipeline's name."""
+    dry_run: bool = False
+    """Run nothing; show the stages, what would be skipped, and planned time and memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig(Settings):
+    """Write a commented pipeline for a use, with paths to fill in."""
+
+    use: Literal["sentiment", "chat", "style", "summary", "translation"]
+    """What the model is for."""
+    output: Path = Path("pipeline.yaml")
+    """YAML file to write; it must not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)

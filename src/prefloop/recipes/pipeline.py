@@ -78,6 +78,11 @@ def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
     check_folder(root)
     stages = read_stages(config.pipeline, root, commands)
     record = _Record(root / RECORD)
+    if config.dry_run:
+        from prefloop.recipes.dry_run import tell
+
+        tell(stages, record.stages)
+        return
     for number, stage in enumerate(stages, start=1):
         heading = f"[{number}/{len(stages)}] {stage.name} ({stage.command})"
         output = getattr(stage.config, "output", None)
