@@ -271,7 +271,7 @@ def test_no_setting_is_accepted_and_ignored(name, fresh, capsys):
         for setting in sorted(every):
             value = CHANGES[setting]
             if base.get(setting) == value:
-                value = {"form": "dpo", "quick": False}.get(setting, value)
+                value = {"form": "dpo", "quick": False, "against": None}.get(setting, value)
             after = ends(base | {setting: value})
             if after == ends(base):
                 ignored.append((base, setting))
