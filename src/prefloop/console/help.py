@@ -24,7 +24,7 @@ KINDS_OF_COMMANDS = (
     ("Train a model", "from demonstrations, rankings or a reward", "sft reward ppo dpo"),
     ("Let it answer", "prompts in files, or you", "sample generate chat"),
     ("Ask people", "who rank answers in a browser", "label"),
-    ("Judge", "which model is better, and how sure that is", "compare evaluate"),
+    ("Judge", "which answers and models are better, and how sure that is", "rank compare evaluate"),
     ("Whole runs", "several of these in order", "demo init run"),
     ("Around a run", "before it and after it", "check export fetch-model completion"),
 )
@@ -34,6 +34,7 @@ EXAMPLES = {
     "sft": "--model HuggingFaceTB/SmolLM2-135M-Instruct --data demonstrations.jsonl "
     "--output runs/sft",
     "sample": "--model runs/sft --data prompts.jsonl --output samples.jsonl --to-labels labels.db",
+    "rank": "--data samples.jsonl --judge runs/reward --output rankings.jsonl",
     "reward": "--model runs/sft --data rankings.jsonl --output runs/reward --eval-fraction 0.1",
     "ppo": "--model runs/sft --reward-model runs/reward --data prompts.jsonl --output runs/ppo",
     "dpo": "--model runs/sft --data preferences.jsonl --output runs/dpo --beta 0.1",
@@ -42,8 +43,10 @@ EXAMPLES = {
     "compare": "--sft runs/sft --models dpo=runs/dpo --data held-out.jsonl --judge runs/reward "
     "--output runs/compare",
     "evaluate winrate": "--answers dpo.jsonl --baseline sft.jsonl --judge my_rewards:score",
+    "evaluate judge": "--data judged-by-people.jsonl --judge openai:my-model@http://127.0.0.1:8000/v1",
     "evaluate reward-model": "--reward-model runs/reward --data held-out-rankings.jsonl",
     "label serve": "--store labels.db",
+    "label backup": "--store labels.db --output backup.db",
     "label import": "--store labels.db --data samples.jsonl --guidelines guidelines.md",
     "label score": "--store labels.db --reward-model runs/reward-1 runs/reward-2",
     "label export": "--store labels.db --output rankings.jsonl",

@@ -28,11 +28,11 @@ from prefloop.models.load import load_tokenizer, pick_device
 from prefloop.models.weights import kept, storage_of
 from prefloop.progress import in_words
 from prefloop.recipes.pipeline import Stage, fingerprint
+from prefloop.recipes.plan_table import work_of
 from prefloop.records import RowCounts
 from prefloop.resume import checkpoint_step, read_record
 from prefloop.runs import model_path, newest_checkpoint
 from prefloop.training.bare_models import META, read_config
-from prefloop.training.plan_table import work_of
 from prefloop.training.planning import CPU_CONCURRENT, CPU_TOKENS, full_plan, roles_of
 from prefloop.training.planning import in_words as size_in_words
 
