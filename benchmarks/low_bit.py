@@ -1,14 +1,15 @@
 """What a base in 4 bits costs in learning: DPO, a reward model and PPO, LoRA on SmolLM2-135M.
 
 The rows are those of `benchmarks.optimizers`: sentences of film reviews, rated by people. Each
-method runs on a base in bfloat16 and in NF4, products in bfloat16, with the same rows and adapters
-at the start; PPO has a critic, and for its reward the adapter that the reward model's run wrote.
+method runs on a base in the type of the products and in NF4, with the same rows and adapters at the
+start; PPO has a critic, and for its reward the adapter that the reward model's run wrote.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,14 +19,13 @@ import torch
 from benchmarks.optimizers import write_rows
 from prefloop import commands
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig
-from prefloop.config.ranges import Weights
+from prefloop.config.ranges import DType, Weights
 from prefloop.provenance import cpu_seconds
 from prefloop.recipes.fetch import fetch_model
 from prefloop.runs import Run
 
 SEEDS = (0, 1, 2)
-KEPT: tuple[Weights, ...] = ("bfloat16", "nf4")
-LORA: dict[str, Any] = {"lora_rank": 16, "lora_alpha": 32.0, "dtype": "bfloat16"}
+LORA: dict[str, Any] = {"lora_rank": 16, "lora_alpha": 32.0}
 STEPS, ITERATIONS = 24, 12
 LAST = 3  # iterations at the end of PPO whose scores are its result
 Found = dict[str, dict[str, list[float]]]  # of each number and form, by seed
@@ -36,19 +36,21 @@ def measure(dtype: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     source = str(fetch_model("smollm2-135m-instruct"))
     found: Found = {}
+    products: DType = "float32" if dtype == "float32" else "bfloat16"
+    kept: tuple[Weights, ...] = (products, "nf4")
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder))
         write_prompts(Path(folder))
         for seed in SEEDS:
-            for weights in KEPT:
+            for weights in kept:
                 before = cpu_seconds()
-                numbers = learned(source, Path(folder), weights, seed)
+                numbers = learned(source, Path(folder), weights, products, seed)
                 for name, value in numbers.items():
                     found.setdefault(name, {}).setdefault(weights, []).append(value)
                 told = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
                 seconds = cpu_seconds() - before
                 print(f"{weights}, seed {seed}: {told}; {seconds:.0f} CPU seconds", flush=True)
-    print(*table(found), sep="\n")
+    print(*table(found, kept), sep="\n")
     return {"learned": found}
 
 
@@ -59,7 +61,9 @@ def write_prompts(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def learned(source: str, folder: Path, weights: Weights, seed: int) -> dict[str, float]:
+def learned(
+    source: str, folder: Path, weights: Weights, dtype: DType, seed: int
+) -> dict[str, float]:
     """The numbers of one seed's three runs."""
     output = Path(tempfile.mkdtemp(dir=folder))
     pairs: dict[str, Any] = {
@@ -73,6 +77,7 @@ def learned(source: str, folder: Path, weights: Weights, seed: int) -> dict[str,
         "weights": weights,
         "seed": seed,
         "lr": 1e-4,
+        "dtype": dtype,
         "output": output / "dpo",
     }
     dpo = commands.dpo(DPOConfig(**pairs | LORA))
@@ -92,6 +97,7 @@ def learned(source: str, folder: Path, weights: Weights, seed: int) -> dict[str,
             max_new_tokens=16,
             lr=2e-4,
             kl_coef=0.05,
+            dtype=dtype,
             **LORA,
         )
     )
@@ -112,12 +118,12 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def table(found: Found) -> list[str]:
+def table(found: Found, kept: Sequence[str]) -> list[str]:
     """Markdown: a line a number, with the ratio of the means."""
-    lines = ["| number | " + " | ".join(KEPT) + " | ratio |", "|---|---|---|---|"]
+    lines = ["| number | " + " | ".join(kept) + " | ratio |", "|---|---|---|---|"]
     for name, forms in found.items():
-        values = [" · ".join(f"{x:.3f}" for x in forms[kept]) for kept in KEPT]
-        means = [fmean(forms[kept]) for kept in KEPT]
+        values = [" · ".join(f"{x:.3f}" for x in forms[form]) for form in kept]
+        means = [fmean(forms[form]) for form in kept]
         told = [f"{each} (mean {mean:.3f})" for each, mean in zip(values, means, strict=True)]
         lines.append(f"| {name} | {told[0]} | {told[1]} | {means[1] / means[0]:.2f} |")
     return lines
