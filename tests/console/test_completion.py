@@ -27,9 +27,9 @@ def offered(line):
         ("fe", ["fetch-model"]),
         ("label s", ["serve", "score"]),
         ("label add", ["add-user"]),
-        ("evaluate ", ["winrate", "reward-model"]),
+        ("evaluate ", ["winrate", "judge", "reward-model"]),
         ("dpo --bet", ["--beta"]),
-        ("dpo --loss s", ["sigmoid", "simpo"]),
+        ("dpo --loss si", ["sigmoid", "sigmoid-norm", "simpo"]),
         ("dpo --loss simpo --bet", ["--beta"]),
         ("dpo --beta 0.1 --bet", []),  # given already
         ("dpo --no-i", ["--no-ipo-average"]),
@@ -68,7 +68,7 @@ def run(*words, **more):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("dpo --loss s", ["sigmoid", "simpo"]),
+        ("dpo --loss si", ["sigmoid", "sigmoid-norm", "simpo"]),
         ("label ex", ["export"]),
         ("dpo --beta", ["--beta"]),
         ("dpo --output ", []),
@@ -85,8 +85,8 @@ def test_bash(line, words):
 @pytest.mark.skipif(not shutil.which("fish"), reason="no fish here")
 def test_fish():
     script = f"function prefloop; '{sys.executable}' -m prefloop $argv; end\n{SCRIPTS['fish']}\n"
-    found = run("fish", "--no-config", "-c", f"{script}complete -C 'prefloop dpo --loss s'")
-    assert found == ["sigmoid", "simpo"]
+    found = run("fish", "--no-config", "-c", f"{script}complete -C 'prefloop dpo --loss si'")
+    assert found == ["sigmoid", "sigmoid-norm", "simpo"]
     found = run("fish", "--no-config", "-c", f"{script}complete -C 'prefloop '")
     assert found[0].split("\t")[0] == "chat" and len(found) > 10
     found = run("fish", "--no-config", "-c", f"{script}complete -C 'prefloop run pyproj'",

@@ -84,7 +84,7 @@ def test_a_run_is_near_its_plan(part: str) -> None:
     assert found["peak"] > 0 and found["load"] > 0
     assert plan["planned"] == sum(plan["parts"].values())
     assert plan["off"] == plan["planned"] / found["peak"] - 1
-    assert abs(plan["off"]) < 0.15
+    assert abs(plan["off"]) < 0.2  # of 2 MiB; rows and samples, which plans leave out, count here
     assert len(found["steps"]) == (4 if part == "ppo-8b" else 2)
     if part == "ppo-8b":  # two iterations, with a critic and scores
         assert {"objective/scores", "objective/kl", "loss/value_avg", "grad_norm/value"} <= set(
@@ -166,7 +166,7 @@ def test_the_drawn_reward_model_is_an_adapter(tmp_path: Path) -> None:
     models.write_base(tmp_path / "base", SMALL)
     models.write_reward_adapter(tmp_path / "base", tmp_path / "scorer", 2)
     policy = models.load_policy(str(tmp_path / "base"), CPU, trained=True, lora_rank=2)
-    assert shared.stands_on_base(policy, str(tmp_path / "scorer"))
+    assert shared.stands_on_base(str(tmp_path / "base"), str(tmp_path / "scorer"))
     role = shared.reward_role(policy, str(tmp_path / "scorer"), "reward", policy.tokenizer)
     weights = {k.replace(".base_layer", ""): v for k, v in policy.hf.state_dict().items()}
     own = {k: v for k, v in weights.items() if "lora_" not in k}

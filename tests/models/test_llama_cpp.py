@@ -16,13 +16,15 @@ from prefloop.models.load import load_policy, load_tokenizer
 from prefloop.recipes import fetch
 from tests.llama import Llama
 from tests.models.test_export import moved
-from tests.models.test_gguf import GPT2, LLAMA3, QWEN2, splitter, written
 from tests.models.test_load import folder_of
 from tests.tiny import LLAMA2, tiny_model, tiny_tokenizer
 from tests.training.small import CPU
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
+
+from tests.models.test_gguf import GPT2, LLAMA3, QWEN2, splitter, written
+
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
 ODD = [
     "",

@@ -74,8 +74,8 @@ BUGS = (
     Bug(
         "reward one token late",
         "losses/ppo.py",
-        "is_last = mask & (tokens_left == 1)",
-        "is_last = torch.nn.functional.pad(mask & (tokens_left == 1), (1, -1))",
+        "at_the_end = torch.where(_is_last(mask), ",
+        "at_the_end = torch.where(torch.nn.functional.pad(_is_last(mask), (1, -1)), ",
         ("tests/losses/test_ppo.py",),
     ),
     Bug(

@@ -71,7 +71,7 @@ def test_forms_of_plain_lora_stand_on_the_base(options, world, tmp_path):
     policy = load_policy(str(world / "model"), CPU, trained=True, lora_rank=2)
     with torch.no_grad():
         before = heads.answer_log_probs(policy, batch)
-    assert shared.stands_on_base(policy, path)
+    assert shared.stands_on_base(str(world / "model"), path)
     role = shared.reward_role(policy, path, "reward_0", policy.tokenizer)
     policy.adapters = (shared.POLICY,)
     torch.testing.assert_close(scores(role, batch), expected, rtol=0, atol=2e-5)

@@ -77,7 +77,8 @@ def test_the_runs_learn_something(one_rank):
     """What is compared above is not all zeros, and evaluated where there are held-out rows."""
     for name in CASES:
         rows = lines(one_rank / name)
-        assert all(row["grad_norm"] > 1e-3 for row in rows), name
+        norms = [max(v for k, v in row.items() if k.startswith("grad_norm")) for row in rows]
+        assert all(norm > 1e-3 for norm in norms), name  # a critic may learn alone
         assert ("eval/loss" in rows[-1]) == (not name.startswith("ppo"))
 
 

@@ -177,9 +177,8 @@ class Preference:
             )
         else:
             pi, ref, lengths = ((x[winners], x[losers]) for x in answers[:3])
-            counts = torch.tensor([len(e.answers) for e in batch.examples])
-            margins = batch.margins().flatten().repeat_interleave(counts.to(winners.device))
-            total = self.pair_loss.function(Pairs(pi, ref, lengths, margins[winners]), config)
+            margins = batch.margins().flatten()[batch.answer_example[winners]]
+            total = self.pair_loss.function(Pairs(pi, ref, lengths, margins), config)
         weight = config.orpo_lambda if config.loss == "orpo" else 1.0
         terms = {"preference": weight * total.sum}
         if self._uses_nll:
