@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from prefloop.config import ChatConfig
 from prefloop.console.chat import chat
@@ -14,7 +15,7 @@ from prefloop.data.formats import load
 from prefloop.labelling.export import read_records
 from prefloop.records import Message, RowCounts
 from tests.console.terminal import Typed
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import SPECIALS, tiny_model, tiny_tokenizer
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -26,6 +27,18 @@ def models(tmp_path_factory):
     for seed, name in enumerate(("one", "two")):
         tiny_model("llama", seed=seed).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def endless(folder):
+    """A model that never ends an answer: its first channel is large in every state, and says no."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 50.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[: len(SPECIALS), 0] = -50.0
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -117,12 +130,13 @@ def test_who_is_a_and_who_is_b_changes(models):
     assert firsts == {f"(A: {models / name}" for name in ("one", "two")}
 
 
-def test_on_a_terminal(models, tmp_path):
+def test_on_a_terminal(tmp_path):
     """Greeted; lines are edited, and known from last time; Ctrl-C stops the answer alone."""
     path, history = tmp_path / "t.jsonl", tmp_path / "prefloop" / "chat_history"
     history.parent.mkdir()
     history.write_text("from last time\n")
-    words = [sys.executable, "-m", "prefloop", "chat", "--model", str(models / "one")]
+    model = str(endless(tmp_path / "model"))
+    words = [sys.executable, "-m", "prefloop", "chat", "--model", model]
     words += ["--max-new-tokens", "3000", "--max-length", "4000", "--device", "cpu"]
     environment = {"PYTHONPATH": SOURCE, "XDG_STATE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     with Typed(words, environment) as terminal:
@@ -136,7 +150,7 @@ def test_on_a_terminal(models, tmp_path):
             terminal.wait_for("(stopped)")
             terminal.wait_for("> ")
 
-        assert f"{models / 'one'}. (/quit or Ctrl-D leaves" in terminal.wait_for("> ")
+        assert f"{model}. (/quit or Ctrl-D leaves" in terminal.wait_for("> ")
         terminal.type("the cap\x7fb\n")  # backspace
         stopped()
         terminal.type("\x1b[A\x1b[A\n")  # up twice: the line of last time
