@@ -245,13 +245,17 @@ def test_what_no_try_mends_ends_at_once(status: Reply, remedy: str, tmp_path: Pa
 
 
 def test_so_many_requests_at_once(tmp_path: Path) -> None:
-    def slow(prompt: str, before: int) -> Reply:
-        time.sleep(0.05)
-        return "[[5]]"
-
+    """The server answers only once so many wait; more than that it would see, too."""
     answers = [str(n) for n in range(12)]
     for most in (1, 4):
-        with serving(slow) as server:
+        together = threading.Barrier(most)
+
+        def reply(prompt: str, before: int, together: threading.Barrier = together) -> Reply:
+            together.wait(timeout=60)
+            time.sleep(0.05)
+            return "[[5]]"
+
+        with serving(reply) as server:
             judge = rubric(server, tmp_path / str(most), judge_concurrency=most)
             assert judge(["p"] * 12, answers) == [5.0] * 12
         assert server.most_at_once == most

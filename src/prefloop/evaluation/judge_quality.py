@@ -134,7 +134,8 @@ def _verdicts(
 ) -> tuple[list[Signs], dict[str, Any]]:
     """Signs of each row's pairs, NaN where an LLM gave no verdict; what an LLM adds to tell."""
     if not is_endpoint(config.judge):
-        return [_signs(scores) for scores in scores_of(judge_of(config, rows), rows)], {}
+        judge = judge_of(config, (row.prompt for row in rows))
+        return [_signs(scores) for scores in scores_of(judge, rows)], {}
     more: dict[str, Any] = {}
     if config.judge_mode == "rubric":
         rubric = rubric_judge(config.judge, config)

@@ -95,7 +95,7 @@ def run(config: RankConfig) -> dict[str, Any]:
 
 def _scored(config: RankConfig, rows: Sequence[Row], journal: Journal) -> list[Order | None]:
     """By a model's or a function's scores, each chunk of rows kept as soon as it is scored."""
-    judge = judge_of(config, rows)
+    judge = judge_of(config, (row.prompt for row in rows))
     with Progress("rows judged", len(rows), done=len(journal.scores), leave=False) as progress:
         for start in range(len(journal.scores), len(rows), AT_ONCE):
             chunk = rows[start : start + AT_ONCE]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from prefloop.config.judging import JudgeQualityConfig, RankConfig
+from prefloop.config.judging import JudgeQualityConfig, RankConfig, WinrateConfig
 from prefloop.config.ranges import template_arguments
 from prefloop.data.formats import parse_row
 from prefloop.errors import UserError
@@ -54,8 +54,10 @@ def row_of(prompt: Prompt) -> Row:
     return Row(replace(prompt, extra=others), answers, tuple(turns))
 
 
-def judge_of(config: RankConfig | JudgeQualityConfig, rows: Sequence[Row]) -> Judge:
-    """The judge that scores, which can score these rows."""
+def judge_of(
+    config: RankConfig | JudgeQualityConfig | WinrateConfig, prompts: Iterable[Prompt]
+) -> Judge:
+    """The judge that scores, which can score answers to these prompts."""
     arguments = template_arguments(config.template_args)
     require_read(arguments, [config.judge])
     judge = load_judge(
@@ -68,7 +70,7 @@ def judge_of(config: RankConfig | JudgeQualityConfig, rows: Sequence[Row]) -> Ju
         template_args=arguments,
         endpoint=config,
     )
-    judge.require(row.prompt for row in rows)
+    judge.require(prompts)
     return judge
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from prefloop.config import WinrateConfig
 from prefloop.config.checks import validate
-from prefloop.config.ranges import is_endpoint, template_arguments
+from prefloop.config.ranges import is_endpoint
 from prefloop.data.formats import load
 from prefloop.data.sampled import samples, samples_of_list
 from prefloop.errors import UserError
@@ -74,21 +74,9 @@ def run(config: WinrateConfig) -> dict[str, Any]:
 
 def _scored(config: WinrateConfig, both: Sequence[tuple[Answers, Answers]]) -> dict[str, Any]:
     """By a judge that scores: win rate and means, over what an LLM gave a score."""
-    from prefloop.rewards.judges import load_judge, require_read
+    from prefloop.evaluation.verdicts import judge_of  # loads torch
 
-    arguments = template_arguments(config.template_args)
-    require_read(arguments, [config.judge])
-    judge = load_judge(
-        config.judge,
-        device=config.device,
-        dtype=config.dtype,
-        weights=config.weights,
-        max_length=config.max_length,
-        micro_batch_tokens=config.micro_batch_tokens,
-        template_args=arguments,
-        endpoint=config,
-    )
-    judge.require(row for sides in both for side in sides for *_, row in side)
+    judge = judge_of(config, (row for sides in both for side in sides for *_, row in side))
     scored: list[list[list[float | None]]] = []
     for side in zip(*both, strict=True):
         flat = [said for texts in side for said in texts]
