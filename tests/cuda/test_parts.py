@@ -84,7 +84,7 @@ def test_a_run_is_near_its_plan(part: str) -> None:
     assert found["peak"] > 0 and found["load"] > 0
     assert plan["planned"] == sum(plan["parts"].values())
     assert plan["off"] == plan["planned"] / found["peak"] - 1
-    assert abs(plan["off"]) < 0.2  # of 2 MiB; rows and samples, which plans leave out, count here
+    assert abs(plan["off"]) < 0.2  # of 2 MiB, where little things count
     assert len(found["steps"]) == (4 if part == "ppo-8b" else 2)
     if part == "ppo-8b":  # two iterations, with a critic and scores
         assert {"objective/scores", "objective/kl", "loss/value_avg", "grad_norm/value"} <= set(
