@@ -43,6 +43,17 @@ class Typed:
         start, self.read_to = self.read_to, self.shown.index(text, self.read_to) + len(text)
         return self.shown[start : self.read_to]
 
+    def interrupt(self, text, times=8):
+        """Ctrl-C, and again until `text` comes: readline misses one that finds it between waits."""
+        for _ in range(times):
+            self.type("\x03")
+            end = time.monotonic() + SECONDS / times
+            while time.monotonic() < end:
+                self.read(0.2)
+                if text in self.shown[self.read_to :]:
+                    return self.wait_for(text)
+        raise AssertionError(f"{text!r} did not come; there is {self.shown!r}")
+
     def exit_code(self):
         while self.process.poll() is None:
             self.read(0.1)

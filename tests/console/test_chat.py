@@ -155,8 +155,9 @@ def test_on_a_terminal(tmp_path):
         stopped()
         terminal.type("\x1b[A\x1b[A\n")  # up twice: the line of last time
         stopped()
-        terminal.type("dropped\x03")
-        terminal.wait_for("(/quit or Ctrl-D leaves")
+        terminal.type("dropped")
+        terminal.wait_for("dropped")  # read: Ctrl-C throws away what was not
+        terminal.interrupt("(/quit or Ctrl-D leaves")
         terminal.type(f"/save {path}\n")
         terminal.wait_for("(added to ")
         terminal.wait_for("> ")
