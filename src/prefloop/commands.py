@@ -22,7 +22,7 @@ from prefloop.terminal import shown
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prefloop.evaluation.report import Comparison
+    from prefloop.evaluation.comparison import Comparison
     from prefloop.labelling.quality import Quality
     from prefloop.runs import Run
 

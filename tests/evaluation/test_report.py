@@ -9,15 +9,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from prefloop.evaluation.report import (
-    Comparison,
-    RunRecord,
-    Way,
-    cost_rows,
-    read_run,
-    render,
-    terminal_table,
-)
+from prefloop.evaluation.comparison import Comparison, RunRecord, Way, read_run
+from prefloop.evaluation.report import cost_rows, render, terminal_table
 from prefloop.intervals import Interval
 from prefloop.rewards.health import Sign, Vitals
 

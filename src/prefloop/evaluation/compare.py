@@ -17,8 +17,9 @@ from prefloop.config.resolve import as_dict
 from prefloop.data import split
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids, tokenize
 from prefloop.errors import UserError
+from prefloop.evaluation.comparison import Comparison, Way, read_run
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
-from prefloop.evaluation.report import Comparison, Way, read_run, render
+from prefloop.evaluation.report import render
 from prefloop.evaluation.winrate import win_rate
 from prefloop.files import check_folder, write_atomic, write_jsonl
 from prefloop.generation.engine import in_process

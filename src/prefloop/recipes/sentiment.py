@@ -40,7 +40,7 @@ from prefloop.recipes.fetch import (
 from prefloop.resume import read_record
 
 if TYPE_CHECKING:
-    from prefloop.evaluation.report import Comparison
+    from prefloop.evaluation.comparison import Comparison
 
 log = logging.getLogger("prefloop")
 MODEL = "smollm2-135m-instruct"
