@@ -21,12 +21,13 @@ from prefloop.labelling.web import server
 from prefloop.recipes.pipeline import read_stages
 from prefloop.recipes.sentiment import FULL, QUICK, Plan
 from tests import test_settings
-from tests.labelling.small import add
+from tests.labelling.small import add, compare_folder
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import REWARDS, write_rows, write_world
 from tests.training.test_template_args import TEMPLATE
 
 JUDGES = (f"{REWARDS}:by_length", f"{REWARDS}:constant")
+WAYS = ("SFT", "PPO", "DPO")
 TIERS = [[[1], [0, 2]], [[0], [1], [2]], [[2], [0], [1]], [[0, 1], [2]]]
 EXTRAS = "SELECT name, mode, guidelines, settings FROM projects"
 DUMPS = (
@@ -60,6 +61,7 @@ MODES = {
         ]
     ],
     "label report": [STORE],
+    "evaluate people": [{"labels": "labels.db", "data": "compared"}],
     "label add-user": [STORE | {"name": "eve"}],
     "label backup": [STORE | {"output": "copy.db"}],
     "label serve": [STORE, STORE | {"public_url": "https://labels.example.org"}],
@@ -89,6 +91,8 @@ CHANGES = test_settings.CHANGES | {
     "strategy": "gap",
     "random_share": 0.5,
     "lease_minutes": 5.0,
+    "samples": 2,
+    "labels": "absent/other.db",
     "reward_model": (*JUDGES, f"{REWARDS}:not_there"),
     "template_args": '{"enable_thinking": false}',
     "micro_batch_tokens": 3,
@@ -157,6 +161,8 @@ def world(tmp_path_factory):
     )
     write_rows(folder / "more.jsonl", rows[:1])
     write_rows(folder / "labelled.jsonl", rows)
+    answers = {way: [[said[n % 2][k]] for n in range(4)] for k, way in enumerate(WAYS)}
+    compare_folder(folder / "compared", answers, chats)
     for name, seed in (("one", 1), ("two", 2)):
         settings = {"model": "model", "output": "given", "data": "sft.jsonl", "seed": seed}
         stage = {"name": "sft", "command": "sft", "settings": settings}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prefloop.evaluation.comparison import Comparison
+    from prefloop.evaluation.people import PeopleVerdict
     from prefloop.labelling.quality import Quality
     from prefloop.runs import Run
 
@@ -117,6 +118,14 @@ def judge_quality(config: c.JudgeQualityConfig) -> dict[str, Any]:
     """How far a judge agrees with people, beside how far people agree with each other."""
     validate(config)
     from prefloop.evaluation.judge_quality import run
+
+    return run(config)
+
+
+def people(config: c.PeopleConfig) -> PeopleVerdict:
+    """Did people prefer it? What they said of a comparison's answers, beside its judge."""
+    validate(config)
+    from prefloop.evaluation.labelled import run
 
     return run(config)
 
@@ -289,6 +298,13 @@ def show_comparison(result: Any) -> None:
     print(shown(str(Path(result.settings["output"]) / "report.html")))
 
 
+def show_people(result: Any) -> None:
+    """Print what people preferred: the verdict first."""
+    from prefloop.evaluation.people_table import terminal
+
+    _console().print(terminal(result))
+
+
 def show_quality(result: Any) -> None:
     """Print how good labels are."""
     from prefloop.labelling.report import terminal
@@ -322,6 +338,7 @@ COMMANDS = {
     "compare": Command(c.CompareConfig, compare, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
     "evaluate judge": Command(c.JudgeQualityConfig, judge_quality),
+    "evaluate people": Command(c.PeopleConfig, people, show_people, positional="labels"),
     "evaluate reward-model": Command(c.RewardQualityConfig, reward_quality),
     "label serve": Command(l.LabelServeConfig, label_serve),
     "label import": Command(l.LabelImportConfig, label_import),

@@ -61,3 +61,28 @@ def in_order(assignment, request, **said):
     tiers = [[i] for i in range(len(assignment.shown))]
     values = {"tiers": tiers, "request_id": request, "base_version": assignment.version}
     return Judgement(**{**values, **said})
+
+
+def compare_folder(folder, answers, prompts=None, judge=len, reward_model=None, cut=()):
+    """What `prefloop compare` leaves: `answers` holds each way's lists of texts, one a prompt."""
+    prompts = prompts or [f"prompt {n}" for n in range(len(next(iter(answers.values()))))]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(
+        folder / "answers.jsonl",
+        [
+            {
+                "prompt": prompt,
+                "way": way,
+                "completions": texts,
+                "tokens": [list(range(len(text))) for text in texts],
+                "judge": [float(judge(text)) for text in texts],
+                "reward_model": [reward_model and float(reward_model(text)) for text in texts],
+                "kl": [0.0] * len(texts),
+                "truncated": [text in cut for text in texts],
+            }
+            for way, by_prompt in answers.items()
+            for prompt, texts in zip(prompts, by_prompt, strict=True)
+        ],
+    )
+    (folder / "compare.json").write_text('{"ways": [], "prompts": 0}')
+    return folder

@@ -15,6 +15,7 @@ from prefloop.config.ranges import (
     AtLeast,
     OnlyWith,
     Seed,
+    Settings,
     Within,
     is_endpoint,
     no_room,
@@ -157,6 +158,19 @@ class WinrateConfig(EndpointConfig, InferenceConfig):
         """See Settings."""
         yield from super().problems()
         yield from unread_by_functions(self, "--judge", (self.judge,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeopleConfig(Settings):
+    """Did people prefer it? What they said of a comparison's answers, beside its judge."""
+
+    labels: str
+    """Where people judged the answers: a labelling store, DB or DB#PROJECT."""
+    data: str
+    """The folder that `prefloop compare` wrote and `label import` took; its page and compare.json
+    get the verdict, and people.json is written there."""
+    exclude: tuple[str, ...] = ()
+    """Labellers whose judgements are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

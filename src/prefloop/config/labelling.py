@@ -64,7 +64,10 @@ class LabelImportConfig(ProjectConfig):
 
     data: str
     """Rows of `prefloop sample`, rankings or pairs; an Argilla or Label Studio export; a folder or
-    hub id that `datasets` reads; or another store's rankings, as DB#PROJECT."""
+    hub id that `datasets` reads; another store's rankings, as DB#PROJECT; or the folder that
+    `prefloop compare` wrote, whose answers people then judge, blind."""
+    samples: Annotated[int, Above(0)] = 1
+    """Of a folder of `compare`: answers of each way to a prompt, each a task of its own."""
     gold: bool = False
     """The rows' `tiers` are known to be right: hidden tests of the labellers."""
     practice: bool = False

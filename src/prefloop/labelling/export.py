@@ -188,27 +188,23 @@ def decisions(
     """
     with store.read() as t:
         project_id = project_id_of(t, project)
-        if unknown := [name for name in exclude if t.labeller_named(name) is None]:
-            raise UserError(f"--exclude {unknown[0]}: no labeller of that name")
+        require_labellers(t, exclude)
         said = list(annotations_of(t, project_id))
         prompts, responses = prompts_of(t, project_id), responses_of(t, project_id)
     # 1. What speaks of real tasks.
-    said = [a for a in said if _kept(a, exclude, counts)]
+    said = [a for a in said if is_kept(a, exclude, counts)]
     by_task = [list(group) for _, group in groupby(said, key=lambda a: a.task_id)]
     weight = _weights(by_task) if consensus == "dawid-skene" else lambda name: 1.0
     # 2. One decision an annotation, or one a task.
     decided: list[Decision] = []
     for group in by_task:
-        adjudicated = [a for a in group if a.strategy == "adjudication"]
-        chosen = adjudicated[-1:] or group
-        for _ in range(len(group) - len(chosen)):
-            counts.drop("overruled by adjudication")
+        chosen = deciding(group, counts)
         first = chosen[0]
         asked, extra = prompts[first.prompt_id]
         answers = [responses[i] for i in first.response_ids]
         row = {"prompt": asked, "tools": extra.get("tools"), **_answer_columns(answers)}
         where = f"{project}, task {first.task_id}"
-        if consensus == "labeller" or adjudicated:
+        if consensus == "labeller" or first.strategy == "adjudication":
             for a in chosen:
                 assert a.tiers is not None
                 ranking = _ranking(row, a.tiers, where)
@@ -224,7 +220,23 @@ def decisions(
     return decided
 
 
-def _kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
+def require_labellers(t: Transaction, exclude: Sequence[str]) -> None:
+    """UserError for a name that is no labeller's."""
+    if unknown := [name for name in exclude if t.labeller_named(name) is None]:
+        raise UserError(f"--exclude {unknown[0]}: no labeller of that name")
+
+
+def deciding(group: Sequence[Annotation], counts: RowCounts) -> Sequence[Annotation]:
+    """Of one task's annotations those that count: an admin's adjudication alone, or all."""
+    adjudicated = [a for a in group if a.strategy == "adjudication"]
+    chosen = adjudicated[-1:] or group
+    for _ in range(len(group) - len(chosen)):
+        counts.drop("overruled by adjudication")
+    return chosen
+
+
+def is_kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
+    """Whether an annotation says how a real task's answers rank; counted where not."""
     counts.read += 1
     reason = (
         "skipped"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,6 +17,7 @@ from prefloop.data.columns import HEADS, answered, carried
 from prefloop.data.formats import parse_row
 from prefloop.data.messages import decoded
 from prefloop.errors import UserError
+from prefloop.labelling.compared import compared_rows, is_compared
 from prefloop.labelling.export import is_store, project_id_of, split_address, store_rows
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of
@@ -48,8 +49,7 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
     counts = RowCounts()
     items: list[Item] = []
     waiting: list[Prompt] = []
-    stored = is_store(config.data)
-    for where, row in (store_rows if stored else read_outside)(config.data, counts):
+    for where, row in _rows(config, counts):
         if answered(row) or row.get("prompt") is None:
             items.append(_item(row, where, config))
         elif _kind(config) != "real":
@@ -60,7 +60,8 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
             carried(row, where)
             waiting += [p for p in parse_row(row, where, "prompt") if isinstance(p, Prompt)]
     if not items and not waiting:
-        raise UserError(f"{config.data}: it holds no rows")
+        why = f"nothing to rank: {counts.summary()}" if counts.dropped else "it holds no rows"
+        raise UserError(f"{config.data}: {why}")
     guidelines = _guidelines(config.guidelines)
     # 2. Write.
     with closing(Store(config.store)) as store, store.write() as t:
@@ -72,6 +73,18 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
         summary = {"tasks": made, "prompts": len(waiting), "dropped": counts.dropped}
         t.log("import", None, project=config.project, data=config.data, **summary)
     return {"project": config.project, "rows": len(items) + len(waiting), **summary}
+
+
+def _rows(config: LabelImportConfig, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of whatever --data names."""
+    if is_compared(config.data):
+        return compared_rows(config.data, config.samples, counts)
+    if config.samples != 1:
+        raise UserError(
+            f"--samples {config.samples}: {config.data} is no folder of prefloop compare, whose "
+            "answers it counts; leave it out"
+        )
+    return (store_rows if is_store(config.data) else read_outside)(config.data, counts)
 
 
 def unanswered(address: str) -> list[Prompt]:

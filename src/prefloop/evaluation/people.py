@@ -1,0 +1,234 @@
+"""Did people prefer it? What they said of compared answers, in numbers and sentences. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from prefloop.evaluation.preferences import (
+    Judged,
+    holm,
+    judgements_needed,
+    share,
+    strengths,
+)
+from prefloop.intervals import Interval
+from prefloop.labelling.agreement import ceiling, mean_by_prompt
+
+UNLIKELY = 0.05
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two ways, as people judged their answers to the same prompts where the texts differ."""
+
+    first: str
+    second: str
+    judgements: int
+    prompts: int
+    labellers: int
+    wins: int  # of the first
+    ties: int
+    losses: int
+    win_rate: Interval  # of the first, ties half; prompts and labellers as clusters
+    p: float  # two-sided, that it is 1/2
+    p_holm: float  # adjusted for all pairs of ways
+    judge: float  # the judge's win rate in the same judgements
+    reward_model: float | None
+    more: int | None  # judgements that would tell them apart if the share stays; None: no number
+    same_text: float  # share of prompts that both answered letter by letter alike
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A way's Bradley-Terry strength: log-odds of being preferred to the first way's answer."""
+
+    way: str
+    value: Interval | None  # None: no chain of judgements joins it to the first way
+
+
+@dataclass(frozen=True)
+class PeopleAgreement:
+    """Agreement on pairs of answers, ties half, between 0 and 1; 1/2 is chance."""
+
+    pairs: int  # of answers that somebody judged
+    shared: int  # that two people or more judged
+    judge: Interval  # with one person
+    reward_model: Interval | None
+    people: Interval | None  # one person with another, on shared pairs
+    ceiling: tuple[float, float] | None  # of a scorer's, by that (labelling.agreement.ceiling)
+
+
+@dataclass(frozen=True)
+class PeopleVerdict:
+    """What people said of a comparison's answers."""
+
+    source: str  # STORE#PROJECT
+    sentences: tuple[str, ...]
+    ways: tuple[str, ...]
+    judgements: int  # of tasks
+    prompts: int
+    labellers: int
+    pairs: tuple[Preference, ...]
+    strengths: tuple[Strength, ...]
+    agreement: PeopleAgreement
+    flags: Mapping[str, Mapping[str, int]]  # by way, then flag; "" is the whole task
+    all_bad: int  # judgements that say so
+    left_out: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was read: judgements between ways, and between texts."""
+
+    judged: Judged
+    judge: Sequence[float]  # a judgement's score, as the judge gives it
+    reward_model: Sequence[float | None]
+    pairs: Sequence[PairOfTexts]
+
+
+@dataclass(frozen=True)
+class PairOfTexts:
+    """Two answers to a prompt, with everyone's verdict: 1 the first, -1 the second, 0 neither."""
+
+    prompt: int
+    people: Sequence[int]
+    judge: float
+    reward_model: float | None
+
+
+def preferences(
+    rows: Rows, ways: Sequence[str], same: Mapping[tuple[int, int], float]
+) -> tuple[Preference, ...]:
+    """Each two ways that people compared, in the order of the ways."""
+    judged, found = rows.judged, []
+    judge = np.array(rows.judge)
+    for first, second in combinations(range(len(ways)), 2):
+        mine = np.flatnonzero((judged.first == first) & (judged.second == second))
+        if not len(mine):
+            continue
+        scores, prompts, labellers = (
+            column[mine] for column in (judged.scores, judged.prompts, judged.labellers)
+        )
+        told = share(scores, prompts, labellers)
+        needed = judgements_needed(told.interval.mean, told.design)
+        scored = [s for row in mine if (s := rows.reward_model[row]) is not None]
+        values = {
+            "judgements": len(mine),
+            "prompts": len(np.unique(prompts)),
+            "labellers": len(np.unique(labellers)),
+            "wins": int((scores == 1).sum()),
+            "ties": int((scores == 0.5).sum()),
+            "losses": int((scores == 0).sum()),
+            "win_rate": told.interval,
+            "p": told.p,
+            "judge": float(judge[mine].mean()),
+            "reward_model": sum(scored) / len(scored) if scored else None,
+            "more": None if needed is None else max(0, needed - len(mine)),
+            "same_text": same[first, second],
+        }
+        found.append((ways[first], ways[second], values))
+    adjusted = holm([values["p"] for *_, values in found])
+    return tuple(
+        Preference(first, second, p_holm=p, **values)
+        for (first, second, values), p in zip(found, adjusted, strict=True)
+    )
+
+
+def agreement(pairs: Sequence[PairOfTexts]) -> PeopleAgreement:
+    """How far the judge and the reward model agree with people, and people with each other."""
+    prompts = np.array([pair.prompt for pair in pairs])
+
+    def with_people(verdicts: Sequence[float]) -> Interval:
+        agreed = [
+            sum(_agreed(verdict, person) for person in pair.people) / len(pair.people)
+            for verdict, pair in zip(verdicts, pairs, strict=True)
+        ]
+        return mean_by_prompt(np.array(agreed), prompts)
+
+    scored = [pair.reward_model for pair in pairs if pair.reward_model is not None]
+    shared = [pair for pair in pairs if len(pair.people) > 1]
+    among = [[_agreed(a, b) for a, b in combinations(pair.people, 2)] for pair in shared]
+    means = np.array([sum(each) / len(each) for each in among])
+    groups = np.array([pair.prompt for pair in shared])
+    people = mean_by_prompt(means, groups) if shared else None
+    return PeopleAgreement(
+        pairs=len(pairs),
+        shared=len(shared),
+        judge=with_people([pair.judge for pair in pairs]),
+        reward_model=with_people(scored) if len(scored) == len(pairs) else None,
+        people=people,
+        ceiling=ceiling(people.mean) if people and people.mean >= 0.5 else None,
+    )
+
+
+def _agreed(one: float, other: float) -> float:
+    """1 for the same verdict, 1/2 where one of two is a tie, 0 for opposites."""
+    return 1 - abs(one - other) / 2
+
+
+def strengths_of(judged: Judged, ways: Sequence[str]) -> tuple[Strength, ...]:
+    """Every way's strength, the first way's being 0."""
+    return tuple(map(Strength, ways, strengths(judged, len(ways))))
+
+
+# --- in words ------------------------------------------------------------------------------------
+
+
+def sentences_of(
+    pairs: Sequence[Preference], ways: Sequence[str], measured: PeopleAgreement
+) -> tuple[str, ...]:
+    """The verdict: each way against the first one, then what the judges' verdicts are worth."""
+    against = [pair for pair in pairs if pair.first == ways[0]]
+    lines = [_sentence(pair) for pair in against]
+    if untold := [way for way in ways[1:] if way not in {pair.second for pair in against}]:
+        lines.append(f"Nobody compared {', '.join(untold)} with {ways[0]}.")
+    said = f"The judge agrees with a person on {_percent(measured.judge)} of pairs"
+    if measured.reward_model:
+        said += f", the reward model on {_percent(measured.reward_model)}"
+    if measured.people:
+        said += f", one person with another on {_percent(measured.people)}"
+    else:
+        said += "; nobody judged what another did, so how far people agree is not known"
+    return (*lines, f"{said} (ties half).")
+
+
+def _sentence(pair: Preference) -> str:
+    flipped = Interval(
+        *(1 - x for x in (pair.win_rate.mean, pair.win_rate.high, pair.win_rate.low))
+    )
+    rate, way, other = flipped, pair.second, pair.first  # of the way, against the first one
+    said = f"of {pair.judgements:,} judgements, ties half ({_counted(pair)})"
+    if pair.p_holm < UNLIKELY:
+        if rate.mean < 0.5:
+            rate, way, other = pair.win_rate, other, way
+        return f"People prefer {way} to {other}: {_percent(rate)} {said}."
+    end = "no number of judgements tells an even share apart"
+    if pair.more is not None:
+        end = f"about {_rounded(pair.more):,} more would, if that is the true share"
+        if pair.more == 0:
+            end = "with so many pairs of ways it may be chance"
+    return f"People do not tell {way} from {other}: {_percent(rate)} {said}; {end}."
+
+
+def _counted(pair: Preference) -> str:
+    return f"{pair.prompts} prompts, {people(pair.labellers)}"
+
+
+def people(count: int) -> str:
+    """So many of them."""
+    return "1 person" if count == 1 else f"{count} people"
+
+
+def _percent(rate: Interval) -> str:
+    return f"{rate.mean:.0%} [{rate.low:.0%}, {rate.high:.0%}]"
+
+
+def _rounded(number: int) -> int:
+    """Two digits say as much as the estimate knows."""
+    digits = max(0, len(str(number)) - 2)
+    return int(round(number, -digits))

@@ -1,0 +1,98 @@
+"""The verdict by people on the terminal: sentences first, then the numbers behind them."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+
+from prefloop.evaluation.people import PeopleVerdict, Preference, people
+from prefloop.intervals import Interval
+from prefloop.terminal import as_is
+
+
+def terminal(verdict: PeopleVerdict) -> Group:
+    """Everything that a user must see, in the order of need."""
+    parts = [as_is(line) for line in (*verdict.sentences, *verdict.notes)]
+    title = (
+        f"{verdict.judgements:,} judgements of {verdict.prompts:,} prompts by "
+        f"{people(verdict.labellers)}"
+    )
+    told = [*_flags(verdict), *_left_out(verdict)]
+    return Group(*parts, _matrix(verdict, title), _pairs(verdict), *map(as_is, told))
+
+
+def matrix(verdict: PeopleVerdict) -> list[list[str]]:
+    """A row a way: its name, its win rate against each way, and its strength."""
+    rates: dict[tuple[str, str], Interval] = {}
+    for pair in verdict.pairs:
+        rate = pair.win_rate
+        rates[pair.first, pair.second] = rate
+        rates[pair.second, pair.first] = Interval(1 - rate.mean, 1 - rate.high, 1 - rate.low)
+    strength = {one.way: one.value for one in verdict.strengths}
+    return [
+        [way, *(_cell(rates.get((way, other))) for other in verdict.ways), _cell(strength[way])]
+        for way in verdict.ways
+    ]
+
+
+def _cell(value: Interval | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def _matrix(verdict: PeopleVerdict, title: str) -> Table:
+    table = Table(title=as_is(title), box=SIMPLE)
+    for head in ("Preferred", *(f"to {way}" for way in verdict.ways), "Strength"):
+        table.add_column(as_is(head), overflow="fold")
+    for row in matrix(verdict):
+        table.add_row(*(as_is(cell.replace(" [", "\n[")) for cell in row))
+    return table
+
+
+PAIR_HEADS = (
+    "Pair",
+    "Won – tied – lost",
+    "People",
+    "Judge",
+    "RM",
+    "p (Holm)",
+    "More needed",
+    "Same text",
+)
+
+
+def pair_row(pair: Preference) -> list[str]:
+    """One pair of ways, by `PAIR_HEADS`; judge and reward model in the same judgements."""
+    return [
+        f"{pair.first} : {pair.second}",
+        f"{pair.wins} – {pair.ties} – {pair.losses}",
+        f"{pair.win_rate.mean:.2f}",
+        f"{pair.judge:.2f}",
+        "–" if pair.reward_model is None else f"{pair.reward_model:.2f}",
+        f"{pair.p_holm:.3f}",
+        "no number" if pair.more is None else f"{pair.more:,}",
+        f"{pair.same_text:.0%}",
+    ]
+
+
+def _pairs(verdict: PeopleVerdict) -> Table:
+    table = Table(box=SIMPLE)
+    for head in PAIR_HEADS:
+        table.add_column(head, overflow="fold")
+    for pair in verdict.pairs:
+        table.add_row(*map(as_is, pair_row(pair)))
+    return table
+
+
+def _flags(verdict: PeopleVerdict) -> list[str]:
+    lines = []
+    for way, found in verdict.flags.items():
+        counted = ", ".join(f"{flag} {count}" for flag, count in sorted(found.items()))
+        lines.append(f"Flagged, {way or 'whole tasks'}: {counted}")
+    if verdict.all_bad:
+        lines.append(f"All bad: said of {verdict.all_bad} tasks")
+    return lines
+
+
+def _left_out(verdict: PeopleVerdict) -> list[str]:
+    return [f"Not counted: {why} {count}" for why, count in verdict.left_out.items()]
