@@ -23,6 +23,7 @@ from prefloop.labelling.assign import Judgement, next_assignment, submit
 from prefloop.labelling.store import Store
 from prefloop.records import RowCounts
 from prefloop.rewards.health import Vitals
+from tests.labelling.small import compare_folder
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import train, write_rows, write_world
 
@@ -250,7 +251,7 @@ def write_guide_world(folder):
 
 @pytest.mark.slow
 def test_the_labelling_guide_runs(tmp_path, monkeypatch, capsys):
-    """Commands in their order; where the page is served, a labeller does all tasks."""
+    """Commands in their order; where the page is served, two labellers do all tasks."""
     write_guide_world(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "guidelines.md").write_text("Be kind.")
@@ -258,16 +259,22 @@ def test_the_labelling_guide_runs(tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "more-samples.jsonl", more)
     (tmp_path / "runs").mkdir()
     shutil.copytree(tmp_path / "base", tmp_path / "runs" / "sft")
+    answers = {"SFT": [["a boat"]] * 8, "DPO": [["an oath"]] * 8}
+    compare_folder(tmp_path / "runs" / "compare", answers)
     for words in commands_in(text_of("labelling.md")):
         if words[:2] != ["label", "serve"]:
             assert main(words) == 0, words
             continue
-        store = Store("labels.db")
-        while task := next_assignment(store, 1):
-            tiers = [[place] for place in task.shown]
-            submit(store, 1, task.id, Judgement(tiers, request_id=str(task.id)))
+        store = Store(words[words.index("--store") + 1])
+        for who in (1, 2):
+            while task := next_assignment(store, who):
+                tiers = [[place] for place in task.shown]
+                submit(store, who, task.id, Judgement(tiers, request_id=str(task.id)))
         store.close()
-    assert "Krippendorff" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Krippendorff" in told
+    assert "People do not tell DPO from SFT" in told  # by who goes by the place shown
+    assert (tmp_path / "runs/compare/people.json").exists()
     assert (tmp_path / "quality.html").exists()
     assert (tmp_path / "runs/dpo/model").is_dir()
 

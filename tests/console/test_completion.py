@@ -27,7 +27,7 @@ def offered(line):
         ("fe", ["fetch-model"]),
         ("label s", ["serve", "score"]),
         ("label add", ["add-user"]),
-        ("evaluate ", ["winrate", "judge", "reward-model"]),
+        ("evaluate ", ["winrate", "judge", "people", "reward-model"]),
         ("dpo --bet", ["--beta"]),
         ("dpo --loss si", ["sigmoid", "sigmoid-norm", "simpo"]),
         ("dpo --loss simpo --bet", ["--beta"]),

@@ -44,7 +44,7 @@ EXAMPLES = {
     "--output runs/compare",
     "evaluate winrate": "--answers dpo.jsonl --baseline sft.jsonl --judge my_rewards:score",
     "evaluate judge": "--data judged-by-people.jsonl --judge openai:my-model@http://127.0.0.1:8000/v1",
-    "evaluate people": "labels.db#compare --data runs/compare",
+    "evaluate people": "people.db --data runs/compare",
     "evaluate reward-model": "--reward-model runs/reward --data held-out-rankings.jsonl",
     "label serve": "--store labels.db",
     "label backup": "--store labels.db --output backup.db",
