@@ -3,8 +3,9 @@
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `gpus`,
-`gradients`, `growth`, `log-probs`, `low-bit`, `optimizers`, `planning` and `startup` measure
-prefloop alone; `python -m benchmarks.cuda` what needs a GPU. JSON goes to build/benchmarks/.
+`gradients`, `growth`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning` and `startup`
+measure prefloop alone; `python -m benchmarks.cuda` what needs a GPU. JSON goes to
+build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks import (
     growth,
     log_probs,
     low_bit,
+    margins,
     optimizers,
     planning,
     startup,
@@ -39,6 +41,7 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "growth": growth.measure,
     "log-probs": log_probs.measure,
     "low-bit": low_bit.measure,
+    "margins": margins.measure,
     "optimizers": optimizers.measure,
     "planning": planning.measure,
     "startup": startup.measure,
