@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import compare, gradients, growth, llama_side, optimizers, startup
+from benchmarks import compare, gradients, growth, llama_side, margins, optimizers, startup
 from benchmarks.ceilings import model_flops, weight_bytes
 from benchmarks.meter import MARK
 from benchmarks.sides import Form, forms
 from benchmarks.work import WORKS, Work, write_rows
 
+from prefloop.labelling.export import read_records
 from prefloop.models.load import load_policy
 from prefloop.models.weights import Storage
+from prefloop.recipes.fetch import RatedSentence
+from prefloop.records import RowCounts
 from tests.training.small import write_world
 
 ROOT = Path(__file__).parents[1]
@@ -281,3 +284,18 @@ def test_every_form_learns_from_the_same_start(models, tmp_path):
     assert started == again
     assert ended != other
     assert ended < started
+
+
+def test_simulated_labellers_say_by_how_much(tmp_path):
+    """Ratings 4, 1, 0 and -4: differences of 8, 5, 4, 3 and 1 are much, much, clearly, clearly and
+    slightly better, whose margins are 1, 1, 2/3, 2/3 and 1/3."""
+    rated = {" best": 4, " good": 1, " fair": 0, " bad": -4}
+    sentences = [RatedSentence(text.strip(), (rating,)) for text, rating in rated.items()]
+    store = margins.label(sentences, tmp_path, seed=0)
+    records = read_records(store, "preference", RowCounts(), margins=True)
+    share = {8: 1.0, 5: 1.0, 4: 2 / 3, 3: 2 / 3, 1: 1 / 3}
+    assert len(records) == 12  # each two texts in both orders
+    for record in records:
+        ((winner, loser),) = record.pairs()
+        texts = record.completions
+        assert record.margin == share[rated[texts[winner]] - rated[texts[loser]]]

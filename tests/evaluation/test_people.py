@@ -5,14 +5,12 @@ import json
 import pytest
 
 from prefloop.config import PeopleConfig
-from prefloop.config.labelling import LabelImportConfig
 from prefloop.errors import UserError
 from prefloop.evaluation.labelled import run
 from prefloop.evaluation.people_table import matrix, terminal
-from prefloop.labelling import imports
 from prefloop.labelling.assign import Judgement, next_assignment, submit
 from prefloop.labelling.store.reading import texts_of
-from tests.labelling.small import NO_EXTRAS, add, compare_folder, open_store
+from tests.labelling.small import add, compare_folder, open_store, put
 
 ANSWERS = {  # the judge prefers long texts, the reward model late letters
     "SFT": [["a1"], ["a2"], ["same"], ["a4"]],
@@ -24,8 +22,7 @@ ANSWERS = {  # the judge prefers long texts, the reward model late letters
 @pytest.fixture
 def made(tmp_path):
     folder = compare_folder(tmp_path / "compare", ANSWERS, reward_model=lambda text: ord(text[0]))
-    settings = {"store": str(tmp_path / "labels.db"), "data": str(folder), **NO_EXTRAS}
-    imports.run(LabelImportConfig(**settings, need=2))
+    put(tmp_path, folder, need=2)
     store = open_store(tmp_path)
     yield store, folder, PeopleConfig(labels=str(tmp_path / "labels.db"), data=str(folder))
     store.close()
@@ -148,8 +145,7 @@ def test_other_work_in_the_project_is_left_out(made, tmp_path):
     store, _, config = made
     rows = tmp_path / "more.jsonl"
     rows.write_text('{"prompt": "prompt 1", "completions": ["a2", "elsewhere"]}\n')
-    settings = {"store": str(tmp_path / "labels.db"), "data": str(rows), **NO_EXTRAS}
-    imports.run(LabelImportConfig(**settings))
+    put(tmp_path, rows)
     judge(store, "ann", first_best)
     assert run(config).left_out == {"of answers that are not in the comparison": 1}
 
@@ -170,8 +166,7 @@ def test_samples_and_modes_give_the_same_verdict(tmp_path, mode):
     answers = {"SFT": [["a1", "b1"], ["a2", "x"]], "PPO": [["c1", "a1"], ["c2", "y"]]}
     answers["best-of-2"] = [["d1"], ["d2"]]
     folder = compare_folder(tmp_path / "compare", answers)
-    settings = {"store": str(tmp_path / "labels.db"), "data": str(folder), **NO_EXTRAS}
-    imports.run(LabelImportConfig(**settings, mode=mode, samples=2))
+    put(tmp_path, folder, mode=mode, samples=2)
     store = open_store(tmp_path)
     judge(store, "ann", first_best)
     pairs = by_pair(run(PeopleConfig(labels=str(tmp_path / "labels.db"), data=str(folder))))
@@ -192,8 +187,7 @@ def test_a_clear_verdict_in_words_and_in_tables(tmp_path):
         "PPO": [["c" if n % 2 else "aa"] for n in range(40)],
     }
     folder = compare_folder(tmp_path / "compare", answers)
-    settings = {"store": str(tmp_path / "labels.db"), "data": str(folder), **NO_EXTRAS}
-    imports.run(LabelImportConfig(**settings))
+    put(tmp_path, folder)
     store = open_store(tmp_path)
     judge(store, "ann", first_best)
     verdict = run(PeopleConfig(labels=str(tmp_path / "labels.db"), data=str(folder)))
@@ -205,7 +199,7 @@ def test_a_clear_verdict_in_words_and_in_tables(tmp_path):
     sft, dpo, _ = matrix(verdict)
     assert sft[:3] == ["SFT", "–", "0.00 [0.00, 0.09]"]
     assert dpo[1] == "1.00 [0.91, 1.00]"
-    assert sft[4] == "0.00 [0.00, 0.00]"
+    assert sft[4] == "0"
     from rich.console import Console
 
     console = Console(width=200, record=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prefloop.config.labelling import LabelImportConfig
@@ -32,10 +33,12 @@ def rows(count: int, answers: int = 3, **columns: object) -> list[dict[str, Any]
 
 
 def put(folder, data, address=None, **changes):
-    """Import rows; the result of `label import`."""
-    write_jsonl(folder / "rows.jsonl", data)
+    """Import rows, or a folder that `compare` wrote; the result of `label import`."""
+    if not isinstance(data, Path):
+        write_jsonl(folder / "rows.jsonl", data)
+        data = folder / "rows.jsonl"
     settings: dict[str, Any] = {"store": address or str(folder / "labels.db"), **NO_EXTRAS}
-    config = LabelImportConfig(data=str(folder / "rows.jsonl"), **{**settings, **changes})
+    config = LabelImportConfig(data=str(data), **{**settings, **changes})
     return imports.run(config)
 
 

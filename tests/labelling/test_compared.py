@@ -4,24 +4,17 @@ from collections import Counter
 
 import pytest
 
-from prefloop.config.labelling import LabelImportConfig
 from prefloop.errors import UserError
-from prefloop.labelling import imports
 from prefloop.labelling.compared import read_compared
 from prefloop.labelling.store.reading import responses_of
 from prefloop.labelling.store.scoring import tasks_of
-from tests.labelling.small import NO_EXTRAS, compare_folder, open_store
+from tests.labelling.small import compare_folder, open_store, put
 
 ANSWERS = {
     "SFT": [["a", "a2"], ["same", "s2"], ["x", "x"]],
     "PPO": [["b", "b2"], ["same", "p2"], ["x", "y"]],
     "best-of-4": [["a"], ["other"], ["x"]],
 }
-
-
-def take(tmp_path, folder, **changes):
-    settings = {"store": str(tmp_path / "labels.db"), "data": str(folder), **NO_EXTRAS, **changes}
-    return imports.run(LabelImportConfig(**settings))
 
 
 def stored(tmp_path):
@@ -36,7 +29,7 @@ def stored(tmp_path):
 
 def test_a_prompt_is_a_task_and_a_text_stands_once(tmp_path):
     folder = compare_folder(tmp_path / "compare", ANSWERS, cut=("a", "other"))
-    result = take(tmp_path, folder)
+    result = put(tmp_path, folder)
     assert (result["tasks"], result["rows"]) == (2, 2)
     assert result["dropped"] == {
         "answer equal to another one": 4,
@@ -47,12 +40,12 @@ def test_a_prompt_is_a_task_and_a_text_stands_once(tmp_path):
         [("a", "length"), ("b", "stop")],
         [("other", "length"), ("same", "stop")],
     ]
-    assert take(tmp_path, folder, seed=5)["tasks"] == 0  # the same again, whatever the seed
+    assert put(tmp_path, folder, seed=5)["tasks"] == 0  # the same again, whatever the seed
 
 
 def test_more_samples_are_more_tasks_of_the_same_prompts(tmp_path):
     folder = compare_folder(tmp_path / "compare", ANSWERS)
-    assert take(tmp_path, folder, samples=2, mode="pairwise")["tasks"] == 5
+    assert put(tmp_path, folder, samples=2, mode="pairwise")["tasks"] == 5
     second = [question.said.keys() for question in read_compared(str(folder))][1::2]
     assert [list(ways) for ways in second] == [["SFT", "PPO"]] * 3
     texts = [sorted(text for text, _ in task) for task in stored(tmp_path)]
@@ -62,7 +55,7 @@ def test_more_samples_are_more_tasks_of_the_same_prompts(tmp_path):
 def test_a_chat_is_asked_as_a_chat(tmp_path):
     chat = [{"role": "user", "content": "Hi"}]
     folder = compare_folder(tmp_path / "compare", {"SFT": [["a"]], "PPO": [["b"]]}, [chat])
-    take(tmp_path, folder)
+    put(tmp_path, folder)
     assert sorted(text[0]["content"] for text, _ in stored(tmp_path)[0]) == ["a", "b"]
 
 
@@ -79,13 +72,13 @@ def test_a_chat_is_asked_as_a_chat(tmp_path):
 def test_what_cannot_be_asked_is_told(tmp_path, answers, changes, told):
     folder = compare_folder(tmp_path / "compare", answers)
     with pytest.raises(UserError, match=told):
-        take(tmp_path, folder, **changes)
+        put(tmp_path, folder, **changes)
 
 
 def test_samples_are_of_a_comparison_alone(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completions": ["a", "b"]}\n')
     with pytest.raises(UserError, match="no folder of prefloop compare"):
-        take(tmp_path, tmp_path / "rows.jsonl", samples=2)
+        put(tmp_path, tmp_path / "rows.jsonl", samples=2)
 
 
 @pytest.mark.parametrize("column", ["judge", "way", "truncated"])
@@ -94,14 +87,14 @@ def test_a_damaged_folder_is_told_with_its_line(tmp_path, column):
     path = folder / "answers.jsonl"
     path.write_text(path.read_text().replace(f'"{column}"', '"other"', 1))
     with pytest.raises(UserError, match=r"answers.jsonl:1: needs prompt, way, completions"):
-        take(tmp_path, folder)
+        put(tmp_path, folder)
 
 
 def test_the_order_in_the_store_tells_nothing(tmp_path):
     """Each of three ways stands in each place a third of the time: within 4 deviations of 100."""
     ways = ("SFT", "PPO", "DPO")
     answers = {way: [[f"{number} {way[::-1]}"] for number in range(300)] for way in ways}
-    take(tmp_path, compare_folder(tmp_path / "compare", answers))
+    put(tmp_path, compare_folder(tmp_path / "compare", answers))
     places = Counter(
         (text.split()[1], place)
         for task in stored(tmp_path)

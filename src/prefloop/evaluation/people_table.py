@@ -31,7 +31,11 @@ def matrix(verdict: PeopleVerdict) -> list[list[str]]:
         rates[pair.second, pair.first] = Interval(1 - rate.mean, 1 - rate.high, 1 - rate.low)
     strength = {one.way: one.value for one in verdict.strengths}
     return [
-        [way, *(_cell(rates.get((way, other))) for other in verdict.ways), _cell(strength[way])]
+        [
+            way,
+            *(_cell(rates.get((way, other))) for other in verdict.ways),
+            "0" if way == verdict.ways[0] else _cell(strength[way]),
+        ]
         for way in verdict.ways
     ]
 
@@ -52,9 +56,9 @@ def _matrix(verdict: PeopleVerdict, title: str) -> Table:
 PAIR_HEADS = (
     "Pair",
     "Won – tied – lost",
-    "People",
-    "Judge",
-    "RM",
+    "Win rate",
+    "Judge's",
+    "RM's",
     "p (Holm)",
     "More needed",
     "Same text",

@@ -7,11 +7,9 @@ from collections import Counter
 import pytest
 from starlette.routing import Route
 
-from prefloop.config.labelling import LabelImportConfig
-from prefloop.labelling import imports
 from prefloop.labelling.store import key_of
 from prefloop.labelling.web.app import create_app
-from tests.labelling.small import NO_EXTRAS, add, compare_folder, open_store
+from tests.labelling.small import add, compare_folder, open_store, put
 from tests.labelling.web.test_app import Page
 
 WAYS = ("Zebra", "Quokka", "Ocelot")
@@ -25,8 +23,7 @@ def made(request, tmp_path):
     texts = {w: [[f"text {7 * n + 3 * k}"] for n in range(count)] for k, w in enumerate(WAYS)}
     texts = {w: [[f"{t} of {n}"] for n, (t,) in enumerate(rows)] for w, rows in texts.items()}
     folder = compare_folder(tmp_path / "secret-compare", texts)
-    settings = {"data": str(folder), "mode": request.param, **NO_EXTRAS}
-    imports.run(LabelImportConfig(store=str(tmp_path / "labels.db"), **settings))
+    put(tmp_path, folder, mode=request.param)
     store = open_store(tmp_path)
     add(store, "ann")
     add(store, "boss", role="admin")
