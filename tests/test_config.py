@@ -217,8 +217,9 @@ def test_validate_names_the_setting_and_the_remedy(config, message):
         ((), "--models is empty"),
         (("dpo",), "'dpo'; give name=path"),
         (("=path",), "'=path'; give name=path"),
-        (("a=x", "a=y"), "uses a name twice"),
-        (("sft=x",), "uses the name 'sft'"),
+        (("a=x", "b=x", "a=x"), "'a=x' twice"),
+        (("SFT=x",), "uses the name 'SFT'"),
+        (("best-of-4=x",), "uses the name 'best-of-4'"),
     ],
 )
 def test_compared_models_have_names(models, message):

@@ -17,7 +17,7 @@ from prefloop import config as c
 from prefloop.config import labelling as l
 from prefloop.config.checks import validate
 from prefloop.errors import UserError
-from prefloop.terminal import shown
+from prefloop.terminal import as_is, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -290,10 +290,12 @@ def _console() -> Console:
 
 
 def show_comparison(result: Any) -> None:
-    """Print a comparison as a table."""
+    """Print what a comparison says, and its table."""
     from prefloop.evaluation.report import terminal_table
 
     console = _console()
+    for sentence in result.sentences:
+        console.print(as_is(sentence))
     console.print(terminal_table(result))
     print(shown(str(Path(result.settings["output"]) / "report.html")))
 

@@ -13,6 +13,7 @@ from prefloop.errors import UserError
 from prefloop.evaluation.compare import compare
 from prefloop.evaluation.frontier import best_of_n_kl
 from prefloop.files import read_rows, write_jsonl
+from prefloop.intervals import Interval
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
 from prefloop.rewards.judges import load_judge
@@ -92,6 +93,15 @@ def test_compare(config: CompareConfig) -> None:
         assert row["judge"] == vowels([], row["completions"])
     mean = sum(sum(row["judge"]) / 2 for row in judged) / len(PROMPTS)
     assert other.vitals.gold.mean == pytest.approx(mean)
+    # 4. The answer: a sentence for each way but SFT, on every two of four.
+    pairs = [("SFT", "best-of-3"), ("SFT", "same"), ("SFT", "other")]
+    assert [(v.first, v.second) for v in result.verdicts][:3] == pairs
+    assert len(result.verdicts) == 6
+    assert result.verdicts[1].difference == Interval(0.0, 0.0, 0.0)
+    assert result.verdicts[1].p == 1.0
+    assert numbers["sentences"] == list(result.sentences)
+    assert [text.split()[0] for text in result.sentences] == ["best-of-3", "same", "other"]
+    assert numbers["verdicts"][2]["p_holm"] == result.verdicts[2].p_holm
 
 
 def test_best_of_n_takes_the_reward_models_favourite(config: CompareConfig) -> None:
@@ -121,7 +131,7 @@ def test_kl_is_that_of_plain_transformers(config: CompareConfig) -> None:
 def test_faults_are_one_line(config: CompareConfig, tmp_path: Path) -> None:
     for change, message in (
         ({"models": ("other",)}, "name=path"),
-        ({"models": ("a=x", "a=y")}, "twice"),
+        ({"models": ("a=x", "a=x")}, "twice"),
         ({"max_new_tokens": 1022}, "prompts.jsonl:1"),
     ):
         with pytest.raises(UserError, match=message):
@@ -151,8 +161,65 @@ def test_an_llm_judges_by_its_rubric(config: CompareConfig, tmp_path: Path) -> N
         shown = [text + CUT if cut else text for text, cut in both]
         assert row["judge"] == [1 + sum(c in "aeiou" for c in text[:9]) for text in shown]
     changes["judge_cache"] = tmp_path / "empty"
-    with (
-        serving(lambda prompt, _: 400 if len(server.asked) % 2 else "[[4]]") as server,
-        pytest.raises(UserError, match="answers got no score"),
-    ):
-        compare(replace(config, judge=server.judge, **changes))  # type: ignore[arg-type]
+    with serving(lambda prompt, _: 400 if len(server.asked) % 2 else "[[4]]") as server:
+        result = compare(replace(config, judge=server.judge, **changes))  # type: ignore[arg-type]
+    rows = read_answers(config)
+    missing = sum(row["judge"].count(None) for row in rows)
+    assert result.unjudged == missing > 0
+    assert f"{missing} answers got no score" in result.notes[-1]
+    known = [all(any(s is not None for s in row["judge"]) for row in rows[i::4]) for i in range(4)]
+    assert f"{known.count(False)} prompts, which" in result.notes[-1]
+
+
+def test_a_prompt_without_a_score_from_one_way_counts_for_none(
+    config: CompareConfig, tmp_path: Path
+) -> None:
+    """Prompt "A" of "other" alone gets none; of the other prompts all ways are measured."""
+    path = config.models[1].split("=")[1]
+    compare(replace(config, samples_per_prompt=1, reward_model=None, best_of=4))
+    texts = {
+        (row["way"], row["prompt"]): row["completions"][0] + CUT * row["truncated"][0]
+        for row in read_answers(config)
+    }
+    refused = texts["other", "A"]
+
+    def says(prompt: str, before: int) -> Reply:
+        answer = section(prompt, "answer")
+        return 400 if answer == refused.strip() else f"[[{1 + len(answer) % 9}]]"
+
+    with serving(says) as server:
+        result = compare(
+            replace(
+                config,
+                judge=server.judge,
+                judge_cache=tmp_path / "c",
+                models=(f"other={path}",),
+                samples_per_prompt=1,
+                reward_model=None,
+                best_of=4,
+            )
+        )
+    rows = {(row["way"], row["prompt"]): row["judge"][0] for row in read_answers(config)}
+    assert [key for key, score in rows.items() if score is None] == [("other", "A")]
+    sft, other = ([rows[way, p] for p in PROMPTS if p != "A"] for way in ("SFT", "other"))
+    assert result.ways[0].vitals.gold.mean == pytest.approx(sum(sft) / 3)
+    assert result.verdicts[0].difference.mean == pytest.approx((sum(sft) - sum(other)) / 3)
+    assert result.ways[1].example_scores[1] is None
+
+
+def test_runs_of_one_way_are_told_apart_and_put_together(config: CompareConfig) -> None:
+    first, second = (item.split("=")[1] for item in config.models)
+    runs = (f"both={first}", f"both={second}")
+    result = compare(replace(config, models=runs, reward_model=None, best_of=4))
+    sft, both = result.ways
+    own = [run.vitals.gold.mean for run in both.runs]
+    assert own[0] == sft.vitals.gold.mean
+    assert both.vitals.gold.mean == pytest.approx(sum(own) / 2)
+    kls = [run.vitals.kl.mean for run in both.runs]
+    assert kls[0] == 0.0 != kls[1]
+    assert both.vitals.kl.mean == pytest.approx(sum(kls) / 2)
+    rows = [row for row in read_answers(config) if row["way"] == "both"]
+    assert [row["run"] for row in rows] == [1] * 4 + [2] * 4
+    numbers = json.loads((config.output / "compare.json").read_text())
+    assert [run["vitals"]["gold"]["mean"] for run in numbers["ways"][1]["runs"]] == own
+    assert result.sentences[0].startswith("both (2 runs) is ")

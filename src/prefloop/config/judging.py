@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ class CompareConfig(EndpointConfig, PromptsConfig, InferenceConfig):
     sft: str
     """The SFT model: a run directory, a Hugging Face folder or a hub id."""
     models: tuple[str, ...]
-    """`name=path` of each model to compare: run directories, folders or hub ids."""
+    """`name=path` of each model to compare: run directories, folders or hub ids. One name with
+    several paths is one way, trained with several seeds."""
     data: str
     """Held-out rows with a `prompt`, or DB#PROJECT."""
     judge: str
@@ -126,9 +128,9 @@ class CompareConfig(EndpointConfig, PromptsConfig, InferenceConfig):
             if not all(model.partition("=")):
                 yield f"--models holds {model!r}; give name=path"
         names = [model.partition("=")[0] for model in self.models]
-        if len(set(names)) < len(names):
-            yield "--models uses a name twice; give each its own"
-        for taken in sorted({"sft", "best-of-n"} & set(names)):
+        for model in sorted({m for m in self.models if self.models.count(m) > 1}):
+            yield f"--models holds {model!r} twice; a name's other runs have other paths"
+        for taken in sorted({n for n in names if re.fullmatch("(?i:sft)|best-of-(n|[0-9]+)", n)}):
             yield f"--models uses the name {taken!r}; choose another"
 
 

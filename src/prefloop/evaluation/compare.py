@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prefloop import sources
@@ -17,15 +17,25 @@ from prefloop.config.resolve import as_dict
 from prefloop.data import split
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids, tokenize
 from prefloop.errors import UserError
-from prefloop.evaluation.comparison import Comparison, Way, read_run
-from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
+from prefloop.evaluation.comparison import Comparison, WholeCost, read_run
+from prefloop.evaluation.lineage import checkpoints, mean_cost, whole_cost
+from prefloop.evaluation.measure import (
+    EXAMPLES,
+    Answered,
+    ByPrompt,
+    Judged,
+    frontier,
+    judged_prompts,
+    measured,
+    scored,
+)
+from prefloop.evaluation.pairs import all_pairs
 from prefloop.evaluation.report import render
-from prefloop.evaluation.winrate import win_rate
+from prefloop.evaluation.sentences import sentences
 from prefloop.files import check_folder, write_atomic, write_jsonl
 from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine
 from prefloop.generation.sampler import Sampling
-from prefloop.intervals import Interval, mean_score
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import is_scorer_folder, load_policy, pick_device
 from prefloop.models.model import LoadedModel
@@ -33,27 +43,10 @@ from prefloop.models.weights import storage_of
 from prefloop.progress import Progress
 from prefloop.records import Prompt, RowCounts, Text, text_to_json
 from prefloop.rewards.functions import columns_of
-from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
 from prefloop.rewards.judges import Judge, load_judge
+from prefloop.rewards.llm import RubricJudge
 
-EXAMPLES = 12  # prompts whose answers the page shows
 SCORING_TOKENS = 8192  # in one forward pass
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A model's answer to a prompt, judged."""
-
-    text: str
-    tokens: tuple[int, ...]  # with the stop token that ended it
-    truncated: bool
-    kl: float  # log pi(y|x) - log pi_sft(y|x), nats
-    gold: float
-    proxy: float | None
-
-
-ByPrompt = list[list[Judged]]
-"""By prompt, then by sample."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ def compare(
     validate(config)
     check_folder(config.output)
     named = _named_models(config.models)
-    for path in (config.sft, *named.values()):
+    for path in (config.sft, *(path for paths in named.values() for path in paths)):
         is_scorer_folder(path)  # a folder that is none is told before the work
     task = _prepare(config, make_engine)
     # 2. SFT's answers, and more of them for best-of-n to choose from.
@@ -85,43 +78,91 @@ def compare(
     everything, sft_seconds = _sample(task, task.sft, config.samples_per_prompt + pool_size, "SFT")
     baseline = [row[: config.samples_per_prompt] for row in everything]
     pool = [row[config.samples_per_prompt :] for row in everything]
-    answers = {"SFT": baseline}
-    ways = [_way("SFT", Path(config.sft), baseline, baseline, None, sft_seconds, config.seed)]
-    sft = ways[0].vitals
+    answered = [Answered("SFT", (config.sft,), (baseline,), sft_seconds)]
     # 3. Best-of-n.
-    frontier: tuple[tuple[int, float, float], ...] = ()
     if pool_size:
-        name = f"best-of-{pool_size}"
-        answers[name] = [[max(row, key=lambda a: a.proxy or 0.0)] for row in pool]
-        way = _way(name, None, answers[name], baseline, sft, sft_seconds * pool_size, config.seed)
-        ways.append(_with_bound(way, pool_size))
-        frontier = _frontier(pool, config.seed)
+        best = [[max(row, key=lambda a: a.proxy or 0.0)] for row in pool]
+        seconds, name = sft_seconds * pool_size, f"best-of-{pool_size}"
+        answered.append(Answered(name, (), (best,), seconds, pool_size))
     # 4. The other models, one at a time.
-    for name, path in named.items():
-        model = load_policy(
-            path, task.sft.device, storage_of(config), template_args=task.sft.template_args
-        )
-        _require_same_tokens(task.sft, model)
-        answers[name], seconds = _sample(task, model, config.samples_per_prompt, name)
-        del model
-        ways.append(_way(name, Path(path), answers[name], baseline, sft, seconds, config.seed))
-    # 5. Report.
-    result = Comparison(
-        ways=tuple(ways),
-        prompts=len(task.prompts),
-        example_prompts=tuple(_shown(row.prompt) for row in task.prompts[:EXAMPLES]),
-        frontier=frontier,
-        reward_run=read_run(Path(config.reward_model)) if config.reward_model else None,
-        settings={key: value for key, value in as_dict(config).items() if value is not None},
-        notes=notes,
-    )
-    _write(config.output, result, task.prompts, answers)
+    for name, paths in named.items():
+        runs = [_run_of(task, name, path) for path in paths]
+        seconds = sum(seconds for _, seconds in runs) / len(runs)
+        answered.append(Answered(name, paths, tuple(answers for answers, _ in runs), seconds))
+    # 5. Numbers, and what they say.
+    result = _compared(task, answered, notes, frontier(pool, config.seed) if pool_size else ())
+    _write(config.output, result, task.prompts, answered)
     return result
 
 
-def _named_models(models: Sequence[str]) -> dict[str, str]:
-    """`name=path` items by name."""
-    return {name: path for name, _, path in (item.partition("=") for item in models)}
+def _compared(
+    task: Task,
+    answered: Sequence[Answered],
+    notes: tuple[str, ...],
+    best: tuple[tuple[int, float, float], ...],
+) -> Comparison:
+    config, sft = task.config, answered[0]
+    prompts = judged_prompts(answered)
+    if not prompts:
+        raise UserError(f"{config.judge}: no prompt got scores for all ways; give another judge")
+    unjudged = sum(a.gold is None for w in answered for run in w.runs for row in run for a in row)
+    if unjudged:
+        left_out = len(task.prompts) - len(prompts)
+        notes += (
+            f"{unjudged} answers got no score from the judge; {left_out} prompts, which "
+            "have none from some way, are left out of its numbers for all ways.",
+        )
+    first = measured(sft, sft, None, prompts, config.seed)
+    ways = [first]
+    ways += [measured(way, sft, first.vitals, prompts, config.seed) for way in answered[1:]]
+    verdicts = all_pairs([scored(way, prompts) for way in answered], config.seed)
+    costs = [_cost(way, config) for way in answered]
+    whole_costs = tuple(cost for cost in costs if cost)
+    return Comparison(
+        ways=tuple(ways),
+        prompts=len(task.prompts),
+        example_prompts=tuple(_shown(row.prompt) for row in task.prompts[:EXAMPLES]),
+        frontier=best,
+        reward_run=read_run(Path(config.reward_model)) if config.reward_model else None,
+        settings={key: value for key, value in as_dict(config).items() if value is not None},
+        notes=notes,
+        verdicts=verdicts,
+        sentences=sentences(ways, verdicts, whole_costs),
+        whole_costs=whole_costs,
+        checkpoints=tuple(
+            point
+            for way in ways
+            for number, one in enumerate(way.runs or (way,), 1)
+            if one.run
+            for point in checkpoints(way.name, one.run, number)
+        ),
+        unjudged=unjudged,
+    )
+
+
+def _cost(way: Answered, config: CompareConfig) -> WholeCost | None:
+    """Of best-of-n, what led to the two models that it needs; of several runs, their mean."""
+    if way.n > 1:
+        return whole_cost(way.name, (config.sft, config.reward_model or ""))
+    costs = [whole_cost(way.name, (path,)) for path in way.paths]
+    known = [cost for cost in costs if cost]
+    return mean_cost(known) if known and len(known) == len(costs) else None
+
+
+def _named_models(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The paths of `name=path` items by name: several are runs of one way."""
+    named: dict[str, tuple[str, ...]] = {}
+    for name, _, path in (item.partition("=") for item in models):
+        named[name] = (*named.get(name, ()), path)
+    return named
+
+
+def _run_of(task: Task, name: str, path: str) -> tuple[ByPrompt, float]:
+    """A model's answers, and the CPU seconds that one took; the model is let go."""
+    arguments, storage = task.sft.template_args, storage_of(task.config)
+    model = load_policy(path, task.sft.device, storage, template_args=arguments)
+    _require_same_tokens(task.sft, model)
+    return _sample(task, model, task.config.samples_per_prompt, name)
 
 
 def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
@@ -194,7 +235,11 @@ def _sample(task: Task, model: LoadedModel, n: int, name: str) -> tuple[ByPrompt
     columns = columns_of([row.extra for row, _ in flat])
     ended = [sample.finish_reason == "stop" for _, sample in flat]
     with Progress(f"{name}: judged", 3 * len(flat), leave=False) as progress:
-        gold = task.judge(prompts, texts, ended, columns)
+        gold: Sequence[float | None]
+        if isinstance(task.judge, RubricJudge):
+            gold = task.judge.rate(prompts, texts, ended)
+        else:
+            gold = task.judge(prompts, texts, ended, columns)
         progress.advance(len(flat))
         proxy = task.proxy(prompts, texts, ended, columns) if task.proxy else [None] * len(texts)
         progress.advance(len(flat))
@@ -236,62 +281,6 @@ def _log_probs(
     return sums.tolist()
 
 
-def _way(
-    name: str,
-    path: Path | None,
-    answers: ByPrompt,
-    baseline: ByPrompt,
-    sft: Vitals | None,
-    seconds: float,
-    seed: int,
-) -> Way:
-    """Measure one way; `sft` is None for SFT itself."""
-    first = [row[0] for row in answers]
-    flat = [answer for row in answers for answer in row]
-    gold = [[answer.gold for answer in row] for row in answers]
-    proxy = [[a.proxy for a in row if a.proxy is not None] for row in answers]
-    vitals = Vitals(
-        gold=mean_score(gold, seed),
-        proxy=mean_score(proxy, seed) if all(proxy) else None,
-        kl=mean_score([[answer.kl for answer in row] for row in answers], seed),
-        length=_mean(len(answer.tokens) for answer in flat),
-        truncated=_mean(answer.truncated for answer in flat),
-        distinct_2=distinct_n([answer.tokens for answer in first]),
-        repeated=_mean(repeated_share(answer.tokens) for answer in flat),
-    )
-    against = [[answer.gold for answer in row] for row in baseline]
-    return Way(
-        name=name,
-        vitals=vitals,
-        win_rate=win_rate(gold, against, seed) if sft else None,
-        kl_is_bound=False,
-        signs=tuple(signs(vitals, sft)) if sft else (),
-        cpu_seconds_per_answer=seconds,
-        run=read_run(path) if path else None,
-        examples=tuple(answer.text for answer in first[:EXAMPLES]),
-        example_scores=tuple(answer.gold for answer in first[:EXAMPLES]),
-    )
-
-
-def _with_bound(way: Way, n: int) -> Way:
-    """Best-of-n's KL cannot be estimated from its answers; it has a bound instead."""
-    bound = best_of_n_kl(n)
-    vitals = replace(way.vitals, kl=Interval(bound, bound, bound))
-    return replace(way, vitals=vitals, kl_is_bound=True)
-
-
-def _frontier(pool: ByPrompt, seed: int) -> tuple[tuple[int, float, float], ...]:
-    gold = [[answer.gold for answer in row] for row in pool]
-    proxy = [[answer.proxy or 0.0 for answer in row] for row in pool]
-    sizes = range(1, len(pool[0]) + 1)
-    return tuple((n, best_of_n_kl(n), best_of_n(gold, proxy, n, seed).mean) for n in sizes)
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
-
-
 def _shown(prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt
@@ -299,13 +288,14 @@ def _shown(prompt: Text) -> str:
 
 
 def _write(
-    output: Path, result: Comparison, prompts: list[Prompt], answers: dict[str, ByPrompt]
+    output: Path, result: Comparison, prompts: list[Prompt], answered: Sequence[Answered]
 ) -> None:
-    """answers.jsonl has one line a prompt and way; compare.json every number of the table."""
+    """answers.jsonl has one line a prompt, way and run; compare.json every number of the page."""
     rows = [
         {
             "prompt": text_to_json(asked.prompt),
-            "way": name,
+            "way": way.name,
+            **({"run": number} if len(way.runs) > 1 else {}),
             "completions": [answer.text for answer in row],
             "tokens": [answer.tokens for answer in row],
             "judge": [answer.gold for answer in row],
@@ -313,16 +303,18 @@ def _write(
             "kl": [answer.kl for answer in row],
             "truncated": [answer.truncated for answer in row],
         }
-        for name, by_prompt in answers.items()
+        for way in answered
+        for number, by_prompt in enumerate(way.runs, 1)
         for asked, row in zip(prompts, by_prompt, strict=True)
     ]
     write_jsonl(output / "answers.jsonl", rows)
     numbers = asdict(result)
     for way in numbers["ways"]:
-        way.pop("examples")
-        way.pop("example_scores")
-        if way["run"]:
-            way["run"].pop("metrics")
+        for one in (way, *way["runs"]):
+            one.pop("examples")
+            one.pop("example_scores")
+            if one["run"]:
+                one["run"].pop("metrics")
     numbers.pop("example_prompts")
     if numbers["reward_run"]:
         numbers["reward_run"].pop("metrics")

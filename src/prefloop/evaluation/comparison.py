@@ -36,7 +36,65 @@ class Way:
     cpu_seconds_per_answer: float
     run: RunRecord | None
     examples: tuple[str, ...]  # its first answer to each prompt shown
-    example_scores: tuple[float, ...]  # judge's
+    example_scores: tuple[float | None, ...]  # judge's; None where it gave none
+    runs: tuple[Way, ...] = ()  # each by itself, where the way was trained more than once
+
+
+@dataclass(frozen=True)
+class PairVerdict:
+    """Two ways on the same prompts, by the judge."""
+
+    first: str
+    second: str
+    difference: Interval  # mean score of the first minus that of the second
+    p: float  # two-sided, of no difference
+    p_holm: float  # by Holm over all pairs
+    win_rate: Interval  # of the first's answers, ties half
+    length_controlled: Interval | None  # the win rate at equal length
+
+    def of(self, way: str) -> Interval:
+        """The difference, seen from `way`, one of the two."""
+        d = self.difference
+        return d if way == self.first else Interval(-d.mean, -d.high, -d.low)
+
+    def wins(self, way: str) -> Interval:
+        """The win rate, seen from `way`."""
+        return self.win_rate if way == self.first else complement(self.win_rate)
+
+    def wins_at_equal_length(self, way: str) -> Interval | None:
+        """The length-controlled win rate, seen from `way`."""
+        rate = self.length_controlled
+        return rate if rate is None or way == self.first else complement(rate)
+
+
+def complement(share: Interval) -> Interval:
+    """One minus a share."""
+    return Interval(1 - share.mean, 1 - share.high, 1 - share.low)
+
+
+@dataclass(frozen=True)
+class WholeCost:
+    """CPU seconds of every training run that led to a way, first ones first."""
+
+    way: str
+    parts: tuple[tuple[str, float], ...]
+
+    @property
+    def total(self) -> float:
+        """CPU seconds in all."""
+        return sum(seconds for _, seconds in self.parts)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a run had reached at a step of its training."""
+
+    way: str
+    run: int  # 1, 2, ... of the way's runs
+    step: int
+    kl: float  # nats an answer, from the run's start
+    proxy: float | None  # the score that it was trained on
+    gold: Interval | None  # of a score that it was not trained on
 
 
 @dataclass(frozen=True)
@@ -50,22 +108,32 @@ class Comparison:
     reward_run: RunRecord | None
     settings: Mapping[str, object]
     notes: tuple[str, ...] = field(default=())
+    verdicts: tuple[PairVerdict, ...] = ()  # on every two ways
+    sentences: tuple[str, ...] = ()  # the answer in words, one a way but SFT
+    whole_costs: tuple[WholeCost, ...] = ()
+    checkpoints: tuple[Point, ...] = ()
+    unjudged: int = 0  # answers that got no score
 
 
 def read_run(directory: Path) -> RunRecord | None:
     """The record of a run directory (or of its model/), or None where there is none."""
-    for folder in (directory, directory.parent):
-        if (folder / "run.json").exists():
-            record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            return RunRecord(
-                command=record["command"],
-                cpu_seconds=record["cpu_seconds"],
-                wall_seconds=record["wall_seconds"],
-                peak_memory_gib=record["peak_memory_gib"],
-                tokens=record.get("tokens"),
-                metrics=_read_metrics(folder / "metrics.jsonl"),
-            )
-    return None
+    folder = run_directory(directory)
+    if folder is None:
+        return None
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return RunRecord(
+        command=record["command"],
+        cpu_seconds=record["cpu_seconds"],
+        wall_seconds=record["wall_seconds"],
+        peak_memory_gib=record["peak_memory_gib"],
+        tokens=record.get("tokens"),
+        metrics=_read_metrics(folder / "metrics.jsonl"),
+    )
+
+
+def run_directory(model: Path) -> Path | None:
+    """The run directory that a model's path is, or is the `model/` of."""
+    return next((f for f in (model, model.parent) if (f / "run.json").exists()), None)
 
 
 def _read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -1,4 +1,4 @@
-"""Win rates and means with bootstrap intervals that resample prompts."""
+"""Win rates and means of two files of answers, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefloop.data.formats import load
 from prefloop.data.sampled import samples, samples_of_list
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
-from prefloop.intervals import Grouped, Interval, bootstrap, mean_score
+from prefloop.intervals import Grouped, Interval, estimate, mean_score
 from prefloop.records import Prompt, RowCounts, text_to_json, tools_of
 from prefloop.rewards.functions import columns_of
 from prefloop.rewards.llm import Answer, Pair, RubricJudge, pairwise_judge
@@ -40,7 +40,8 @@ def win_rate(scores: Grouped, baseline: Grouped, seed: int = 0) -> Interval:
     """Win rate against a baseline on the same prompts: every answer against every baseline's."""
     if len(scores) != len(baseline):
         raise ValueError(f"win_rate: {len(scores)} prompts against {len(baseline)}; use the same")
-    return bootstrap([prompt_win_rate(a, b) for a, b in zip(scores, baseline, strict=True)], seed)
+    rates = [prompt_win_rate(a, b) for a, b in zip(scores, baseline, strict=True)]
+    return estimate(rates, seed).share(len(rates))
 
 
 def run(config: WinrateConfig) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _compared(config: WinrateConfig, both: Sequence[tuple[Answers, Answers]]) ->
     _require_verdicts(config, every)
     rates = [sum(v.first for v in group) / len(group) for group in verdicts if group]
     return {
-        "win_rate": asdict(bootstrap(rates, config.seed)),
+        "win_rate": asdict(estimate(rates, config.seed).share(len(rates))),
         "prompts_without_verdict": len(pairs) - len(rates),
         "pairs_without_verdict": sum(map(len, pairs)) - len(every),
         "order_agreement": sum(v.agreed for v in every) / len(every),
