@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,24 @@ def test_compare(config: CompareConfig) -> None:
         assert row["judge"] == vowels([], row["completions"])
     mean = sum(sum(row["judge"]) / 2 for row in judged) / len(PROMPTS)
     assert other.vitals.gold.mean == pytest.approx(mean)
-    # 4. The answer: a sentence for each way but SFT, on every two of four.
+    # 4. The reward model beside the judge, on the answers that it did not choose itself.
+    prompts = {prompt: [row for row in rows if row["prompt"] == prompt] for prompt in PROMPTS}
+    pairs = right = 0.0
+    for own in prompts.values():
+        flat = [
+            pair
+            for row in own
+            if row["way"] != "best-of-3"
+            for pair in zip(row["judge"], row["reward_model"], strict=True)
+        ]
+        for (a, x), (b, y) in combinations(flat, 2):
+            pairs += a != b
+            right += (a != b) * (1 + ((x > y) - (x < y)) * (1 if a > b else -1)) / 2
+    assert result.calibration is not None
+    assert result.calibration.pairs.pairs == pairs
+    assert result.calibration.accuracy.mean == pytest.approx(right / pairs)
+    assert result.calibration.ceiling is None
+    # 5. The answer: a sentence for each way but SFT, on every two of four.
     pairs = [("SFT", "best-of-3"), ("SFT", "same"), ("SFT", "other")]
     assert [(v.first, v.second) for v in result.verdicts][:3] == pairs
     assert len(result.verdicts) == 6

@@ -24,6 +24,7 @@ from prefloop.evaluation.measure import (
     Answered,
     ByPrompt,
     Judged,
+    calibration_of,
     frontier,
     judged_prompts,
     measured,
@@ -118,12 +119,13 @@ def _compared(
     verdicts = all_pairs([scored(way, prompts) for way in answered], config.seed)
     costs = [_cost(way, config) for way in answered]
     whole_costs = tuple(cost for cost in costs if cost)
+    reward_run = read_run(Path(config.reward_model)) if config.reward_model else None
     return Comparison(
         ways=tuple(ways),
         prompts=len(task.prompts),
         example_prompts=tuple(_shown(row.prompt) for row in task.prompts[:EXAMPLES]),
         frontier=best,
-        reward_run=read_run(Path(config.reward_model)) if config.reward_model else None,
+        reward_run=reward_run,
         settings={key: value for key, value in as_dict(config).items() if value is not None},
         notes=notes,
         verdicts=verdicts,
@@ -136,6 +138,7 @@ def _compared(
             if one.run
             for point in checkpoints(way.name, one.run, number)
         ),
+        calibration=calibration_of(answered, reward_run, config.agreement),
         unjudged=unjudged,
     )
 

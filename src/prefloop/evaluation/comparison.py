@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefloop.evaluation.calibration import RewardCalibration
 from prefloop.evaluation.people import PeopleVerdict
 from prefloop.intervals import Interval, complement
 from prefloop.rewards.health import Sign, Vitals
@@ -109,6 +110,7 @@ class Comparison:
     whole_costs: tuple[WholeCost, ...] = ()
     checkpoints: tuple[Point, ...] = ()
     people: PeopleVerdict | None = None  # of `prefloop evaluate people`
+    calibration: RewardCalibration | None = None  # of the reward model
     unjudged: int = 0  # answers that got no score
 
 

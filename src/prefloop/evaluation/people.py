@@ -18,7 +18,7 @@ from prefloop.evaluation.preferences import (
     strengths,
 )
 from prefloop.intervals import Interval, complement, holm
-from prefloop.labelling.agreement import ceiling, mean_by_prompt
+from prefloop.labelling.agreement import ceiling, share_by_prompt
 
 UNLIKELY = 0.05
 
@@ -165,13 +165,13 @@ def agreement(pairs: Sequence[PairOfTexts]) -> PeopleAgreement:
             for verdict, pair in known
         ]
         prompts = np.array([pair.prompt for _, pair in known])
-        return mean_by_prompt(np.array(agreed), prompts) if known else None
+        return share_by_prompt(np.array(agreed), prompts) if known else None
 
     shared = [pair for pair in pairs if len(pair.people) > 1]
     among = [[_agreed(a, b) for a, b in combinations(pair.people, 2)] for pair in shared]
     means = np.array([sum(each) / len(each) for each in among])
     groups = np.array([pair.prompt for pair in shared])
-    people = mean_by_prompt(means, groups) if shared else None
+    people = share_by_prompt(means, groups) if shared else None
     return PeopleAgreement(
         pairs=len(pairs),
         shared=len(shared),
