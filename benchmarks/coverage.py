@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 Numbers = np.random.Generator
 PROMPTS = (30, 100, 250)
 DRAWS = 2000
-RESAMPLES = 1000  # of an interval; the commands draw more
+RESAMPLES = 399  # of an interval; the commands draw ten times as many
 
 
 class Case(NamedTuple):

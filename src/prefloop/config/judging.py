@@ -104,7 +104,10 @@ class CompareConfig(EndpointConfig, PromptsConfig, InferenceConfig):
     """Held-out rows with a `prompt`, or DB#PROJECT."""
     judge: str
     """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
-    or hub id, or an LLM by its rubric, openai:MODEL@URL."""
+    or hub id, or an LLM, openai:MODEL@URL."""
+    judge_mode: JudgeMode = "rubric"
+    """LLM judge: score each answer by a rubric, or compare it with SFT's answers to the same prompt
+    in both orders; its score is then the share of them that it wins."""
     output: Path
     """Directory of report.html, compare.json and answers.jsonl."""
     reward_model: str | None = None
