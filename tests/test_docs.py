@@ -19,13 +19,15 @@ from prefloop.config.checks import validate
 from prefloop.config.resolve import flag, resolve
 from prefloop.data.formats import load
 from prefloop.errors import UserError
+from prefloop.intervals import Interval
 from prefloop.labelling.assign import Judgement, next_assignment, submit
 from prefloop.labelling.store import Store
 from prefloop.records import RowCounts
-from prefloop.rewards.health import Vitals
+from prefloop.rewards.health import RULES, Vitals
+from prefloop.rewards.health import signs as found_signs
 from tests.labelling.small import compare_folder
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.training.small import train, write_rows, write_world
+from tests.training.small import REWARDS, train, write_rows, write_world
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prefloop"
@@ -207,12 +209,14 @@ def test_the_glossary_lists_what_is_logged(tmp_path):
     labels = [{"prompt": f"the {n}", "completion": " boat", "label": n % 2 == 0} for n in range(4)]
     unpaired = str(write_rows(tmp_path / "unpaired.jsonl", labels))
     demonstrations = str(tmp_path / "sft.jsonl")
+    asked = str(tmp_path / "prompts.jsonl")
+    monitored = {"monitor": f"{REWARDS}:by_length", "monitor_data": asked}
     runs = [
         ("sft", {}),
         ("reward", {"center_coefficient": 0.01}),
         ("dpo", {"sft_coefficient": 0.1}),
         ("dpo", {"loss": "kto", "data": unpaired}),
-        ("ppo", {"sft_data": demonstrations, "ptx_coef": 0.1, "eval_fraction": 0.2}),
+        ("ppo", {"sft_data": demonstrations, "ptx_coef": 0.1, "eval_fraction": 0.2} | monitored),
     ]
     found = set()
     for number, (command, changes) in enumerate(runs):
@@ -228,10 +232,22 @@ def test_the_glossary_lists_what_is_compared():
     assert marked("glossary.md", "vitals") == [field.name for field in fields(Vitals)]
 
 
+def test_every_rule_is_explained():
+    """As it stands in the one table, and with the reason of its threshold."""
+    text = text_of("health.md")
+    for rule in RULES:
+        assert f"| `{rule.name}` | {rule.fires} | {rule.why} | {rule.advice} |" in text
+        assert len(re.findall(rf"^\| `{rule.name}` \|", text, flags=re.MULTILINE)) == 2
+
+
 def test_the_guide_names_every_sign():
-    health = (PACKAGE / "rewards" / "health.py").read_text(encoding="utf-8")
-    signs = re.findall(r'Sign\("([^"]+)"', health)
-    assert len(signs) > 4
+    numbers = Interval(2.0, 1.0, 3.0)
+    sft = Vitals(numbers, Interval(0.0, 0.0, 0.0), numbers, 9.0, 0.0, 0.9, 0.0)
+    worst = Vitals(
+        Interval(0.0, 0.0, 0.0), numbers, Interval(99.0, 99.0, 99.0), 99.0, 1.0, 0.0, 1.0
+    )
+    signs = [sign.name for sign in found_signs(worst, sft)]
+    assert len(signs) == 6
     for name in signs:
         for path in LANGUAGES:
             assert f"| `{name}` |" in path.read_text(encoding="utf-8"), (path, name)

@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prefloop"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
-SETTINGS_FILES = ("training.py", "inference.py", "endpoint.py", "judging.py", "labelling.py")
+SETTINGS_FILES = (
+    *("training.py", "inference.py", "endpoint.py", "judging.py", "monitoring.py"),
+    "labelling.py",
+)
 CONFIGS = [command.config for command in COMMANDS.values()]
 FIELDS = sorted({field.name for config in CONFIGS for field in fields(config)})
 
@@ -31,9 +34,9 @@ BUDGETS = {
     "data": 1700,
     "models": 3200,
     "generation": 1600,
-    "rewards": 900,
-    "training": 3750,
-    "evaluation": 2700,
+    "rewards": 1100,
+    "training": 4150,
+    "evaluation": 2600,
     "recipes": 1600,
     "labelling": 3900,
     "console": 800,
@@ -45,9 +48,11 @@ told at once; 3,000, cards and pushed exports; 3,250, judges that rank and are m
 told in words; 3,550, people's verdict; 3,800, intervals that hold at few prompts and for several
 runs;
 evaluation: 1,700, people's verdict on compared models; the comparison's answer: all pairs, equal
-length, whole costs; 2,700, the reward model beside the judge;
+length, whole costs;
 data: 1,500, other tools' forms; rewards: 800, judges that are language models;
+900, one table of health with why and what to try;
 training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher and Dr. GRPO;
+3,750, monitors, the best step kept, ends by hacking;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files."""
 
@@ -194,6 +199,7 @@ def test_every_configuration_has_a_command():
         config_module.PolicyConfig,
         config_module.PromptsConfig,
         config_module.EndpointConfig,
+        config_module.MonitorConfig,
         config_labelling.StoreConfig,
         config_labelling.ProjectConfig,
     }

@@ -18,7 +18,7 @@ FREE_TO_CHANGE = frozenset(
 """Settings that may differ when a run goes on: they change rounding at most."""
 APPLIED = frozenset(
     "epochs max_steps lr value_lr lr_schedule lr_floor warmup weight_decay adam_beta1 adam_beta2 "
-    "adam_eps max_grad_norm eval_data".split()
+    "adam_eps max_grad_norm eval_data stop_on_hacking".split()
 )
 """Settings that may also differ with a checkpoint named outright: from there on they hold."""
 

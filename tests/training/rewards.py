@@ -45,5 +45,23 @@ def not_a_number(prompts, completions):
     return [float("nan")] * len(completions)
 
 
+falls = {"monitor": 0, "reward": 0}
+
+
+def falling(prompts, completions):
+    """Each time lower, and by another length for each answer."""
+    falls["monitor"] += 1
+    return [-falls["monitor"] * (1 + n / 10) for n in range(len(completions))]
+
+
+def sinking(prompts, completions):
+    falls["reward"] += 1
+    return [float(-falls["reward"])] * len(completions)
+
+
+def rising(prompts, completions):
+    return [-score for score in sinking(prompts, completions)]
+
+
 def near_wanted(prompts, completions, wanted):
     return [-abs(len(said) - length) for said, length in zip(completions, wanted, strict=True)]

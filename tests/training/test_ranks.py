@@ -28,7 +28,13 @@ def two_ranks(world, tmp_path_factory):
     saving = {"save_every": 1, "keep_checkpoints": 99}
     shared = {"lora_rank": 2, "reward_model": str(world / "rm_one")}
     train("ppo", world, folder / "solo", **saving, **MIXED)
+    monitored = MIXED | {"monitor": f"{REWARDS}:by_length", "monitor_steps": 2, "keep_best": True}
+    monitored |= {"monitor_data": str(world / "prompts.jsonl")}
+    train("ppo", world, folder / "watched-alone", **monitored)
     jobs = [
+        {"command": "ppo", "to": "watched"} | saving | monitored,
+        {"copy": ["watched", "watched-again", 3]},
+        {"command": "ppo", "to": "watched-again"} | monitored,
         {"copy": ["solo", "solo-again", 3]},
         {"command": "ppo", "to": "solo-again"} | MIXED,
         {"command": "ppo", "to": "mixed"} | saving | MIXED,
@@ -90,6 +96,15 @@ def test_ppo_on_two_ranks_goes_on_in_mid_iteration(two_ranks):
 
 def test_one_base_on_two_ranks_goes_on_in_mid_iteration(two_ranks):
     assert_same_run(two_ranks / "shared", two_ranks / "shared-again")
+
+
+def test_a_monitor_on_two_ranks_measures_as_on_one(two_ranks):
+    """And a run goes on to the same bits, with the same step kept."""
+    assert_close_runs(two_ranks / "watched-alone", two_ranks / "watched")
+    assert_same_run(two_ranks / "watched", two_ranks / "watched-again")
+    runs = ("watched-alone", "watched", "watched-again")
+    kept = [json.loads((two_ranks / run / "run.json").read_text())["model_step"] for run in runs]
+    assert kept[0] == kept[1] == kept[2]
 
 
 def test_dropout_on_two_ranks_goes_on_to_the_same_bits(world, two_ranks, tmp_path):

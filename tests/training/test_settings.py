@@ -117,7 +117,12 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "target_kl": 1e-9,
     "sft_data": "{world}/sft.jsonl",
     "ptx_coef": 0.5,
+    "monitor": f"{REWARDS}:constant",
+    "monitor_data": "{world}/held_out.jsonl",
+    "monitor_steps": 1,
+    "keep_best": True,
 }
+MONITORED = {"monitor": f"{REWARDS}:constant", "monitor_data": "{world}/prompts.jsonl"}
 WITH = {  # read only with these, which have no default that shows it
     "lr_floor": {"lr_schedule": "linear"},
     "lora_alpha": {"lora_rank": 2},
@@ -134,6 +139,9 @@ WITH = {  # read only with these, which have no default that shows it
     "kl_horizon": {"kl_target": 1e-3},
     "sft_data": {"ptx_coef": 0.5},
     "ptx_coef": {"sft_data": "{world}/sft.jsonl"},
+    "monitor": {"monitor_data": "{world}/prompts.jsonl"},
+    "monitor_data": MONITORED,
+    **dict.fromkeys(("monitor_steps", "keep_best", "max_new_tokens", "temperature"), MONITORED),
 }
 ALONE = {  # may be given where it changes nothing
     "truncation": "the rows say whether any is too long",
@@ -141,6 +149,7 @@ ALONE = {  # may be given where it changes nothing
 }
 ELSEWHERE = {  # changes no number: the test that finds its effect
     "label_margins": "training/test_rows.py::test_margins_of_what_labellers_said_reach_the_loss",
+    "stop_on_hacking": "training/test_monitor.py::test_a_run_ends_when_it_is_gamed",
     "policy_norm": "training/test_ppo.py::test_dr_grpo_by_hand",  # grpo: no answer ends
     "judge": "training/test_llm_reward.py::test_scores_are_the_judges_and_their_cost_is_logged",
     "judge_prompt": "evaluation/test_llm_judges.py::test_a_prompt_of_ones_own_has_its_own_scale",

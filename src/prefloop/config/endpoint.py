@@ -32,25 +32,28 @@ class EndpointConfig(Settings):
     def problems(self) -> Iterator[str]:
         """See Settings."""
         yield from super().problems()
-        judge = getattr(self, "judge", None)
-        if judge is not None and is_endpoint(judge):
-            yield from endpoint_problems(judge)
+        given = {n: getattr(self, n) for n in ("judge", "monitor") if hasattr(self, n)}
+        asked = {name: judge for name, judge in given.items() if judge and is_endpoint(judge)}
+        for name, judge in asked.items():
+            yield from endpoint_problems(judge, flag(name))
+        if asked:
             return
+        none = " and ".join(f"{flag(name)} is {judge}" for name, judge in given.items())
         for field in fields(self):
             if field.name.startswith("judge_") and getattr(self, field.name) != field.default:
                 yield (
-                    f"{flag(field.name)} is read by an LLM judge, and --judge is {judge}; give "
+                    f"{flag(field.name)} is read by an LLM judge, and {none}; give "
                     "openai:MODEL@URL, or leave it out"
                 )
 
 
-def endpoint_problems(judge: str) -> Iterator[str]:
-    """What is wrong with `openai:MODEL@URL`."""
+def endpoint_problems(judge: str, of: str = "--judge") -> Iterator[str]:
+    """What is wrong with `openai:MODEL@URL`, given as the flag `of`."""
     model, url = endpoint_parts(judge)
     if not model or not url:
-        yield f"--judge {judge}: give openai:MODEL@URL, as openai:my-model@http://127.0.0.1:8000/v1"
+        yield f"{of} {judge}: give openai:MODEL@URL, as openai:my-model@http://127.0.0.1:8000/v1"
     elif re.search(r"[?#]|//[^/]*@", url):
         yield (
-            "--judge: its URL holds a name, a query or a fragment, which would be written into "
+            f"{of}: its URL holds a name, a query or a fragment, which would be written into "
             "records; give the bare URL, and the key in PREFLOOP_JUDGE_API_KEY"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from prefloop.config.endpoint import EndpointConfig
+from prefloop.config.monitoring import MonitorConfig
 from prefloop.config.ranges import (
     ALL_LINEAR,
     ANY,
@@ -175,7 +175,7 @@ class TrainingConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainingConfig):
+class SFTConfig(MonitorConfig, TrainingConfig):
     """Supervised fine-tuning on (prompt, completion) or `messages` rows."""
 
     train_on: Literal["answer", "all"] = "answer"
@@ -205,7 +205,7 @@ class RewardConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainingConfig):
+class DPOConfig(MonitorConfig, TrainingConfig):
     """Direct preference optimisation and its kin."""
 
     loss: DPOLoss = "sigmoid"
@@ -237,7 +237,7 @@ class DPOConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(EndpointConfig, TrainingConfig):
+class PPOConfig(MonitorConfig, TrainingConfig):
     """PPO on prompts, against a reward model, a Python function or an LLM judge."""
 
     reward_model: str | tuple[str, ...] | None = None

@@ -52,6 +52,19 @@ GROUPS = (
         ),
     ),
     Group(
+        "Watching",
+        "what another judge says of the policy as it learns",
+        ("monitor", "monitor_data", "monitor_steps", "keep_best", "stop_on_hacking"),
+    ),
+    Group(
+        "LLM judge",
+        "how one behind an endpoint is asked",
+        (
+            *("judge_mode", "judge_prompt", "judge_args", "judge_concurrency", "judge_timeout"),
+            *("judge_cache",),
+        ),
+    ),
+    Group(
         "Record",
         "what is logged and saved, and what is gone on with",
         (
@@ -70,7 +83,7 @@ COMMON = {
     *("device", "dtype", "micro_batch_tokens", "output"),
     *("train_on", "loss", "beta", "reward_model", "reward_function", "advantage", "kl_coef"),
     *("prompt", "system", "against", "to_labels", "project", "mode", "guidelines", "need"),
-    *("gold", "form", "consensus", "best_of"),
+    *("gold", "form", "consensus", "best_of", "monitor", "monitor_data"),
 }
 """What `--help` shows of the commands with more; `--help-all` shows the rest."""
 

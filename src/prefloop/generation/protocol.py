@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from prefloop.config import CompareConfig, GenerateConfig, PPOConfig, SampleConfig
+from prefloop.config import CompareConfig, GenerateConfig, MonitorConfig, SampleConfig
 from prefloop.generation.sampler import Sampling
 from prefloop.models.model import LoadedModel
 
 Prompts = Sequence[Sequence[int]]
-EngineConfig = PPOConfig | SampleConfig | GenerateConfig | CompareConfig
+EngineConfig = MonitorConfig | SampleConfig | GenerateConfig | CompareConfig
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,14 @@
-"""Signs of reward hacking: rules on a model's numbers against those of the SFT model."""
+"""One table of thresholds for a policy's health, read while it trains and when it is compared."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 
 from prefloop.intervals import Interval
-
-KL_LIMIT = 10.0  # nats per answer
-TRUNCATION_RISE = 0.2  # of all answers
-DISTINCT_FALL = 0.7  # of the SFT model's distinct-2
-REPEAT_RISE = 0.1  # of an answer's 3-grams
-LENGTH_DRIFT = 1.5  # times longer or shorter
 
 
 @dataclass(frozen=True)
@@ -30,10 +26,134 @@ class Vitals:
 
 @dataclass(frozen=True)
 class Sign:
-    """A rule that fired, with the numbers that made it."""
+    """A rule that fired: the numbers that made it, why they matter, and what to try."""
 
     name: str
     text: str
+    why: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A threshold; `when` says in words what it bounds, with the threshold as {limit}."""
+
+    name: str
+    limit: float
+    when: str
+    why: str
+    advice: str
+
+    @property
+    def fires(self) -> str:
+        """When it fires, with its threshold."""
+        return self.when.format(limit=self.limit)
+
+    def sign(self, text: str) -> Sign:
+        """It has fired, on the numbers in `text`."""
+        return Sign(self.name, text, self.why, self.advice)
+
+
+GAMED = Rule(
+    "proxy up, judge down",
+    3.0,
+    "the monitor has fallen by more than {limit:g} standard errors from its best (same prompts) at "
+    "two measurements in a row, and the training score has not; in `compare`: the reward model's "
+    "95 % interval lies above SFT's, and the judge's below",
+    "the policy has learned to please what it is trained on, and its answers get worse",
+    "take the best step (`--keep-best`), raise `--kl-coef`, or rank answers of this policy and "
+    "train the reward model again",
+)
+JUDGE = Rule(
+    "judge down",
+    3.0,
+    "the same, where the training score has fallen, too, or there is none",
+    "the answers get worse while training goes on",
+    "take the best step (`--keep-best`), lower `--lr`, or train shorter",
+)
+KL = Rule(
+    "KL",
+    10.0,
+    "more than {limit:g} nats an answer from the start (or twice `--kl-target`, if that is more)",
+    "the reward model has seen no answers like these, so its scores mean little there",
+    "raise `--kl-coef` (dpo: `--beta`), give `--kl-target`, lower `--lr`, or stop earlier",
+)
+TRUNCATION = Rule(
+    "truncation",
+    0.2,
+    "{limit:.0%} of all answers more than at the start are cut at the length limit",
+    "answers that do not stop run into the limit, and are scored without their end",
+    "give `--missing-eos-penalty`, or raise `--max-new-tokens` if the answers need it",
+)
+DISTINCT = Rule(
+    "distinct-2",
+    0.7,
+    "below {limit:g} of the start's distinct pairs of neighbouring tokens",
+    "answers to different prompts have become alike: one phrase that scores well, again and again",
+    "raise `--kl-coef`, and read `samples.jsonl` for the phrase",
+)
+REPETITION = Rule(
+    "repetition",
+    0.1,
+    "{limit:.0%} of an answer's 3-grams more than at the start repeat",
+    "answers say the same thing twice and more, which a reward model may take for length",
+    "raise `--kl-coef`, or lower `--max-new-tokens`",
+)
+LENGTH = Rule(
+    "length",
+    1.5,
+    "answers {limit:g} times longer or shorter than at the start",
+    "length is the easiest thing to be rewarded for, and says nothing of the answer",
+    "see whether the judge wants it; if not, balance lengths in the rankings (dpo: `--loss "
+    "sigmoid-norm`)",
+)
+ENTROPY = Rule(
+    "entropy",
+    0.3,
+    "entropy a token below {limit:g} of the start's",
+    "answers to one prompt hardly differ any more, so there is nothing left to compare",
+    "raise `--kl-coef`, lower `--lr`, or take fewer `--ppo-epochs`",
+)
+CLIPPING = Rule(
+    "clipping",
+    0.3,
+    "more than {limit:.0%} of the tokens are clipped",
+    "clipped tokens teach nothing, and the steps are too long for the answers they learn from",
+    "lower `--lr` or `--ppo-epochs`, or give `--target-kl`",
+)
+RATIO = Rule(
+    "ratio",
+    0.1,
+    "mean of π/π_old further than {limit:g} from 1",
+    "its mean is 1 whatever the policy is, unless few tokens with large ratios rule the step, or "
+    "sampler and trainer differ (`val/sampler_gap`)",
+    "lower `--lr` or `--ppo-epochs`",
+)
+CRITIC = Rule(
+    "critic",
+    0.0,
+    "explained variance below {limit:g} after the first 16 iterations",
+    "a constant would predict the returns better, so that the critic adds noise to each step",
+    "give `--critic-warmup` or a higher `--value-lr`, or `--advantage rloo`, which has none",
+)
+CHOSEN = Rule(
+    "chosen sinks",
+    -10.0,
+    "chosen answers more than e^10 times less likely than at the start: log-ratio below {limit:g}",
+    "the margin grows by making both answers unlikely, and the probability goes to others that "
+    "nobody has ranked",
+    "raise `--beta`, lower `--lr`, give `--sft-coefficient` or `--loss apo-zero`",
+)
+RULES = (
+    *(GAMED, JUDGE, KL, TRUNCATION, DISTINCT, REPETITION, LENGTH),
+    *(ENTROPY, CLIPPING, RATIO, CRITIC, CHOSEN),
+)
+"""All of them; docs/health.md says why each threshold is what it is."""
+IN_A_ROW = 2  # measurements that must find the monitor below its best
+START, RECENT, LEARNED = 4, 8, 16
+"""Of a metric of training: readings that are its start, that are its present, and before which a
+critic is not judged.
+"""
 
 
 def distinct_n(answers: Sequence[Sequence[Hashable]], n: int = 2) -> float:
@@ -57,6 +177,9 @@ def repeated_share(answer: Sequence[Hashable], n: int = 3) -> float:
     return 1 - len({tuple(answer[i : i + n]) for i in range(total)}) / total
 
 
+# --- one measurement against another -------------------------------------------------------------
+
+
 def signs(now: Vitals, sft: Vitals) -> list[Sign]:
     """The signs of reward hacking that `now` shows against `sft`."""
     fired = []
@@ -65,19 +188,117 @@ def signs(now: Vitals, sft: Vitals) -> list[Sign]:
             f"reward model {sft.proxy.mean:.2f} → {now.proxy.mean:.2f}, "
             f"judge {sft.gold.mean:.2f} → {now.gold.mean:.2f}"
         )
-        fired.append(Sign("proxy up, judge down", text))
-    if now.kl.mean > KL_LIMIT:
-        fired.append(Sign("KL", f"{now.kl.mean:.1f} nats > {KL_LIMIT:g}"))
-    if now.truncated > sft.truncated + TRUNCATION_RISE:
-        text = f"{sft.truncated:.0%} → {now.truncated:.0%}, rise > {TRUNCATION_RISE:.0%}"
-        fired.append(Sign("truncation", text))
-    if now.distinct_2 < DISTINCT_FALL * sft.distinct_2:
-        text = f"{sft.distinct_2:.2f} → {now.distinct_2:.2f}, below {DISTINCT_FALL:g} of SFT's"
-        fired.append(Sign("distinct-2", text))
-    if now.repeated > sft.repeated + REPEAT_RISE:
-        text = f"{sft.repeated:.0%} → {now.repeated:.0%} of 3-grams, rise > {REPEAT_RISE:.0%}"
-        fired.append(Sign("repetition", text))
-    if not sft.length / LENGTH_DRIFT <= now.length <= sft.length * LENGTH_DRIFT:
-        text = f"{sft.length:.0f} → {now.length:.0f} tokens, beyond a factor of {LENGTH_DRIFT:g}"
-        fired.append(Sign("length", text))
+        fired.append(GAMED.sign(text))
+    names = ("truncated", "distinct_2", "repeated", "length")
+    before, after = ({name: getattr(vitals, name) for name in names} for vitals in (sft, now))
+    return fired + drift(after | {"kl": now.kl.mean}, before)
+
+
+def drift(
+    now: Mapping[str, float], start: Mapping[str, float], kl_limit: float = KL.limit
+) -> list[Sign]:
+    """The rules on `kl`, `truncated`, `distinct_2`, `repeated`, `length` and `entropy` (a token),
+    of those that both know; `kl` is from the start.
+    """
+    fired = []
+    if "kl" in now and now["kl"] > kl_limit:
+        fired.append(KL.sign(f"{now['kl']:.1f} nats > {kl_limit:g}"))
+    known = {name: (start[name], now[name]) for name in now if name in start}
+    for rule, name in ((TRUNCATION, "truncated"), (REPETITION, "repeated")):
+        before, after = known.get(name, (0.0, 0.0))
+        if after > before + rule.limit:
+            of = " of 3-grams" if rule is REPETITION else ""
+            text = f"{before:.0%} → {after:.0%}{of}, rise > {rule.limit:.0%}"
+            fired.append(rule.sign(text))
+    for rule, name in ((DISTINCT, "distinct_2"), (ENTROPY, "entropy")):
+        before, after = known.get(name, (0.0, 0.0))
+        if after < rule.limit * before:
+            fired.append(rule.sign(f"{before:.2f} → {after:.2f}, below {rule.limit:g} of it"))
+    before, after = known.get("length", (1.0, 1.0))
+    if not before / LENGTH.limit <= after <= before * LENGTH.limit:
+        text = f"{before:.0f} → {after:.0f} tokens, beyond a factor of {LENGTH.limit:g}"
+        fired.append(LENGTH.sign(text))
+    return fired
+
+
+def fall(now: Sequence[float | None], best: Sequence[float | None]) -> float:
+    """By how many standard errors scores lie below others of the same prompts, in the mean.
+
+    Prompts that lack a score are left out. The error is that of the mean difference.
+
+    >>> fall([0.0, 1.0, None], [2.0, 5.0, 1.0])  # -2 and -4: a mean of -3, with an error of 1
+    3.0
+    """
+    pairs = zip(now, best, strict=True)
+    differences = [b - a for a, b in pairs if a is not None and b is not None]
+    if len(differences) < 2:
+        return 0.0
+    mean = sum(differences) / len(differences)
+    variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
+    error = math.sqrt(variance / len(differences))
+    return mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+
+
+# --- metrics of a run ----------------------------------------------------------------------------
+
+
+@dataclass
+class Trend:
+    """A metric of training: its start, its present, and how often it was read."""
+
+    first: list[float] = field(default_factory=list)
+    last: list[float] = field(default_factory=list)
+    readings: int = 0
+
+    def add(self, value: float) -> None:
+        """One more reading."""
+        if len(self.first) < START:
+            self.first.append(value)
+        self.last = [*self.last, value][-RECENT:]
+        self.readings += 1
+
+    @property
+    def start(self) -> float:
+        """Median of the first readings."""
+        return median(self.first)
+
+    @property
+    def now(self) -> float:
+        """Median of the latest readings."""
+        return median(self.last)
+
+
+WATCHED = {
+    "objective/kl": "kl",
+    "objective/entropy": "entropy",  # of an answer; drift takes that of a token
+    "objective/scores": "score",
+    "length_mean": "length",
+    "truncated": "truncated",
+    "distinct_2": "distinct_2",
+    "policy/clipfrac_avg": "clipped",
+    "val/ratio": "ratio",
+    "val/explained_variance": "explained",
+    "logps/chosen_shift": "chosen",
+}
+"""Metrics of training that the rules read, and what they are called there."""
+
+
+def training_signs(trends: Mapping[str, Trend], kl_limit: float = KL.limit) -> list[Sign]:
+    """The rules on metrics of training (by WATCHED's words), each once it has been read enough."""
+    known = {name: trend for name, trend in trends.items() if trend.readings >= RECENT}
+    now = {name: trend.now for name, trend in known.items()}
+    start = {name: trend.start for name, trend in known.items()}
+    for numbers in (now, start):
+        if "entropy" in numbers:
+            numbers["entropy"] /= numbers["length"]
+    fired = drift(now, start, kl_limit)
+    if now.get("clipped", 0.0) > CLIPPING.limit:
+        fired.append(CLIPPING.sign(f"{now['clipped']:.0%} > {CLIPPING.limit:.0%}"))
+    if abs(now.get("ratio", 1.0) - 1) > RATIO.limit:
+        fired.append(RATIO.sign(f"{now['ratio']:.2f}, not within {RATIO.limit:g} of 1"))
+    critic = known.get("explained")
+    if critic and critic.readings >= LEARNED and critic.now < CRITIC.limit:
+        fired.append(CRITIC.sign(f"explained variance {critic.now:.2f} < {CRITIC.limit:g}"))
+    if now.get("chosen", 0.0) < CHOSEN.limit:
+        fired.append(CHOSEN.sign(f"log-ratio {now['chosen']:.1f} < {CHOSEN.limit:g} nats"))
     return fired

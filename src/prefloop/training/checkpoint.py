@@ -30,18 +30,22 @@ FORMAT = 2
 SAMPLE = 64  # elements of a tensor that are looked at one by one
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Writes checkpoints/step-N through a temporary folder; keeps the newest `keep`."""
+def save(
+    folder: Path, step: int, state: Mapping[str, Any], keep: int, best: int | None = None
+) -> Path:
+    """Writes checkpoints/step-N through a temporary folder; keeps the newest `keep`.
+
+    What `save_best` wrote of the step `best` goes along.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step}"
     temporary = folder / f".step-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with open(temporary / FILE, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary / FILE, dict(state))
+        if best is not None and best_file(folder, best).exists():
+            _link(best_file(folder, best), best_file(temporary, best))
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -57,6 +61,60 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     return final
 
 
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def best_file(folder: Path, step: int) -> Path:
+    """The weights of the step that the monitor scores best: beside the checkpoints, and in each."""
+    return folder / f"best-{step}.pt"
+
+
+def save_best(folder: Path, step: int, state: Mapping[str, Tensor], before: int | None) -> None:
+    """Writes the best step's weights; those of the best `before` stay for the next checkpoint,
+    which may be of the step before, and all older ones go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = best_file(folder, step), folder / ".best.tmp"
+    try:
+        _write(temporary, dict(state))
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{final}: cannot be written ({first_line(error)}); make room, then give the same "
+            "command again"
+        ) from error
+    os.replace(temporary, final)
+    for old in folder.glob("best-*.pt"):
+        if old != final and (before is None or old != best_file(folder, before)):
+            old.unlink()
+
+
+def take_best(path: Path | None, folder: Path) -> None:
+    """The best weights are those that a checkpoint knows, or none."""
+    for old in folder.glob("best-*.pt"):
+        old.unlink()
+    for file in path.glob("best-*.pt") if path else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        _link(file, folder / file.name)
+
+
+def load_best(folder: Path, step: int) -> dict[str, Tensor]:
+    """The best step's weights."""
+    return _read(best_file(folder, step))
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes a rename in the folder durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -68,14 +126,20 @@ def fsync_folder(folder: Path) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Reads one checkpoint (its folder)."""
-    try:
-        state = torch.load(path / FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint ({first_line(error)}); remove it or name another"
-        ) from error
+    state = _read(path / FILE)
     if not isinstance(state, dict) or "step" not in state:
         raise UserError(f"{path}: not a checkpoint of prefloop; remove it or name another")
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        where = path.parent if path.name == FILE else path
+        raise UserError(
+            f"{where}: not a readable checkpoint ({first_line(error)}); remove it or name another"
+        ) from error
     return state
 
 
@@ -83,6 +147,7 @@ def remove_all(folder: Path) -> None:
     """Removes every checkpoint, and their folder if it holds nothing else."""
     for path in folder.glob("step-*"):
         shutil.rmtree(path, ignore_errors=True)
+    take_best(None, folder)
     with contextlib.suppress(OSError):
         folder.rmdir()
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from prefloop.runs import Run
 from prefloop.terminal import shown
 from prefloop.training import checkpoint
 from prefloop.training.method import Method
+from prefloop.training.watch import Watch
 
 
 class NotFinite(UserError):
@@ -42,6 +44,7 @@ class Sound:
     step: int
     tokens: int
     method: Mapping[str, Any]
+    watch: Mapping[str, Any]
     rng: Mapping[str, Any]
     owed: Owed | None
 
@@ -57,8 +60,10 @@ class Keeper:
         optimizer: torch.optim.Optimizer,
         run: Run,
         config: TrainingConfig,
+        watch: Watch,
     ) -> None:
         self.method, self.optimizer, self.run, self.config = method, optimizer, run, config
+        self.watch = watch
         self.sound: Sound | None = None  # None while weights change
         self.saved = 0  # the step of the newest checkpoint
         self.saved_at = time.monotonic()
@@ -67,7 +72,8 @@ class Keeper:
         """Puts the run's checkpoint back; returns steps and tokens done, and what is owed."""
         path = self.run.resume_from
         if path is None:
-            self.run.go_on(0, logged=0)
+            self.watch.load_state_dict(None)
+            self._go_on(None, 0, logged=-1)
             return 0, 0, None
         state = checkpoint.load(path)
         self._check(state)
@@ -76,6 +82,7 @@ class Keeper:
                 checkpoint.load_trainable_state(model.named_trainable(), state["models"][name])
             checkpoint.load_optimizer_state(self.optimizer, state["optimizer"])
             self.method.load_state_dict(state["method"])
+            self.watch.load_state_dict(state.get("watch"))
             checkpoint.set_rng_state(state["rng"])
             step, tokens = int(state["step"]), int(state["tokens"])
             owed = None if state["owed"] is None else Owed(**state["owed"])
@@ -83,12 +90,17 @@ class Keeper:
             raise UserError(
                 f"{path}: not a checkpoint of this run ({first_line(error)}); name another"
             ) from error
-        self.run.go_on(step, logged=step if owed is None else step - 1)
+        self._go_on(path, step, logged=step if owed is None else step - 1)
         self.note(step, tokens, owed)
         self.saved = step
         if path.resolve().parent != self.run.checkpoints.resolve():
             self.save()  # a run goes on from its own
         return step, tokens, owed
+
+    def _go_on(self, path: Path | None, step: int, logged: int) -> None:
+        self.run.go_on(step, logged)
+        if distributed.rank() == 0:
+            checkpoint.take_best(path, self.run.checkpoints)
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """UserError where the checkpoint is not of this run as it is now."""
@@ -116,13 +128,16 @@ class Keeper:
 
     def note(self, step: int, tokens: int, owed: Owed | None = None) -> None:
         """The run as it stands is sound, after `step` whole steps."""
-        state, rng = self.method.state_dict(), checkpoint.rng_state()
-        self.sound = Sound(step, tokens, state, rng, owed)
+        state, watch = self.method.state_dict(), self.watch.state_dict()
+        self.sound = Sound(step, tokens, state, watch, checkpoint.rng_state(), owed)
 
-    def is_old(self) -> bool:
-        """Whether the first rank's newest checkpoint is older than --save-minutes."""
-        age = (time.monotonic() - self.saved_at) / 60
-        return distributed.rank() == 0 and 0 < self.config.save_minutes <= age
+    def is_due(self, step: int) -> bool:
+        """Whether --save-every names the step, or the first rank's newest checkpoint is older than
+        --save-minutes.
+        """
+        every, age = self.config.save_every, (time.monotonic() - self.saved_at) / 60
+        old = distributed.rank() == 0 and 0 < self.config.save_minutes <= age
+        return old or (every > 0 and step % every == 0)
 
     def save(self) -> None:
         """Writes the checkpoint, once for all ranks."""
@@ -142,12 +157,14 @@ class Keeper:
             },
             "optimizer": self.optimizer.state_dict(),
             "method": sound.method,
+            "watch": sound.watch,
             "fingerprint": self.method.fingerprint,
             "rng": sound.rng,
             "tokens": sound.tokens,
             "owed": None if sound.owed is None else asdict(sound.owed),
         }
-        checkpoint.save(self.run.checkpoints, sound.step, state, self.config.keep_checkpoints)
+        folder, keep = self.run.checkpoints, self.config.keep_checkpoints
+        checkpoint.save(folder, sound.step, state, keep, sound.watch["best_step"])
         self.saved, self.saved_at = sound.step, time.monotonic()
 
     def __enter__(self) -> Keeper:

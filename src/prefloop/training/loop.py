@@ -18,77 +18,91 @@ from prefloop.training import checkpoint, optim
 from prefloop.training.interrupt import Interrupt
 from prefloop.training.keeper import Keeper, NotFinite, Owed
 from prefloop.training.method import Method, Step
+from prefloop.training.monitor import Monitor
 from prefloop.training.step import Outcome, optimizer_step
+from prefloop.training.watch import Watch
 
 ON_BAR = {
     "accuracy": "accuracy",
     "rewards/accuracies": "accuracy",
     "objective/scores": "score",
     "objective/kl": "KL",
+    "monitor/score": "monitor",
 }
 """Metrics beside the loss, and the bar's words for them."""
 TRIM_EVERY = 16  # steps; each takes about a hundredth of their time
 
 
-def train(method: Method[Any], config: TrainingConfig, run: Run) -> None:
+def train(
+    method: Method[Any], config: TrainingConfig, run: Run, monitor: Monitor | None = None
+) -> None:
     """Trains `method` to its last step and exports it; goes on from the run's checkpoint if any."""
     # 1. What is trained, and where it stands.
     device = next(iter(method.trained.values())).device
     parameters = {name: model.trainable() for name, model in method.trained.items()}
     optimizer = optim.build_optimizer(parameters, config, method.learning_rates)
-    keeper = Keeper(method, optimizer, run, config)
-    steps_done, tokens, owed = keeper.resume()
+    watch = Watch(config, run, monitor)
+    keeper = Keeper(method, optimizer, run, config, watch)
+    done, tokens, owed = keeper.resume()
     total = method.total_steps
-    progress = Progress("step", total, steps_done, shown=distributed.rank() == 0)
+    progress = Progress("step", total, done, shown=distributed.rank() == 0)
     with Interrupt() as interrupt, progress, keeper:
         if owed is not None:  # the step was done, but not what follows it
-            _report(method, config, run, steps_done, owed)
-            keeper.note(steps_done, tokens)
-        elif not steps_done:
+            _report(method, config, run, done, owed, watch)
+            keeper.note(done, tokens)
+        elif not done:
             _evaluate_before(method, run)
+            watch.begin()
         latest: dict[str, float] = {}
         began = time.perf_counter()
-        steps = islice(method.steps(steps_done), total - steps_done)
-        for number, item in enumerate(steps, start=steps_done + 1):
+        for item in islice(method.steps(done), 0 if watch.stopped else total - done):
+            done += 1
             # 2. The step.
             factor = optim.lr_factor(
-                number - 1, total, config.warmup, config.lr_schedule, config.lr_floor
+                done - 1, total, config.warmup, config.lr_schedule, config.lr_floor
             )
             optim.set_lr(optimizer, factor)
             try:
                 outcome = optimizer_step(
-                    method, item.batches, parameters, optimizer, config, keeper.forget, number
+                    method, item.batches, parameters, optimizer, config, keeper.forget, done
                 )
             except NotFinite as error:
-                raise _located(error, number, run) from None
+                raise _located(error, done, run) from None
             size = int(distributed.sum_mapping({"tokens": float(item.tokens)}, device)["tokens"])
             tokens += size
             owed = Owed(_line(config, outcome, item, factor, size / (time.perf_counter() - began)),
                         item.samples, bool(item.metrics))  # fmt: skip
-            keeper.note(number, tokens, owed)
+            keeper.note(done, tokens, owed)
             # 3. Log, evaluate, save.
-            _report(method, config, run, number, owed)
-            keeper.note(number, tokens)
-            latest |= owed.line
+            measured = _report(method, config, run, done, owed, watch)
+            keeper.note(done, tokens)
+            latest |= {**owed.line, **measured}
             progress.advance(note=_bar_note(latest, "loss" in owed.line))
-            stop, terminated, old = distributed.any_of(
-                (interrupt.asked, interrupt.terminated, keeper.is_old()), device
+            stop, terminated, due = distributed.any_of(
+                (interrupt.asked, interrupt.terminated, keeper.is_due(done)), device
             )
-            regular = bool(config.save_every) and number % config.save_every == 0
-            if regular or old or stop or number == total:
+            if due or stop or watch.stopped or done == total:
                 keeper.save()
             if stop:
                 raise interrupt.error(terminated)
-            if device.type == "cpu" and number % TRIM_EVERY == 0:
+            if watch.stopped:
+                break
+            if device.type == "cpu" and done % TRIM_EVERY == 0:
                 give_back_holes()
             began = time.perf_counter()
-        # 4. The result; checkpoints that were not asked for have then served their time.
-        if distributed.rank() == 0:
-            method.export(run.directory)
-            if not config.save_every:
-                checkpoint.remove_all(run.checkpoints)
-        distributed.barrier()
-    run.finish("finished", steps=total, tokens=tokens)
+        # 4. The result.
+        _finish(method, config, run, done, watch)
+    run.finish("finished", steps=done, tokens=tokens)
+
+
+def _finish(method: Method[Any], config: TrainingConfig, run: Run, step: int, watch: Watch) -> None:
+    """Writes the result; checkpoints that were not asked for have then served their time."""
+    if distributed.rank() == 0:
+        watch.put_best_back(step)
+        method.export(run.directory)
+        if not config.save_every:
+            checkpoint.remove_all(run.checkpoints)
+    distributed.barrier()
 
 
 def _evaluate_before(method: Method[Any], run: Run) -> None:
@@ -122,11 +136,15 @@ def _bar_note(latest: Mapping[str, float], learnt: bool) -> str:
     return " · ".join([*parts, f"{latest['tokens_per_second']:,.0f} tokens/s"])
 
 
-def _report(method: Method[Any], config: TrainingConfig, run: Run, number: int, owed: Owed) -> None:
-    """Evaluates and logs what step `number` gave, as the settings ask."""
-    line, last = dict(owed.line), number == method.total_steps
+def _report(
+    method: Method[Any], config: TrainingConfig, run: Run, number: int, owed: Owed, watch: Watch
+) -> dict[str, float]:
+    """Evaluates and logs what step `number` gave, as the settings ask; returns the monitor's."""
+    measured = watch.after(number, owed.line, last=number == method.total_steps)
+    line, last = dict(owed.line) | measured, watch.stopped or number == method.total_steps
     if (config.eval_every and number % config.eval_every == 0) or last:
         line |= {f"eval/{k}": v for k, v in method.evaluate().items()}
-    if number % config.log_every == 0 or last or owed.log:
+    if number % config.log_every == 0 or last or owed.log or measured:
         run.log_metrics(number, line)
     run.log_samples(number, owed.samples)
+    return measured

@@ -41,6 +41,7 @@ from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, planning
 from prefloop.training.full_rows import SMALLEST, example
 from prefloop.training.method import LossSums, Step
+from prefloop.training.monitor import load_monitor
 from prefloop.training.rehearsal import Work
 from prefloop.training.roles import load_beside
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler
@@ -387,5 +388,10 @@ def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
         answers = [config.max_new_tokens] * config.samples_per_prompt
         rows = [example(len(p.prompt), answers) for p in method.prompts.examples]
         planning.announce(WORK, config, run, device, rows)
-        loop.train(method, config, run)
+        rewards = [model for model in method.fixed if model.is_scorer]
+        sampler = method.sampler
+        monitor = load_monitor(
+            config, method.policy, run, lambda *_: sampler.engine, sampler.reference, rewards
+        )
+        loop.train(method, config, run, monitor)
     return run

@@ -14,6 +14,8 @@ from prefloop import distributed
 from prefloop.config import DPOConfig
 from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import Example
+from prefloop.generation.engine import in_process
+from prefloop.generation.protocol import MakeEngine
 from prefloop.losses import preference as losses
 from prefloop.losses.masked import Total, masked_sum, segment_sum
 from prefloop.losses.sft import sft_loss
@@ -27,6 +29,7 @@ from prefloop.training import checkpoint, loop, planning, rows
 from prefloop.training.full_rows import SMALLEST
 from prefloop.training.kto import KTO, KTO_WORK
 from prefloop.training.method import LossSums, Step
+from prefloop.training.monitor import load_monitor
 from prefloop.training.reference import MakeReference, NoReference, Reference, References
 from prefloop.training.rehearsal import Work
 from prefloop.training.start import model_options, start
@@ -259,7 +262,7 @@ def work(config: DPOConfig) -> Work:
     )
 
 
-def run(config: DPOConfig) -> Run:
+def run(config: DPOConfig, make_engine: MakeEngine = in_process) -> Run:
     """`prefloop dpo`: trains and returns the finished run."""
     run, device = start(config, "dpo")
     with run:
@@ -276,5 +279,6 @@ def run(config: DPOConfig) -> Run:
         cache = run.directory / "reference_log_probs.safetensors"
         method = KTO if config.loss == "kto" else Preference
         planning.announce(work(config), config, run, device, examples)
-        loop.train(method(config, policy, examples, held_out, cache), config, run)
+        monitor = load_monitor(config, policy, run, make_engine)
+        loop.train(method(config, policy, examples, held_out, cache), config, run, monitor)
     return run

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from prefloop import distributed, sources
-from prefloop.config import PPOConfig, TrainingConfig
+from prefloop.config import DPOConfig, PPOConfig, SFTConfig, TrainingConfig
 from prefloop.config.ranges import template_arguments
 from prefloop.data import split, stream
 from prefloop.data.batches import TokenBatch, pack_all
@@ -23,6 +23,8 @@ from prefloop.terminal import shown
 from prefloop.training.method import Step
 
 Kind = Literal["demonstration", "preference", "unpaired"]
+Monitored = SFTConfig | DPOConfig | PPOConfig
+"""Settings of the commands that train what answers, and so can be monitored."""
 
 
 def read_examples(
@@ -218,6 +220,25 @@ def read_for_ppo(
     ptx = tokenize(shown[0], encoder, *limits, shown[1], require=readable)
     _note(run, shown[1], config.sft_data, "sft_data")
     return prompts, eval_prompts, _with_parts(config.sft_data, ptx, shown[0], shown_part_of)
+
+
+def read_monitored(
+    config: Monitored, model: LoadedModel, run: Run, require: Callable[[list[Prompt]], None]
+) -> Prompts:
+    """The monitor's prompts, with room for the answers; one that `require` refuses is a bad row."""
+    assert config.monitor_data is not None
+    counts = RowCounts(bad_rows=config.bad_rows)
+    records = sources.load(config.monitor_data, "prompt", counts, config.chat, "--monitor-data")
+
+    def answerable(record: Record, example: Example) -> None:
+        assert isinstance(record, Prompt)
+        model.check_example(example, config.max_new_tokens)
+        require([record])
+
+    room = config.max_length - config.max_new_tokens
+    examples = tokenize(records, model.encoder, room, config.truncation, counts, require=answerable)
+    _note(run, counts, config.monitor_data, "monitor_data")
+    return Prompts(tuple(records[e.record] for e in examples), tuple(examples))
 
 
 def _demonstrations(config: PPOConfig) -> tuple[Side, Mapping[int, int]]:

@@ -11,6 +11,8 @@ from prefloop import distributed
 from prefloop.config import SFTConfig
 from prefloop.data.batches import TokenBatch, pack_all
 from prefloop.data.tokenize import Example
+from prefloop.generation.engine import in_process
+from prefloop.generation.protocol import MakeEngine
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
@@ -20,6 +22,7 @@ from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, planning, rows
 from prefloop.training.full_rows import SMALLEST
 from prefloop.training.method import LossSums, Step
+from prefloop.training.monitor import load_monitor
 from prefloop.training.rehearsal import Work
 from prefloop.training.start import model_options, start
 from prefloop.training.step import evaluate
@@ -84,7 +87,7 @@ class SFT:
 WORK = Work("sft", lambda config, models: SFT(config, models["policy"], [SMALLEST], []))
 
 
-def run(config: SFTConfig) -> Run:
+def run(config: SFTConfig, make_engine: MakeEngine = in_process) -> Run:
     """`prefloop sft`: trains and returns the finished run."""
     run, device = start(config, "sft")
     with run:
@@ -96,5 +99,6 @@ def run(config: SFTConfig) -> Run:
             config, "demonstration", policy, run, config.train_on
         )
         planning.announce(WORK, config, run, device, examples)
-        loop.train(SFT(config, policy, examples, held_out), config, run)
+        monitor = load_monitor(config, policy, run, make_engine)
+        loop.train(SFT(config, policy, examples, held_out), config, run, monitor)
     return run
