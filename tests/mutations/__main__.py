@@ -219,6 +219,27 @@ BUGS = (
         "segments[add(answer, len(segments) - 1, len(example.prompt))]",
         (f"{EXACT}::test_answers_that_share_a_prompt_have_the_enumerated_log_probs",),
     ),
+    Bug(
+        "compared answers in the order of the ways",
+        "labelling/compared.py",
+        "texts = sorted(ended, key=lambda text: key_of(question.prompt, text))",
+        "texts = list(ended)",
+        ("tests/labelling/test_compared.py::test_the_order_in_the_store_tells_nothing",),
+    ),
+    Bug(
+        "a tie with a flagged answer counted as a tie",
+        "evaluation/labelled.py",
+        "if ranks[i] == ranks[j] and flagged & {i, j, None}:",
+        "if False:",
+        ("tests/evaluation/test_people.py::test_flags_and_skips_are_told_and_are_no_ties",),
+    ),
+    Bug(
+        "judgements of one prompt taken for independent",
+        "evaluation/preferences.py",
+        "sums = np.zeros((count, influence.shape[1]))\n    np.add.at(sums, index, influence)",
+        "count, sums = len(influence), influence",
+        ("tests/evaluation/test_preferences.py::test_intervals_hold_the_truth",),
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""The verdict by people on the terminal: sentences first, then the numbers behind them."""
+"""The verdict by people: sentences first, then the numbers behind them, for terminal and page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from prefloop.terminal import as_is
 def terminal(verdict: PeopleVerdict) -> Group:
     """Everything that a user must see, in the order of need."""
     parts = [as_is(line) for line in (*verdict.sentences, *verdict.notes)]
-    title = (
+    tables = (_matrix(verdict), _pairs(verdict))
+    return Group(*parts, *tables, *map(as_is, told(verdict)))
+
+
+def title(verdict: PeopleVerdict) -> str:
+    """How much was judged, by how many."""
+    return (
         f"{verdict.judgements:,} judgements of {verdict.prompts:,} prompts by "
         f"{people(verdict.labellers)}"
     )
-    told = [*_flags(verdict), *_left_out(verdict)]
-    return Group(*parts, _matrix(verdict, title), _pairs(verdict), *map(as_is, told))
+
+
+def matrix_heads(verdict: PeopleVerdict) -> list[str]:
+    """Of `matrix`."""
+    return ["Preferred", *(f"to {way}" for way in verdict.ways), "Strength"]
 
 
 def matrix(verdict: PeopleVerdict) -> list[list[str]]:
@@ -44,9 +53,9 @@ def _cell(value: Interval | None) -> str:
     return "–" if value is None else str(value)
 
 
-def _matrix(verdict: PeopleVerdict, title: str) -> Table:
-    table = Table(title=as_is(title), box=SIMPLE)
-    for head in ("Preferred", *(f"to {way}" for way in verdict.ways), "Strength"):
+def _matrix(verdict: PeopleVerdict) -> Table:
+    table = Table(title=as_is(title(verdict)), box=SIMPLE)
+    for head in matrix_heads(verdict):
         table.add_column(as_is(head), overflow="fold")
     for row in matrix(verdict):
         table.add_row(*(as_is(cell.replace(" [", "\n[")) for cell in row))
@@ -88,15 +97,12 @@ def _pairs(verdict: PeopleVerdict) -> Table:
     return table
 
 
-def _flags(verdict: PeopleVerdict) -> list[str]:
+def told(verdict: PeopleVerdict) -> list[str]:
+    """What was flagged, and what is not counted."""
     lines = []
     for way, found in verdict.flags.items():
         counted = ", ".join(f"{flag} {count}" for flag, count in sorted(found.items()))
         lines.append(f"Flagged, {way or 'whole tasks'}: {counted}")
     if verdict.all_bad:
         lines.append(f"All bad: said of {verdict.all_bad} tasks")
-    return lines
-
-
-def _left_out(verdict: PeopleVerdict) -> list[str]:
-    return [f"Not counted: {why} {count}" for why, count in verdict.left_out.items()]
+    return lines + [f"Not counted: {why} {count}" for why, count in verdict.left_out.items()]
