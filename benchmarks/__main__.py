@@ -2,9 +2,9 @@
 
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
-of the medians is printed with the lowest and highest ratio of neighbouring turns. `gpus`,
-`gradients`, `growth`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning` and `startup`
-measure prefloop alone; `python -m benchmarks.cuda` what needs a GPU. JSON goes to
+of the medians is printed with the lowest and highest ratio of neighbouring turns. `coverage`,
+`gpus`, `gradients`, `growth`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning` and
+`startup` measure prefloop alone; `python -m benchmarks.cuda` what needs a GPU. JSON goes to
 build/benchmarks/.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    coverage,
     gpus,
     gradients,
     growth,
@@ -36,6 +37,7 @@ from benchmarks.work import WORKS
 from prefloop import provenance
 
 ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "coverage": coverage.measure,
     "gpus": gpus.measure,
     "gradients": gradients.measure,
     "growth": growth.measure,

@@ -36,7 +36,7 @@ BUDGETS = {
     "generation": 1600,
     "rewards": 1100,
     "training": 4150,
-    "evaluation": 2600,
+    "evaluation": 2700,
     "recipes": 1600,
     "labelling": 3900,
     "console": 800,
@@ -48,7 +48,7 @@ told at once; 3,000, cards and pushed exports; 3,250, judges that rank and are m
 told in words; 3,550, people's verdict; 3,800, intervals that hold at few prompts and for several
 runs;
 evaluation: 1,700, people's verdict on compared models; the comparison's answer: all pairs, equal
-length, whole costs;
+length, whole costs; 2,700, the reward model beside the judge;
 data: 1,500, other tools' forms; rewards: 800, judges that are language models;
 900, one table of health with why and what to try;
 training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher and Dr. GRPO;

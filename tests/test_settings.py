@@ -166,7 +166,8 @@ def world(tmp_path_factory):
 def shown(value):
     """A result without times and settings."""
     if hasattr(value, "ways"):
-        return repr([(way.name, way.vitals, way.win_rate, way.signs) for way in value.ways])
+        ways = [(way.name, way.vitals, way.win_rate, way.signs) for way in value.ways]
+        return repr([ways, value.calibration])
     return repr(value)
 
 

@@ -34,6 +34,11 @@ class Interval:
         return self.low > other.high
 
 
+def complement(share: Interval) -> Interval:
+    """One minus a share."""
+    return Interval(1 - share.mean, 1 - share.high, 1 - share.low)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over prompts, its standard error, and what the error is read by."""

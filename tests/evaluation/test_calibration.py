@@ -9,7 +9,7 @@ import torch
 from prefloop.commands import reward_quality
 from prefloop.config import RewardQualityConfig
 from prefloop.errors import UserError
-from prefloop.evaluation.calibration import calibrate
+from prefloop.evaluation.calibration import beside_judge, calibrate
 from prefloop.labelling.agreement import ceiling
 from prefloop.models.export import export_model
 from prefloop.models.load import load_scorer
@@ -30,6 +30,29 @@ def test_by_hand() -> None:
     shorter, longer = result.length_bins  # lengths -3, 2 | 2, 5
     assert (shorter.low, shorter.accuracy, longer.accuracy) == (-3.0, 1.0, 0.25)
     assert result.always_longer_accuracy == 0.75
+
+
+def test_beside_the_judge_by_hand() -> None:
+    """Prompt 1, answers judged 3, 1, 1 and scored 0.5, 0.2, 0.9: right, wrong; the tie is no pair.
+
+    Prompt 2, judged 1, 2 and scored alike: half. Prompt 3 has one answer.
+    """
+    found = beside_judge(
+        [[3.0, 1.0, 1.0], [1.0, 2.0], [5.0]],
+        [[0.5, 0.2, 0.9], [0.4, 0.4], [0.0]],
+        [[7, 5, 9], [3, 8], [1]],
+        held_out_accuracy=0.7,
+        agreement=0.82,
+    )
+    assert found is not None
+    assert (found.pairs.pairs, found.accuracy.mean, found.pairs.accuracy) == (3, 0.5, 0.5)
+    assert found.pairs.log_loss == pytest.approx(
+        (log(1 + exp(-0.3)) + log(1 + exp(0.4)) + log(2)) / 3
+    )
+    assert found.pairs.always_longer_accuracy == pytest.approx(2 / 3)
+    assert found.held_out_accuracy == 0.7
+    assert found.ceiling == pytest.approx((0.82, 0.9), abs=1e-9)
+    assert beside_judge([[1.0, 1.0]], [[0.0, 1.0]], [[1, 1]]) is None
 
 
 def test_a_calibrated_model_is_found_calibrated() -> None:

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from prefloop.commands import show_comparison
 from prefloop.config import CompareConfig
 from prefloop.errors import UserError
 from prefloop.evaluation.compare import compare
@@ -66,7 +68,7 @@ def sequence_log_prob(path: str, prompt: str, tokens: Sequence[int]) -> float:
     return sum(float(logits[len(ids) + i - 1, token]) for i, token in enumerate(tokens))
 
 
-def test_compare(config: CompareConfig) -> None:
+def test_compare(config: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:
     result = compare(config, notes=("A note.",))
     sft, best, same, other = result.ways
     assert [way.name for way in result.ways] == ["SFT", "best-of-3", "same", "other"]
@@ -93,7 +95,24 @@ def test_compare(config: CompareConfig) -> None:
         assert row["judge"] == vowels([], row["completions"])
     mean = sum(sum(row["judge"]) / 2 for row in judged) / len(PROMPTS)
     assert other.vitals.gold.mean == pytest.approx(mean)
-    # 4. The answer: a sentence for each way but SFT, on every two of four.
+    # 4. The reward model beside the judge, on the answers that it did not choose itself.
+    prompts = {prompt: [row for row in rows if row["prompt"] == prompt] for prompt in PROMPTS}
+    pairs = right = 0.0
+    for own in prompts.values():
+        flat = [
+            pair
+            for row in own
+            if row["way"] != "best-of-3"
+            for pair in zip(row["judge"], row["reward_model"], strict=True)
+        ]
+        for (a, x), (b, y) in combinations(flat, 2):
+            pairs += a != b
+            right += (a != b) * (1 + ((x > y) - (x < y)) * (1 if a > b else -1)) / 2
+    assert result.calibration is not None
+    assert result.calibration.pairs.pairs == pairs
+    assert result.calibration.accuracy.mean == pytest.approx(right / pairs)
+    assert result.calibration.ceiling is None
+    # 5. The answer: a sentence for each way but SFT, on every two of four.
     pairs = [("SFT", "best-of-3"), ("SFT", "same"), ("SFT", "other")]
     assert [(v.first, v.second) for v in result.verdicts][:3] == pairs
     assert len(result.verdicts) == 6
@@ -102,6 +121,10 @@ def test_compare(config: CompareConfig) -> None:
     assert numbers["sentences"] == list(result.sentences)
     assert [text.split()[0] for text in result.sentences] == ["best-of-3", "same", "other"]
     assert numbers["verdicts"][2]["p_holm"] == result.verdicts[2].p_holm
+    capsys.readouterr()
+    show_comparison(result)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.startswith(" ".join(result.sentences))
 
 
 def test_best_of_n_takes_the_reward_models_favourite(config: CompareConfig) -> None:
@@ -205,6 +228,43 @@ def test_a_prompt_without_a_score_from_one_way_counts_for_none(
     assert result.ways[0].vitals.gold.mean == pytest.approx(sum(sft) / 3)
     assert result.verdicts[0].difference.mean == pytest.approx((sum(sft) - sum(other)) / 3)
     assert result.ways[1].example_scores[1] is None
+
+
+def test_an_llm_compares_with_sfts_answers(config: CompareConfig, tmp_path: Path) -> None:
+    """Its verdict is by length; a score is the share of SFT's two answers that an answer beats."""
+
+    def says(prompt: str, before: int) -> Reply:
+        a, b = (len(section(prompt, f"answer_{side}")) for side in "ab")
+        return "[[A]]" if a > b else "[[B]]" if b > a else "[[C]]"
+
+    with serving(says) as server:
+        result = compare(
+            replace(
+                config,
+                judge=server.judge,
+                judge_mode="pairwise",
+                judge_cache=tmp_path / "cache",
+                models=config.models[1:],
+            )
+        )
+    rows = read_answers(config)
+    by_way = {way: [row for row in rows if row["way"] == way] for way in ("SFT", "other")}
+    assert all(row["judge"] == [0.5, 0.5] for row in by_way["SFT"])
+    for sft, other in zip(by_way["SFT"], by_way["other"], strict=True):
+        sizes, own = (
+            [
+                len(text + CUT * cut)
+                for text, cut in zip(r["completions"], r["truncated"], strict=True)
+            ]
+            for r in (sft, other)
+        )
+        shares = [sum((n > m) + (n == m) / 2 for m in sizes) / 2 for n in own]
+        assert other["judge"] == shares
+    golds = [sum(row["judge"]) / 2 for row in by_way["other"]]
+    pair = next(v for v in result.verdicts if (v.first, v.second) == ("SFT", "other"))
+    assert pair.difference.mean == pytest.approx(0.5 - sum(golds) / 4)
+    # Four prompts, both orders: 2 x 2 pairs with the other model, 3 x 2 with best-of-3's pool.
+    assert 0 < len(server.asked) <= 4 * 2 * (4 + 6)
 
 
 def test_runs_of_one_way_are_told_apart_and_put_together(config: CompareConfig) -> None:

@@ -33,6 +33,28 @@ def config(tmp_path: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) ->
     return JudgeQualityConfig(**given)
 
 
+def test_bad_rows_are_left_out_when_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [
+        {"prompt": "s", "completions": ["only one"], "raters": [[[0]], [[0]]]},
+        {"prompt": "t", "completions": ["a", "b"]},
+        {"prompt": "u", "completions": ["a", "b"], "raters": [WIN, [[0], [7]]]},
+    ]
+    rows = [*bad, *ROWS]
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: "):
+        run(config(tmp_path, rows))
+    result = run(config(tmp_path, rows, bad_rows="drop"))
+    assert sum(result["left_out"].values()) == 3
+    told = capsys.readouterr().err
+    for line in (1, 2, 3):
+        assert f"rows.jsonl:{line}: " in told
+    without = run(config(tmp_path))
+    assert {k: v for k, v in result.items() if k != "left_out"} == {
+        k: v for k, v in without.items() if k != "left_out"
+    }
+
+
 def test_agreement_by_hand(tmp_path: Path) -> None:
     """The judge says win, win, tie.
 

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from prefloop.config import PeopleConfig
 from prefloop.errors import UserError
@@ -193,7 +195,7 @@ def test_a_clear_verdict_in_words_and_in_tables(tmp_path):
     verdict = run(PeopleConfig(labels=str(tmp_path / "labels.db"), data=str(folder)))
     assert verdict.sentences[0] == (
         "People prefer DPO to SFT: 100% [91%, 100%] of 40 judgements, ties half (40 prompts, "
-        "1 person)."
+        "1 person); 99% [91%, 100%] at equal length."
     )
     assert verdict.sentences[1].startswith("People do not tell PPO from SFT: 50% [35%, 65%] of 40")
     sft, dpo, _ = matrix(verdict)
@@ -207,3 +209,47 @@ def test_a_clear_verdict_in_words_and_in_tables(tmp_path):
     text = console.export_text()
     assert text.startswith("People prefer DPO to SFT")
     assert "40 judgements of 40 prompts by 1 person" in text
+
+
+def test_equal_length_is_that_of_a_fit_by_scipy(tmp_path):
+    """Ann goes by length alone, bob takes DPO."""
+    lengths = [(3, 8), (4, 6), (9, 2), (5, 5), (7, 1), (2, 6), (6, 3), (1, 9)]
+    answers = {
+        "SFT": [["a" * one] for one, _ in lengths],
+        "DPO": [["b" * other] for _, other in lengths],
+    }
+    put(tmp_path, compare_folder(tmp_path / "compare", answers), need=2)
+    store = open_store(tmp_path)
+    judge(store, "ann", lambda texts: [[text] for text in sorted(sorted(texts), key=len)[::-1]])
+    judge(store, "bob", last_best)
+    config = PeopleConfig(labels=str(tmp_path / "labels.db"), data=str(tmp_path / "compare"))
+    (pair,) = run(config).pairs
+    d = np.array([one - other for one, other in lengths], dtype=float)
+    z = np.tanh(d / d.std())
+    wins = (d > 0) / 2  # of SFT, by the two of them; where lengths are equal ann takes b, too
+
+    def loss(at):
+        logits = at[0] + at[1] * z
+        tie = np.logaddexp(0, at[0]) - at[0] / 2
+        return np.sum(np.logaddexp(0, logits) - wins * logits) + tie + 0.05 * at[1] ** 2
+
+    theta = minimize(loss, [0.0, 0.0], tol=1e-12).x[0]
+    assert pair.length_controlled.mean == pytest.approx(1 / (1 + np.exp(-theta)), abs=1e-4)
+    assert pair.win_rate.mean == pytest.approx(wins.mean())
+
+
+def test_answers_without_a_score_are_told(made):
+    store, folder, config = made
+    path = folder / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:2]:  # SFT's first two
+        row["judge"] = [None]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge(store, "ann", first_best)
+    verdict = run(config)
+    # a1 with bb1 and ccc1; a2 has a score as DPO's, and is shorter than bb2. Of the others bb1 is
+    # shorter than ccc1, `other` is longer than `same`, and a4 and c4 are as long.
+    why = "pair that the judge has no score of (for its agreement alone)"
+    assert verdict.left_out == {why: 2}
+    assert verdict.agreement.judge.mean == pytest.approx((0 + 0 + 1 + 0.5) / 4)
+    assert by_pair(verdict)["SFT", "PPO"].judge == 0.5

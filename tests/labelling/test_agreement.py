@@ -83,12 +83,29 @@ def test_alphas_interval_covers_the_truth():
     assert covered >= 52
 
 
-def test_mean_by_prompt_resamples_prompts():
+def test_prompts_are_what_is_drawn():
     """Two prompts of 99 equal values each are two observations, not 198."""
     values, prompts = np.repeat([0.0, 1.0], 99), np.repeat([4, 7], 99)
-    estimate = ag.mean_by_prompt(values, prompts)
-    assert (estimate.mean, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
-    assert str(estimate) == "0.50 [0.00, 1.00]"
+    assert str(ag.share_by_prompt(values, prompts)) == "0.50 [0.00, 1.00]"
+    mean = ag.mean_by_prompt(values, prompts)
+    # The error of two observations 0 and 1 is 1/2; Student's t of one freedom is 12.706.
+    assert (mean.mean, mean.high) == pytest.approx((0.5, 0.5 + 12.7062 / 2), abs=1e-4)
+
+
+def test_the_error_of_a_mean_over_prompts_of_many_sizes():
+    """Sum over prompts of (sum - mean * size)^2, by hand: the mean of 1, 1, 0 / 0 / 1, 0 is 1/2.
+
+    Sums less half the sizes: 1/2, -1/2, 0; over the mean size 2: 1/4, -1/4, 0; their variance
+    1/16, over three prompts 1/48.
+    """
+    values, prompts = np.array([1.0, 1, 0, 0, 1, 0]), np.array([0, 0, 0, 1, 2, 2])
+    mean = ag.mean_by_prompt(values, prompts)
+    assert mean.mean == pytest.approx(0.5)
+    assert mean.high - mean.mean >= 4.3026 / 48**0.5 - 1e-4  # t of two freedoms, or more
+    share = ag.share_by_prompt(values, prompts)
+    z2, n = 4.3026**2, 0.25 * 48
+    half = 4.3026 * (0.25 / n + z2 / (4 * n * n)) ** 0.5 / (1 + z2 / n)
+    assert (share.low, share.high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
 
 
 def test_one_coin_equals_crowd_kit():

@@ -102,3 +102,17 @@ def test_the_order_in_the_store_tells_nothing(tmp_path):
     )
     assert len(places) == 9
     assert all(abs(count - 100) < 4 * (300 * 2 / 9) ** 0.5 for count in places.values())
+
+
+def test_the_runs_of_a_way_take_turns(tmp_path):
+    """Two runs of PPO with two answers each: one prompt begins with 1, the next with 2."""
+    folder = compare_folder(tmp_path / "compare", {"SFT": [["a"], ["b"]]})
+    for run in (1, 2):
+        said = [[f"{run}.{answer}" for answer in range(2)]] * 2
+        part = compare_folder(tmp_path / f"run-{run}", {"PPO": said})
+        text = (part / "answers.jsonl").read_text().replace('"way"', f'"run": {run}, "way"')
+        with (folder / "answers.jsonl").open("a") as file:
+            file.write(text)
+    found = [question.said["PPO"].text for question in read_compared(str(folder))]
+    assert found == ["1.0", "2.0", "1.1", "2.1", "2.0", "1.0", "2.1", "1.1"]
+    assert put(tmp_path, folder)["tasks"] == 2

@@ -48,7 +48,7 @@ def test_agreement_by_hand(tmp_path):
     label(store, bob, half)
     q = measure(store, "main")
     assert (q.annotations, q.shared_tasks) == (4, 2)
-    assert (q.agreement.mean, q.agreement.low, q.agreement.high) == (0.5, 0.0, 1.0)
+    assert str(q.agreement) == "0.50 [0.00, 1.00]"
     assert q.ceiling == ceiling(0.5) == (0.5, 0.5)
     assert [r.agreement for r in q.labellers] == [0.5, 0.5]
     assert q.skip_rate == 0.0

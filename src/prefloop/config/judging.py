@@ -74,6 +74,8 @@ class JudgeQualityConfig(EndpointConfig, InferenceConfig):
     """LLM judge: compare each two answers in both orders, or score each answer by a rubric."""
     max_rows: Annotated[int, AtLeast(0)] = 0
     """Use only the first n sets of answers; 0 uses all."""
+    bad_rows: BadRows = "error"
+    """What to do with rows that say of no order: stop at the first, or drop and count them."""
     chat: bool = False
     """Take string rows for the user's and the assistant's messages."""
     output: Path | None = None
@@ -102,13 +104,19 @@ class CompareConfig(EndpointConfig, PromptsConfig, InferenceConfig):
     """Held-out rows with a `prompt`, or DB#PROJECT."""
     judge: str
     """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
-    or hub id, or an LLM by its rubric, openai:MODEL@URL."""
+    or hub id, or an LLM, openai:MODEL@URL."""
+    judge_mode: JudgeMode = "rubric"
+    """LLM judge: score each answer by a rubric, or compare it with SFT's answers to the same prompt
+    in both orders; its score is then the share of them that it wins."""
     output: Path
     """Directory of report.html, compare.json and answers.jsonl."""
     reward_model: str | None = None
     """The reward model that PPO was trained against; adds its scores and best-of-n."""
     best_of: Annotated[int, Above(0), OnlyWith("reward_model")] = 4
     """n of best-of-n: answers of the SFT model among which --reward-model chooses; 1 leaves it."""
+    agreement: Annotated[float | None, Within(0.5, 1), OnlyWith("reward_model")] = None
+    """How often two labellers order a pair alike (0.5 to 1): adds the ceiling of the reward model's
+    held-out accuracy."""
     samples_per_prompt: Annotated[int, Above(0)] = 1
     """Answers per prompt and model."""
     max_new_tokens: Annotated[int, Above(0)] = 128

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from prefloop.config.checks import validate
 from prefloop.config.ranges import template_arguments
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_atomic
-from prefloop.labelling.agreement import ceiling
+from prefloop.intervals import Interval
+from prefloop.labelling.agreement import ceiling, share_by_prompt
 from prefloop.records import RowCounts
 
 Array = NDArray[np.float64]
@@ -65,6 +67,49 @@ def calibrate(
         bins=_bins(np.abs(delta), right, delta, bins),
         length_bins=_bins(longer, right, delta, bins),
         always_longer_accuracy=float(_wins(longer).mean()),
+    )
+
+
+@dataclass(frozen=True)
+class RewardCalibration:
+    """A reward model beside the judge, on what policies wrote; and on its held-out labels."""
+
+    accuracy: Interval  # pairs ordered as the judge orders them, the model's ties half
+    pairs: Calibration  # of answers to one prompt that the judge scores differently
+    held_out_accuracy: float | None  # on the labels that its run held out
+    ceiling: tuple[float, float] | None  # of that accuracy, by the labellers' agreement
+
+
+def beside_judge(
+    gold: Sequence[Sequence[float]],
+    proxy: Sequence[Sequence[float]],
+    lengths: Sequence[Sequence[int]],
+    held_out_accuracy: float | None = None,
+    agreement: float | None = None,
+) -> RewardCalibration | None:
+    """From the judge's and the model's scores, and the tokens, of all answers by prompt.
+
+    Every two answers to a prompt are a pair, unless the judge scores them alike; prompts are what
+    the interval draws. None where there is no pair.
+    """
+    found: list[tuple[float, float, int, int]] = []
+    prompts: list[int] = []
+    for prompt, answers in enumerate(zip(gold, proxy, lengths, strict=True)):
+        for one, other in combinations(zip(*answers, strict=True), 2):
+            if one[0] != other[0]:
+                win, lose = (one, other) if one[0] > other[0] else (other, one)
+                found.append((win[1], lose[1], win[2], lose[2]))
+                prompts.append(prompt)
+    if not found:
+        return None
+    better, worse, long, short = (list(column) for column in zip(*found, strict=True))
+    pairs = calibrate(better, worse, long, short)
+    right = _wins(np.asarray(better, dtype=np.float64) - np.asarray(worse, dtype=np.float64))
+    return RewardCalibration(
+        accuracy=share_by_prompt(right, np.array(prompts)),
+        pairs=pairs,
+        held_out_accuracy=held_out_accuracy,
+        ceiling=None if agreement is None else ceiling(agreement),
     )
 
 

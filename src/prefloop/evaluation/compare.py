@@ -6,13 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prefloop import sources
 from prefloop.config import CompareConfig
 from prefloop.config.checks import validate
-from prefloop.config.ranges import template_arguments
+from prefloop.config.ranges import is_endpoint, template_arguments
 from prefloop.config.resolve import as_dict
 from prefloop.data import split
 from prefloop.data.tokenize import Example, same_ids, stop_token_ids, tokenize
@@ -24,6 +24,7 @@ from prefloop.evaluation.measure import (
     Answered,
     ByPrompt,
     Judged,
+    calibration_of,
     frontier,
     judged_prompts,
     measured,
@@ -32,6 +33,7 @@ from prefloop.evaluation.measure import (
 from prefloop.evaluation.pairs import all_pairs
 from prefloop.evaluation.report import render
 from prefloop.evaluation.sentences import sentences
+from prefloop.evaluation.verdicts import gold_scores
 from prefloop.files import check_folder, write_atomic, write_jsonl
 from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine
@@ -44,7 +46,7 @@ from prefloop.progress import Progress
 from prefloop.records import Prompt, RowCounts, Text, text_to_json
 from prefloop.rewards.functions import columns_of
 from prefloop.rewards.judges import Judge, load_judge
-from prefloop.rewards.llm import RubricJudge
+from prefloop.rewards.llm import Answer, PairwiseJudge, pairwise_judge
 
 SCORING_TOKENS = 8192  # in one forward pass
 
@@ -57,9 +59,10 @@ class Task:
     prompts: list[Prompt]
     prompt_ids: list[list[int]]
     sft: LoadedModel
-    judge: Judge
+    judge: Judge | PairwiseJudge
     proxy: Judge | None
     make_engine: MakeEngine
+    baseline: Sequence[Sequence[Answer]] | None = None  # SFT's answers, once they are there
 
 
 def compare(
@@ -78,6 +81,7 @@ def compare(
     everything, sft_seconds = _sample(task, task.sft, config.samples_per_prompt + pool_size, "SFT")
     baseline = [row[: config.samples_per_prompt] for row in everything]
     pool = [row[config.samples_per_prompt :] for row in everything]
+    task = replace(task, baseline=[[Answer(a.text, not a.truncated) for a in r] for r in baseline])
     answered = [Answered("SFT", (config.sft,), (baseline,), sft_seconds)]
     # 3. Best-of-n.
     if pool_size:
@@ -118,12 +122,13 @@ def _compared(
     verdicts = all_pairs([scored(way, prompts) for way in answered], config.seed)
     costs = [_cost(way, config) for way in answered]
     whole_costs = tuple(cost for cost in costs if cost)
+    reward_run = read_run(Path(config.reward_model)) if config.reward_model else None
     return Comparison(
         ways=tuple(ways),
         prompts=len(task.prompts),
         example_prompts=tuple(_shown(row.prompt) for row in task.prompts[:EXAMPLES]),
         frontier=best,
-        reward_run=read_run(Path(config.reward_model)) if config.reward_model else None,
+        reward_run=reward_run,
         settings={key: value for key, value in as_dict(config).items() if value is not None},
         notes=notes,
         verdicts=verdicts,
@@ -136,6 +141,7 @@ def _compared(
             if one.run
             for point in checkpoints(way.name, one.run, number)
         ),
+        calibration=calibration_of(answered, reward_run, config.agreement),
         unjudged=unjudged,
     )
 
@@ -167,21 +173,12 @@ def _run_of(task: Task, name: str, path: str) -> tuple[ByPrompt, float]:
 
 def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     arguments = template_arguments(config.template_args)
-    judge, proxy = (
-        load_judge(
-            source,
-            device=config.device,
-            dtype=config.dtype,
-            weights=config.weights,
-            max_length=config.max_length,
-            template_args=arguments,
-            endpoint=config if source == config.judge else None,
-        )
-        if source
-        else None
-        for source in (config.judge, config.reward_model)
-    )
-    assert judge is not None
+    judge: Judge | PairwiseJudge
+    if is_endpoint(config.judge) and config.judge_mode == "pairwise":
+        judge = pairwise_judge(config.judge, config)
+    else:
+        judge = _scorer(config, config.judge)
+    proxy = _scorer(config, config.reward_model) if config.reward_model else None
     sft = load_policy(
         config.sft, pick_device(config.device), storage_of(config), template_args=arguments
     )
@@ -193,13 +190,26 @@ def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
     for example in examples:
         sft.check_example(example, config.max_new_tokens)
     prompts = [records[example.record] for example in examples]
-    for one in (judge, proxy) if proxy else (judge,):
-        one.require(prompts)
+    for one in (judge, proxy):
+        if one is not None and not isinstance(one, PairwiseJudge):
+            one.require(prompts)
     has_template = bool(sft.tokenizer.chat_template)
     if note := sources.strings_note(records, has_template, arguments, config.sft):
         print(note, file=sys.stderr)
     prompt_ids = [list(example.prompt) for example in examples]
     return Task(config, prompts, prompt_ids, sft, judge, proxy, make_engine)
+
+
+def _scorer(config: CompareConfig, source: str) -> Judge:
+    return load_judge(
+        source,
+        device=config.device,
+        dtype=config.dtype,
+        weights=config.weights,
+        max_length=config.max_length,
+        template_args=template_arguments(config.template_args),
+        endpoint=config if source == config.judge else None,
+    )
 
 
 def _require_same_tokens(sft: LoadedModel, model: LoadedModel) -> None:
@@ -230,18 +240,17 @@ def _sample(task: Task, model: LoadedModel, n: int, name: str) -> tuple[ByPrompt
         for prompt, row in zip(task.prompts, samples, strict=True)
         for sample in row
     ]
-    prompts = [row.prompt for row, _ in flat]
+    rows = [row for row, _ in flat]
+    prompts = [row.prompt for row in rows]
     texts = [model.encoder.said(row.prompt, sample.tokens) for row, sample in flat]
-    columns = columns_of([row.extra for row, _ in flat])
     ended = [sample.finish_reason == "stop" for _, sample in flat]
+    answers = list(map(Answer, texts, ended))
     with Progress(f"{name}: judged", 3 * len(flat), leave=False) as progress:
-        gold: Sequence[float | None]
-        if isinstance(task.judge, RubricJudge):
-            gold = task.judge.rate(prompts, texts, ended)
-        else:
-            gold = task.judge(prompts, texts, ended, columns)
+        gold = gold_scores(task.judge, rows, answers, _against(task, answers, n))
         progress.advance(len(flat))
-        proxy = task.proxy(prompts, texts, ended, columns) if task.proxy else [None] * len(texts)
+        proxy: Sequence[float | None] = [None] * len(texts)
+        if task.proxy:
+            proxy = task.proxy(prompts, texts, ended, columns_of([row.extra for row in rows]))
         progress.advance(len(flat))
         kl = _log_ratios(task, model, [[sample.tokens for sample in row] for row in samples])
     judged = iter(
@@ -249,6 +258,15 @@ def _sample(task: Task, model: LoadedModel, n: int, name: str) -> tuple[ByPrompt
         for text, (_, s), q, g, r in zip(texts, flat, kl, gold, proxy, strict=True)
     )
     return [[next(judged) for _ in row] for row in samples], seconds
+
+
+def _against(task: Task, answers: Sequence[Answer], n: int) -> list[Sequence[Answer]]:
+    """What each answer is compared with: SFT's to its prompt, and those of SFT with themselves."""
+    count = task.config.samples_per_prompt
+    if task.baseline is not None:
+        return [task.baseline[i // n] for i in range(len(answers))]
+    first = [answers[i - i % n : i - i % n + count] for i in range(len(answers))]
+    return [first[i] if i % n >= count else [answers[i]] for i in range(len(answers))]
 
 
 def _log_ratios(

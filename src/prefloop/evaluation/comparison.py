@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefloop.intervals import Interval
+from prefloop.evaluation.calibration import RewardCalibration
+from prefloop.evaluation.people import PeopleVerdict
+from prefloop.intervals import Interval, complement
 from prefloop.rewards.health import Sign, Vitals
 
 
@@ -67,11 +69,6 @@ class PairVerdict:
         return rate if rate is None or way == self.first else complement(rate)
 
 
-def complement(share: Interval) -> Interval:
-    """One minus a share."""
-    return Interval(1 - share.mean, 1 - share.high, 1 - share.low)
-
-
 @dataclass(frozen=True)
 class WholeCost:
     """CPU seconds of every training run that led to a way, first ones first."""
@@ -112,6 +109,8 @@ class Comparison:
     sentences: tuple[str, ...] = ()  # the answer in words, one a way but SFT
     whole_costs: tuple[WholeCost, ...] = ()
     checkpoints: tuple[Point, ...] = ()
+    people: PeopleVerdict | None = None  # of `prefloop evaluate people`
+    calibration: RewardCalibration | None = None  # of the reward model
     unjudged: int = 0  # answers that got no score
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ from prefloop.evaluation.verdicts import (
     scores_of,
 )
 from prefloop.files import check_writable, write_atomic
-from prefloop.labelling.agreement import mean_by_prompt, pair_signs, ranks_of
+from prefloop.labelling.agreement import mean_by_prompt, pair_signs, ranks_of, share_by_prompt
 from prefloop.labelling.export import is_store, store_rows
 from prefloop.records import Prompt, Ranking, RowCounts, text_to_json, tools_of
 from prefloop.rewards.llm import pairwise_judge, rubric_judge
 from prefloop.tables import rows_of
+from prefloop.terminal import shown
 
 Signs = NDArray[np.float64]
 
@@ -60,7 +62,7 @@ def run(config: JudgeQualityConfig) -> dict[str, Any]:
     validate(config)
     if config.output is not None:
         check_writable(config.output)
-    counts = RowCounts()
+    counts = RowCounts(bad_rows="error" if config.bad_rows == "error" else "list")
     rated = _read(config, counts)
     # 2. What the judge says.
     said, more = _verdicts(config, [one.row for one in rated])
@@ -122,8 +124,12 @@ people_majority=0.8333333333333334)
 
 def _beside(both: Signs, groups: NDArray[np.int64], seed: int) -> dict[str, Any]:
     """The judge's and people's means [pairs, 2], and their difference on the same pairs."""
-    columns = {"judge": both[:, 0], "people": both[:, 1], "difference": both[:, 0] - both[:, 1]}
-    return {name: asdict(mean_by_prompt(x, groups, seed)) for name, x in columns.items()}
+    shares = {"judge": both[:, 0], "people": both[:, 1]}
+    difference = mean_by_prompt(both[:, 0] - both[:, 1], groups, seed)
+    return {
+        **{name: asdict(share_by_prompt(column, groups)) for name, column in shares.items()},
+        "difference": asdict(difference),
+    }
 
 
 # --- the judge -----------------------------------------------------------------------------------
@@ -166,27 +172,33 @@ def _signs(scores: Sequence[float | None]) -> Signs:
 def _read(config: JudgeQualityConfig, counts: RowCounts) -> list[Rated]:
     """Answers that two people or more have ranked; rows of the same answers are put together."""
     store = is_store(config.data)
-    rows = store_rows(config.data, counts) if store else rows_of(config.data, _raise)
+    rows = store_rows(config.data, counts) if store else rows_of(config.data, counts.bad_row)
     said: dict[str, list[Ranking]] = {}
     columns: dict[str, dict[str, Any]] = {}  # the others of the first row of each
     for where, row in rows:
-        for tiers in _raters(row, where):
-            parsed = parse_row({**row, "tiers": tiers}, where, "preference", config.chat)
-            (ranking,) = (item for item in parsed if isinstance(item, Ranking))
+        others = {k: row[k] for k in row if k not in NOT_OTHERS}
+        try:
+            rankings = list(_rankings(row, where, config.chat))
+            row_of(_sampled(rankings[0], others))  # its answers can be judged
+        except UserError as error:
+            counts.bad_row(where, error)
+            continue
+        for ranking in rankings:
             texts = [text_to_json(text) for text in (ranking.prompt, *ranking.completions)]
             name = json.dumps([texts, tools_of(ranking.prompt)])
             said.setdefault(name, []).append(ranking)
-            columns.setdefault(name, {k: row[k] for k in row if k not in NOT_OTHERS})
+            columns.setdefault(name, others)
+    for where, problem in counts.bad:
+        print(shown(f"left out: {where}: {problem}"), file=sys.stderr)
     rated = []
     for name, rankings in list(said.items())[: config.max_rows or None]:
         if len(rankings) < 2:
             counts.drop("ranked by one person alone")
             continue
         first = rankings[0]
-        answers = {"completions": [text_to_json(text) for text in first.completions]}
-        asked = row_of(Prompt(first.prompt, first.where, columns[name] | answers))
         ranks = np.array([ranks_of(one.tiers, len(first.completions)) for one in rankings])
-        rated.append(Rated(asked, pair_signs(ranks).astype(np.float64)))
+        asked_of = row_of(_sampled(first, columns[name]))
+        rated.append(Rated(asked_of, pair_signs(ranks).astype(np.float64)))
     if not rated:
         raise UserError(
             f"{config.data}: nothing that two people have ranked; give rows of `prompt`, "
@@ -195,8 +207,17 @@ def _read(config: JudgeQualityConfig, counts: RowCounts) -> list[Rated]:
     return rated
 
 
-def _raise(where: str, error: UserError) -> None:
-    raise error
+def _rankings(row: dict[str, Any], where: str, chat: bool) -> Iterator[Ranking]:
+    """What each person said in a row."""
+    for tiers in _raters(row, where):
+        parsed = parse_row({**row, "tiers": tiers}, where, "preference", chat)
+        yield from (item for item in parsed if isinstance(item, Ranking))
+
+
+def _sampled(ranking: Ranking, others: dict[str, Any]) -> Prompt:
+    """A ranking's prompt with its answers, as `sample` gives them, and the row's other columns."""
+    answers = {"completions": [text_to_json(text) for text in ranking.completions]}
+    return Prompt(ranking.prompt, ranking.where, others | answers)
 
 
 def _raters(row: dict[str, Any], where: str) -> Iterator[Any]:

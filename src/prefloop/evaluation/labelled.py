@@ -89,6 +89,8 @@ def measure_people(config: PeopleConfig) -> PeopleVerdict:
     left_out = Counter(counts.dropped)
     if table.flagged_ties:
         left_out["tie with a flagged answer"] += table.flagged_ties
+    if unscored := sum(pair.judge is None for pair in rows.pairs):
+        left_out["pair that the judge has no score of (for its agreement alone)"] += unscored
     return PeopleVerdict(
         source=config.labels,
         sentences=sentences_of(pairs, ways, measured),
@@ -190,7 +192,9 @@ class _Table:
     """Judgements in the making."""
 
     ways: Sequence[str]
-    rows: list[tuple[int, int, float, int, int, float, float | None]] = field(default_factory=list)
+    rows: list[tuple[int, int, float, int, int, int, float | None, float | None]] = field(
+        default_factory=list
+    )
     pairs: list[PairOfTexts] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
     labellers: dict[str, int] = field(default_factory=dict)
@@ -212,7 +216,6 @@ class _Table:
             one, other = said[task.texts[i]], said[task.texts[j]]
             scored = _sign(one.reward_model, other.reward_model)
             judge = _sign(one.judge, other.judge)
-            assert judge is not None
             self.pairs.append(PairOfTexts(prompt, people, judge, scored))
 
     def _signs(self, a: Annotation, count: int) -> dict[tuple[int, int], int]:
@@ -249,19 +252,22 @@ class _Table:
                 continue
             judge = _sign(one.judge, other.judge)
             scored = _sign(one.reward_model, other.reward_model)
-            assert judge is not None
             score = (1 + (sign if i < j else -sign)) / 2
-            half = None if scored is None else (1 + scored) / 2
-            self.rows.append((m, n, score, prompt, who, (1 + judge) / 2, half))
+            tokens = one.tokens - other.tokens
+            self.rows.append((m, n, score, prompt, who, tokens, _half(judge), _half(scored)))
 
     def as_rows(self) -> Rows:
         """The judgements as columns."""
-        first, second, scores, prompts, who, judge, scored = zip(*self.rows, strict=True)
+        first, second, scores, prompts, who, tokens, judge, scored = zip(*self.rows, strict=True)
         judged = Judged(
             np.array(first), np.array(second), np.array(scores), np.array(prompts), np.array(who)
         )
-        return Rows(judged, judge, scored, self.pairs)
+        return Rows(judged, tokens, judge, scored, self.pairs)
 
 
 def _sign(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else float((one > other) - (one < other))
+
+
+def _half(sign: float | None) -> float | None:
+    return None if sign is None else (1 + sign) / 2

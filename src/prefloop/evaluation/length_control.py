@@ -8,7 +8,7 @@ from math import exp
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.intervals import Interval, estimate
+from prefloop.intervals import RESAMPLES, Interval, estimate
 
 Floats = NDArray[np.float64]
 RIDGE = 0.1  # on the length's coefficient squared, halved
@@ -71,7 +71,7 @@ def fit(wins: Floats, lengths: Floats, weights: Floats) -> tuple[Floats, Floats]
     return beta, hessian
 
 
-def length_controlled(duels: Duels, seed: int = 0) -> Interval:
+def length_controlled(duels: Duels, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """The win rate that AlpacaEval 2's model gives at equal length.
 
     logit P(win) = theta + phi tanh(d/s) with d the difference in tokens and s its deviation over
@@ -93,7 +93,7 @@ def length_controlled(duels: Duels, seed: int = 0) -> Interval:
     runs = duels.by_run(pulls)
     prompts = runs[0].shape[1]
     runs = prompts * runs[0], prompts * runs[1]
-    found = estimate(runs[0].mean(axis=0), seed, runs)
+    found = estimate(runs[0].mean(axis=0), seed, runs, resamples)
     half = found.reach * found.error
     mean, low, high = (1 / (1 + exp(-x)) for x in (theta, theta - half, theta + half))
     if duels.wins.min() == duels.wins.max() != 0.5:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prefloop.evaluation.comparison import Way, read_run
+from prefloop.evaluation.calibration import RewardCalibration, beside_judge
+from prefloop.evaluation.comparison import RunRecord, Way, read_run
 from prefloop.evaluation.frontier import best_of_n, best_of_n_kl
 from prefloop.evaluation.pairs import Scored, mean_of_runs, win_rate_of_runs
 from prefloop.intervals import Interval
@@ -84,7 +85,7 @@ def measured(
     return Way(
         name=way.name,
         vitals=vitals,
-        win_rate=win_rate_of_runs(own, against, seed) if sft else None,
+        win_rate=win_rate_of_runs(own, against) if sft else None,
         kl_is_bound=way.n > 1,
         signs=tuple(signs(vitals, sft)) if sft else (),
         cpu_seconds_per_answer=way.seconds,
@@ -108,6 +109,33 @@ def _vitals(way: Answered, own: Scored, seed: int) -> Vitals:
         truncated=_mean(answer.truncated for answer in flat),
         distinct_2=_mean(distinct_n([row[0].tokens for row in run]) for run in way.runs),
         repeated=_mean(repeated_share(answer.tokens) for answer in flat),
+    )
+
+
+def calibration_of(
+    ways: Sequence[Answered], run: RunRecord | None, agreement: float | None
+) -> RewardCalibration | None:
+    """The reward model beside the judge, on all scored answers but those that it chose itself."""
+    runs = [run for way in ways if way.n == 1 for run in way.runs]
+    by_prompt = [
+        [(a.gold, a.proxy, len(a.tokens)) for run in runs for a in run[prompt]]
+        for prompt in range(len(runs[0]))
+    ]
+    known = [
+        [
+            (gold, proxy, length)
+            for gold, proxy, length in row
+            if gold is not None and proxy is not None
+        ]
+        for row in by_prompt
+    ]
+    held_out = run.metrics.get("eval/accuracy") if run else None
+    return beside_judge(
+        [[gold for gold, _, _ in row] for row in known],
+        [[proxy for _, proxy, _ in row] for row in known],
+        [[length for _, _, length in row] for row in known],
+        held_out[1][-1] if held_out else None,
+        agreement,
     )
 
 

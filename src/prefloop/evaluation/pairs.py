@@ -36,15 +36,15 @@ def mean_of_runs(scores: Sequence[Grouped], seed: int = 0) -> Interval:
     return estimate(means.mean(axis=0), seed, [means]).interval()
 
 
-def win_rate_of_runs(first: Scored, second: Scored, seed: int = 0) -> Interval:
+def win_rate_of_runs(first: Scored, second: Scored) -> Interval:
     """Share of answers scored above the other way's to the same prompt, ties half."""
-    return _win_rate(duels_of(first, second), seed)
+    return _win_rate(duels_of(first, second))
 
 
-def _win_rate(duels: Duels, seed: int) -> Interval:
+def _win_rate(duels: Duels) -> Interval:
     runs = duels.by_run(duels.weights * duels.wins)
     values = runs[0].mean(axis=0)
-    return estimate(values, seed, runs).share(len(values))
+    return estimate(values, runs=runs, resamples=0).share(len(values))
 
 
 def duels_of(first: Scored, second: Scored) -> Duels:
@@ -79,6 +79,6 @@ def _pair(first: Scored, second: Scored, seed: int) -> PairVerdict:
         difference=difference.interval(),
         p=difference.p(),
         p_holm=1.0,
-        win_rate=_win_rate(duels, seed),
+        win_rate=_win_rate(duels),
         length_controlled=length_controlled(duels, seed),
     )

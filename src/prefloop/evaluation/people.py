@@ -8,15 +8,17 @@ from itertools import combinations
 
 import numpy as np
 
+from prefloop.evaluation.length_control import Duels, length_controlled
 from prefloop.evaluation.preferences import (
+    Floats,
+    Ints,
     Judged,
-    holm,
     judgements_needed,
     share,
     strengths,
 )
-from prefloop.intervals import Interval
-from prefloop.labelling.agreement import ceiling, mean_by_prompt
+from prefloop.intervals import Interval, complement, holm
+from prefloop.labelling.agreement import ceiling, share_by_prompt
 
 UNLIKELY = 0.05
 
@@ -34,9 +36,10 @@ class Preference:
     ties: int
     losses: int
     win_rate: Interval  # of the first, ties half; prompts and labellers as clusters
+    length_controlled: Interval  # of the first, were the answers as long
     p: float  # two-sided, that it is 1/2
     p_holm: float  # adjusted for all pairs of ways
-    judge: float  # the judge's win rate in the same judgements
+    judge: float | None  # the judge's win rate in the same judgements, those that it scored
     reward_model: float | None
     more: int | None  # judgements that would tell them apart if the share stays; None: no number
     same_text: float  # share of prompts that both answered letter by letter alike
@@ -56,7 +59,7 @@ class PeopleAgreement:
 
     pairs: int  # of answers that somebody judged
     shared: int  # that two people or more judged
-    judge: Interval  # with one person
+    judge: Interval | None  # with one person, on pairs that it scored
     reward_model: Interval | None
     people: Interval | None  # one person with another, on shared pairs
     ceiling: tuple[float, float] | None  # of a scorer's, by that (labelling.agreement.ceiling)
@@ -86,7 +89,8 @@ class Rows:
     """What was read: judgements between ways, and between texts."""
 
     judged: Judged
-    judge: Sequence[float]  # a judgement's score, as the judge gives it
+    tokens: Sequence[int]  # of the first way's answer minus those of the second's
+    judge: Sequence[float | None]  # a judgement's score, as the judge gives it
     reward_model: Sequence[float | None]
     pairs: Sequence[PairOfTexts]
 
@@ -97,7 +101,7 @@ class PairOfTexts:
 
     prompt: int
     people: Sequence[int]
-    judge: float
+    judge: float | None
     reward_model: float | None
 
 
@@ -106,7 +110,6 @@ def preferences(
 ) -> tuple[Preference, ...]:
     """Each two ways that people compared, in the order of the ways."""
     judged, found = rows.judged, []
-    judge = np.array(rows.judge)
     for first, second in combinations(range(len(ways)), 2):
         mine = np.flatnonzero((judged.first == first) & (judged.second == second))
         if not len(mine):
@@ -116,7 +119,6 @@ def preferences(
         )
         told = share(scores, prompts, labellers)
         needed = judgements_needed(told.interval.mean, told.design)
-        scored = [s for row in mine if (s := rows.reward_model[row]) is not None]
         values = {
             "judgements": len(mine),
             "prompts": len(np.unique(prompts)),
@@ -125,9 +127,10 @@ def preferences(
             "ties": int((scores == 0.5).sum()),
             "losses": int((scores == 0).sum()),
             "win_rate": told.interval,
+            "length_controlled": _at_equal_length(scores, np.array(rows.tokens)[mine], prompts),
             "p": told.p,
-            "judge": float(judge[mine].mean()),
-            "reward_model": sum(scored) / len(scored) if scored else None,
+            "judge": _mean_of([rows.judge[row] for row in mine]),
+            "reward_model": _mean_of([rows.reward_model[row] for row in mine]),
             "more": None if needed is None else max(0, needed - len(mine)),
             "same_text": same[first, second],
         }
@@ -139,28 +142,41 @@ def preferences(
     )
 
 
+def _mean_of(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _at_equal_length(scores: Floats, differences: Ints, prompts: Ints) -> Interval:
+    """The win rate that `evaluation.length_control` gives; a prompt's judgements weigh 1 in all."""
+    _, index, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+    alone = np.zeros(len(scores), dtype=np.int64)
+    tokens, weights = differences.astype(np.float64), 1 / counts[index]
+    return length_controlled(Duels(scores, tokens, index, weights, alone, alone))
+
+
 def agreement(pairs: Sequence[PairOfTexts]) -> PeopleAgreement:
     """How far the judge and the reward model agree with people, and people with each other."""
-    prompts = np.array([pair.prompt for pair in pairs])
 
-    def with_people(verdicts: Sequence[float]) -> Interval:
+    def with_people(verdicts: Sequence[float | None]) -> Interval | None:
+        known = [(v, pair) for v, pair in zip(verdicts, pairs, strict=True) if v is not None]
         agreed = [
             sum(_agreed(verdict, person) for person in pair.people) / len(pair.people)
-            for verdict, pair in zip(verdicts, pairs, strict=True)
+            for verdict, pair in known
         ]
-        return mean_by_prompt(np.array(agreed), prompts)
+        prompts = np.array([pair.prompt for _, pair in known])
+        return share_by_prompt(np.array(agreed), prompts) if known else None
 
-    scored = [pair.reward_model for pair in pairs if pair.reward_model is not None]
     shared = [pair for pair in pairs if len(pair.people) > 1]
     among = [[_agreed(a, b) for a, b in combinations(pair.people, 2)] for pair in shared]
     means = np.array([sum(each) / len(each) for each in among])
     groups = np.array([pair.prompt for pair in shared])
-    people = mean_by_prompt(means, groups) if shared else None
+    people = share_by_prompt(means, groups) if shared else None
     return PeopleAgreement(
         pairs=len(pairs),
         shared=len(shared),
         judge=with_people([pair.judge for pair in pairs]),
-        reward_model=with_people(scored) if len(scored) == len(pairs) else None,
+        reward_model=with_people([pair.reward_model for pair in pairs]),
         people=people,
         ceiling=ceiling(people.mean) if people and people.mean >= 0.5 else None,
     )
@@ -187,36 +203,37 @@ def sentences_of(
     lines = [_sentence(pair) for pair in against]
     if untold := [way for way in ways[1:] if way not in {pair.second for pair in against}]:
         lines.append(f"Nobody compared {', '.join(untold)} with {ways[0]}.")
-    said = f"The judge agrees with a person on {_percent(measured.judge)} of pairs"
-    if measured.reward_model:
-        said += f", the reward model on {_percent(measured.reward_model)}"
+    known = (("the judge", measured.judge), ("the reward model", measured.reward_model))
+    said = [f"{name} agrees with a person on {_percent(x)} of pairs" for name, x in known if x]
     if measured.people:
-        said += f", one person with another on {_percent(measured.people)}"
+        said.append(f"one person with another on {_percent(measured.people)}")
     else:
-        said += "; nobody judged what another did, so how far people agree is not known"
-    return (*lines, f"{said} (ties half).")
+        said.append("nobody judged what another did, so how far people agree is not known")
+    told = ", ".join(said)
+    return (*lines, f"{told[0].upper()}{told[1:]} (ties half).")
 
 
 def _sentence(pair: Preference) -> str:
-    flipped = Interval(
-        *(1 - x for x in (pair.win_rate.mean, pair.win_rate.high, pair.win_rate.low))
-    )
-    rate, way, other = flipped, pair.second, pair.first  # of the way, against the first one
-    said = f"of {pair.judgements:,} judgements, ties half ({_counted(pair)})"
+    # Of the way, against the first one.
+    rate, even = complement(pair.win_rate), complement(pair.length_controlled)
+    way, other = pair.second, pair.first
     if pair.p_holm < UNLIKELY:
         if rate.mean < 0.5:
-            rate, way, other = pair.win_rate, other, way
-        return f"People prefer {way} to {other}: {_percent(rate)} {said}."
+            rate, even, way, other = pair.win_rate, pair.length_controlled, other, way
+        return f"People prefer {way} to {other}: {_said(pair, rate, even)}."
     end = "no number of judgements tells an even share apart"
     if pair.more is not None:
         end = f"about {_rounded(pair.more):,} more would, if that is the true share"
         if pair.more == 0:
             end = "with so many pairs of ways it may be chance"
-    return f"People do not tell {way} from {other}: {_percent(rate)} {said}; {end}."
+    return f"People do not tell {way} from {other}: {_said(pair, rate, even)}; {end}."
 
 
-def _counted(pair: Preference) -> str:
-    return f"{pair.prompts} prompts, {people(pair.labellers)}"
+def _said(pair: Preference, rate: Interval, even: Interval) -> str:
+    return (
+        f"{_percent(rate)} of {pair.judgements:,} judgements, ties half ({pair.prompts} prompts, "
+        f"{people(pair.labellers)}); {_percent(even)} at equal length"
+    )
 
 
 def people(count: int) -> str:

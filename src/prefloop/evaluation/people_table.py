@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 
 from prefloop.evaluation.people import PeopleVerdict, Preference, people
-from prefloop.intervals import Interval
+from prefloop.intervals import Interval, complement
 from prefloop.terminal import as_is
 
 
@@ -37,7 +37,7 @@ def matrix(verdict: PeopleVerdict) -> list[list[str]]:
     for pair in verdict.pairs:
         rate = pair.win_rate
         rates[pair.first, pair.second] = rate
-        rates[pair.second, pair.first] = Interval(1 - rate.mean, 1 - rate.high, 1 - rate.low)
+        rates[pair.second, pair.first] = complement(rate)
     strength = {one.way: one.value for one in verdict.strengths}
     return [
         [
@@ -66,6 +66,7 @@ PAIR_HEADS = (
     "Pair",
     "Won – tied – lost",
     "Win rate",
+    "At equal length",
     "Judge's",
     "RM's",
     "p (Holm)",
@@ -80,8 +81,8 @@ def pair_row(pair: Preference) -> list[str]:
         f"{pair.first} : {pair.second}",
         f"{pair.wins} – {pair.ties} – {pair.losses}",
         f"{pair.win_rate.mean:.2f}",
-        f"{pair.judge:.2f}",
-        "–" if pair.reward_model is None else f"{pair.reward_model:.2f}",
+        str(pair.length_controlled),
+        *("–" if rate is None else f"{rate:.2f}" for rate in (pair.judge, pair.reward_model)),
         f"{pair.p_holm:.3f}",
         "no number" if pair.more is None else f"{pair.more:,}",
         f"{pair.same_text:.0%}",

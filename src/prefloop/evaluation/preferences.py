@@ -6,7 +6,6 @@ of one labeller: variances are sums over such clusters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, erfc, sqrt
 from statistics import NormalDist
@@ -98,19 +97,6 @@ def judgements_needed(p: float, design: float, power: float = 0.8) -> int | None
         return None
     reach = Z / 2 + NormalDist().inv_cdf(power) * sqrt(p * (1 - p))
     return ceil(design * (reach / (p - 0.5)) ** 2)
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's adjustment of p-values (Scandinavian Journal of Statistics 6, 1979).
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    adjusted, largest = [0.0] * len(ps), 0.0
-    for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
-        adjusted[place] = largest
-    return adjusted
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,37 @@ def scores_of(judge: Judge, rows: Sequence[Row]) -> list[list[float]]:
     return scores
 
 
+def gold_scores(
+    judge: Judge | PairwiseJudge,
+    rows: Sequence[Prompt],
+    answers: Sequence[Answer],
+    against: Sequence[Sequence[Answer]],
+) -> Sequence[float | None]:
+    """A score for each answer, to the prompt of its row; None where an LLM gave none.
+
+    An LLM that compares gives the share of `against`, other answers to the same prompt, that the
+    answer wins; None where it gave no verdict on one of them.
+    """
+    prompts = [row.prompt for row in rows]
+    if isinstance(judge, PairwiseJudge):
+        pairs = [
+            Pair(prompt, answer, other)
+            for prompt, answer, others in zip(prompts, answers, against, strict=True)
+            for other in others
+        ]
+        said = iter(judge.prefer(pairs))
+        verdicts = [[next(said) for _ in others] for others in against]
+        known = [[v.first for v in each if v is not None] for each in verdicts]
+        return [
+            sum(firsts) / len(firsts) if len(firsts) == len(others) else None
+            for firsts, others in zip(known, against, strict=True)
+        ]
+    texts, ended = [answer.text for answer in answers], [answer.ended for answer in answers]
+    if isinstance(judge, RubricJudge):
+        return judge.rate(prompts, texts, ended)
+    return judge(prompts, texts, ended, columns_of([row.extra for row in rows]))
+
+
 def ratings_of(judge: RubricJudge, rows: Sequence[Row]) -> list[list[float | None]]:
     """An LLM's scores of each row's answers; None where it gave none."""
     prompts = [row.prompt.prompt for row in rows for _ in row.texts]

@@ -36,12 +36,12 @@ def prompt_win_rate(scores: Sequence[float], baseline: Sequence[float]) -> float
     return float(((a > b) + 0.5 * (a == b)).mean())
 
 
-def win_rate(scores: Grouped, baseline: Grouped, seed: int = 0) -> Interval:
+def win_rate(scores: Grouped, baseline: Grouped) -> Interval:
     """Win rate against a baseline on the same prompts: every answer against every baseline's."""
     if len(scores) != len(baseline):
         raise ValueError(f"win_rate: {len(scores)} prompts against {len(baseline)}; use the same")
     rates = [prompt_win_rate(a, b) for a, b in zip(scores, baseline, strict=True)]
-    return estimate(rates, seed).share(len(rates))
+    return estimate(rates, resamples=0).share(len(rates))
 
 
 def run(config: WinrateConfig) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _scored(config: WinrateConfig, both: Sequence[tuple[Answers, Answers]]) -> d
     _require_verdicts(config, whole)
     own, other = zip(*whole, strict=True)
     result: dict[str, Any] = {
-        "win_rate": asdict(win_rate(own, other, config.seed)),
+        "win_rate": asdict(win_rate(own, other)),
         "score": asdict(mean_score(own, config.seed)),
         "baseline_score": asdict(mean_score(other, config.seed)),
     }
@@ -124,7 +124,7 @@ def _compared(config: WinrateConfig, both: Sequence[tuple[Answers, Answers]]) ->
     _require_verdicts(config, every)
     rates = [sum(v.first for v in group) / len(group) for group in verdicts if group]
     return {
-        "win_rate": asdict(estimate(rates, config.seed).share(len(rates))),
+        "win_rate": asdict(estimate(rates, resamples=0).share(len(rates))),
         "prompts_without_verdict": len(pairs) - len(rates),
         "pairs_without_verdict": sum(map(len, pairs)) - len(every),
         "order_agreement": sum(v.agreed for v in every) / len(every),

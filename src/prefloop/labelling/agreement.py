@@ -13,7 +13,7 @@ from math import erfc, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.intervals import Interval
+from prefloop.intervals import Interval, estimate
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -136,10 +136,27 @@ def bootstrap(statistic: Callable[[Floats], float], size: int, seed: int) -> Int
 
 
 def mean_by_prompt(values: Floats, prompts: Ints, seed: int = 0) -> Interval:
-    """Mean of `values`, with prompts resampled."""
+    """Mean of `values`; those of one prompt are drawn together."""
+    return estimate(_by_prompt(values, prompts), seed).interval()
+
+
+def share_by_prompt(values: Floats, prompts: Ints) -> Interval:
+    """Mean of `values` within [0, 1]; those of one prompt are drawn together."""
+    by_prompt = _by_prompt(values, prompts)
+    return estimate(by_prompt, resamples=0).share(len(by_prompt))
+
+
+def _by_prompt(values: Floats, prompts: Ints) -> Floats:
+    """One value a prompt, with the mean of `values` and its error.
+
+    A prompt with n of them adds n/n_mean times what they differ from the mean: the linearised ratio
+    of their sum and their number (Cochran, Sampling Techniques, 1977, section 6.4).
+    """
     _, groups = np.unique(prompts, return_inverse=True)
-    sums, sizes = np.bincount(groups, values), np.bincount(groups)
-    return bootstrap(lambda w: float(w @ sums) / float(w @ sizes), len(sums), seed)
+    mean = float(values.mean())
+    above, sizes = np.bincount(groups, values - mean), np.bincount(groups)
+    linear: Floats = mean + above / sizes.mean()
+    return linear
 
 
 # --- Dawid-Skene ---------------------------------------------------------------------------------

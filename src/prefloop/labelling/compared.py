@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Said:
     text: str
     cut: bool  # it ended at the length limit
     tokens: int
-    judge: float
+    judge: float | None  # None: it gave none
     reward_model: float | None
 
 
@@ -57,42 +57,54 @@ def is_compared(source: str) -> bool:
 def read_compared(folder: str, samples: int = 0) -> list[Question]:
     """Each prompt with the ways' first answers, then with their second ones, up to `samples`.
 
-    0 takes all. A way that has fewer (best-of-n has one) is not in the later questions.
+    0 takes all. Of a way with several runs these take turns. A way that has fewer answers
+    (best-of-n has one) is not in the later questions.
     """
     path = Path(folder) / "answers.jsonl"
     if not is_compared(folder):
         raise UserError(
             f"{folder}: no answers.jsonl and compare.json in it; give --output of prefloop compare"
         )
-    by_way: defaultdict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    rows: defaultdict[tuple[str, int], list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for where, row in read_rows(str(path)):
-        right = all(isinstance(row.get(name), list) for name in LISTS)
-        if not right or row.get("way") is None or row.get("prompt") is None:
-            needed = ", ".join(("prompt", "way", *LISTS))
-            raise UserError(f"{where}: needs {needed}; run prefloop compare again")
-        if not len({len(row[name]) for name in LISTS}) == 1:
-            raise UserError(f"{where}: its lists differ in length; run prefloop compare again")
-        by_way[str(row["way"])].append((where, row))
-    asked = [[row["prompt"] for _, row in rows] for rows in by_way.values()]
-    if len(asked) < 2 or any(prompts != asked[0] for prompts in asked):
+        rows[str(row.get("way")), row.get("run", 1)].append((where, _checked(row, where)))
+    asked = [[row["prompt"] for _, row in listed] for listed in rows.values()]
+    ways = list(dict.fromkeys(way for way, _ in rows))
+    if len(ways) < 2 or any(prompts != asked[0] for prompts in asked):
         raise UserError(
             f"{path}: two ways or more must answer the same prompts; run prefloop compare again"
         )
-    most = max(len(row["completions"]) for rows in by_way.values() for _, row in rows)
-    if samples > most:
-        raise UserError(f"--samples {samples}: {path} has {most} answers of a way to a prompt")
+    wheres = [where for where, _ in next(iter(rows.values()))]
     questions = []
     for number, prompt in enumerate(asked[0]):
+        answers = {
+            way: _by_turns([rows[name][number][1] for name in rows if name[0] == way], number)
+            for way in ways
+        }
+        most = max(map(len, answers.values()))
+        if samples > most:
+            raise UserError(f"--samples {samples}: {path} has {most} answers of a way to a prompt")
         for sample in range(samples or most):
-            rows = {way: listed[number] for way, listed in by_way.items()}
-            said = {
-                way: _said(row, sample)
-                for way, (_, row) in rows.items()
-                if sample < len(row["completions"])
-            }
-            where = next(iter(rows.values()))[0]
-            questions.append(Question(where, prompt, said))
+            said = {way: own[sample] for way, own in answers.items() if sample < len(own)}
+            questions.append(Question(wheres[number], prompt, said))
     return questions
+
+
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    right = all(isinstance(row.get(name), list) for name in LISTS)
+    if not right or row.get("way") is None or row.get("prompt") is None:
+        needed = ", ".join(("prompt", "way", *LISTS))
+        raise UserError(f"{where}: needs {needed}; run prefloop compare again")
+    if len({len(row[name]) for name in LISTS}) != 1:
+        raise UserError(f"{where}: its lists differ in length; run prefloop compare again")
+    return row
+
+
+def _by_turns(rows: Sequence[Mapping[str, Any]], number: int) -> list[Said]:
+    """A way's answers to a prompt, of its runs by turns; each prompt begins with another."""
+    turns = [rows[(number + turn) % len(rows)] for turn in range(len(rows))]
+    most = max(len(row["completions"]) for row in rows)
+    return [_said(row, i) for i in range(most) for row in turns if i < len(row["completions"])]
 
 
 def _said(row: Mapping[str, Any], sample: int) -> Said:

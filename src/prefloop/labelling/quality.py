@@ -99,7 +99,7 @@ def measure(store: Store, project: str, seed: int = 0) -> Quality:
     agreed = _agreement(data, first, second)
     shares = _first_wins(data)
     wins, win_p = ag.share_test(shares[on_page]) if on_page.any() else (None, None)
-    estimate = ag.mean_by_prompt(agreed, data.prompt[first], seed) if len(agreed) else None
+    estimate = ag.share_by_prompt(agreed, data.prompt[first]) if len(agreed) else None
     skipped = sum(data.skipped.values())
     total = len(data.said) + skipped
     return Quality(
@@ -111,7 +111,7 @@ def measure(store: Store, project: str, seed: int = 0) -> Quality:
         ceiling=ag.ceiling(estimate.mean) if estimate and estimate.mean >= 0.5 else None,
         first_wins=wins,
         first_wins_p=win_p,
-        longer_wins=_longer_wins(data, real, lengths, seed),
+        longer_wins=_longer_wins(data, real, lengths),
         skip_rate=skipped / total if total else None,
         flagged_answers=dict(data.flags),
         labellers=_records(data, agreed, shares),
@@ -195,7 +195,7 @@ def _first_wins(data: _Data) -> Floats:
 
 
 def _longer_wins(
-    data: _Data, real: NDArray[np.bool_], lengths: Mapping[int, int], seed: int
+    data: _Data, real: NDArray[np.bool_], lengths: Mapping[int, int]
 ) -> Interval | None:
     """Share of strictly ordered pairs of different length that the longer answer wins."""
     wins, prompts = [], []
@@ -209,7 +209,7 @@ def _longer_wins(
         prompts.append(named[strict])
     if not wins or not sum(map(len, wins)):
         return None
-    return ag.mean_by_prompt(np.concatenate(wins), np.concatenate(prompts), seed)
+    return ag.share_by_prompt(np.concatenate(wins), np.concatenate(prompts))
 
 
 def _accuracy(data: _Data) -> dict[int, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,7 +271,9 @@ def demo(config: DemoConfig, run: Run = run_apart) -> Comparison:
     outlook.tell("comparison")
     from prefloop.evaluation.compare import compare  # the only stage that needs torch in here
 
-    return compare(plan.comparison(), _notes(config.quick, plan.rankings))
+    agreement = _panel(plan.rankings)["panel_agreement"]
+    known = replace(plan.comparison(), agreement=agreement if agreement >= 0.5 else None)
+    return compare(known, _notes(config.quick, plan.rankings))
 
 
 class Outlook:
@@ -318,10 +320,16 @@ def _same_demo(plan: Plan) -> None:
         raise UserError(f"{plan.output} holds a demo with other settings; give another --output")
 
 
+def _panel(rankings: Path) -> dict[str, Any]:
+    """What was measured of the annotators while they ranked."""
+    meta: dict[str, Any] = json.loads(rankings.with_suffix(".json").read_text(encoding="utf-8"))
+    return meta
+
+
 def _notes(quick: bool, rankings: Path) -> tuple[str, ...]:
     """What the reader must know before the numbers."""
     gold = sentiment_data.gold()
-    meta = json.loads(rankings.with_suffix(".json").read_text(encoding="utf-8"))
+    meta = _panel(rankings)
     smoke = ("Smoke run (--quick): it shows that every stage works; its numbers mean nothing.",)
     return (
         *(smoke if quick else ()),
