@@ -47,7 +47,8 @@ def compare(
             Side("prefloop_side", *words, form.ours, threads=threads) as ours,
             Side(form.side, *words, form.name, threads=threads, folder=folder) as peer,
         ):
-            results.append(_against(form, ours, peer, rounds, dtype, ceilings))
+            other = revision or form.side.removesuffix("_side")
+            results.append(_against(form, other, ours, peer, rounds, dtype, ceilings))
         print(results[-1]["text"], flush=True)
     return {"ceilings": ceilings, "results": results}
 
@@ -60,7 +61,13 @@ def measure_ceilings(models: str, threads: int) -> dict[str, float]:
 
 
 def _against(
-    form: Form, ours: Side, peer: Side, rounds: int, dtype: str, ceilings: Mapping[str, float]
+    form: Form,
+    other: str,
+    ours: Side,
+    peer: Side,
+    rounds: int,
+    dtype: str,
+    ceilings: Mapping[str, float],
 ) -> dict[str, Any]:
     """Alternate; ratios are peer over ours, above 1 where ours needs less."""
     first = (ours.turn(), peer.turn())
@@ -71,7 +78,7 @@ def _against(
     pairs = [(ours.turn(), peer.turn()) for _ in range(rounds)]
     _require_alike(form, [first, *pairs])
     found: dict[str, Any] = {"form": vars(form), "first": first, "pairs": pairs}
-    told = [f"{form.side.removesuffix('_side')} {form.name} / prefloop {form.ours}:"]
+    told = [f"{other} {form.name} / prefloop {form.ours}:"]
     for measure in MEASURES:
         each = [[turn[measure] / turn["tokens"] for turn in pair] for pair in pairs]
         if measure == "peak_gib":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefloop.models import adapters
 from prefloop.models.lean import (
     Joined,
     Linear,
@@ -25,6 +25,7 @@ from prefloop.models.lean import (
     has_plain_weight,
     must_be_called,
 )
+from prefloop.models.low_rank import low_rank, parts_of
 from prefloop.models.model import LoadedModel
 
 FEW = 0.05  # of all weights: fewer are not worth a copy of the modules
@@ -152,33 +153,35 @@ def _single(layer: Any, dtype: torch.dtype) -> Linear | None:
         return None
     if _is_plain(layer):
         return _packed(layer.weight, layer.bias, dtype)
-    adapted = adapters.low_rank(layer)
+    adapted = low_rank(layer)
     if adapted is None:
         return None
     layers: list[Any] = [adapted.base, *adapted.halves]
     if not all(_is_plain(part) and not must_be_called(part) for part in layers):
         return None
     base, *halves = (_packed(x.weight, x.bias, dtype) for x in layers)
-    added = list(zip(halves[::2], halves[1::2], adapted.scales, strict=True))
+    if not halves:
+        return base
 
     def forward(x: Tensor) -> Tensor:
-        output = base(x)
-        for down, up, scale in added:
-            output = output + up(down(x)) * scale
-        return output
+        parts = parts_of(halves, adapted.scales, x)
+        if dtype == torch.float32:
+            return reduce(torch.add, parts, base(x))
+        return base(x, reduce(torch.add, parts))
 
     return forward
 
 
 @torch.no_grad()
-def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The product of x [..., in]; `part` [..., out] is added to it before it is rounded."""
     rows = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
     shift = None if bias is None else bias.detach().to(dtype)
 
-    def forward(x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(dtype), rows, shift, "none", [], ""
-        )
-        return output
+    def forward(x: Tensor, part: Tensor | None = None) -> Tensor:
+        x, product = x.to(dtype), torch.ops.mkldnn._linear_pointwise
+        if part is not None:
+            return product.binary(x, part, rows, shift, "add")  # type: ignore[no-any-return]
+        return product(x, rows, shift, "none", [], "")  # type: ignore[no-any-return]
 
     return forward

@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.config import PeftConfig
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -256,29 +255,6 @@ def without_head(module: PreTrainedModel, names: Sequence[str]) -> tuple[str, ..
     """Those of the names of layers, as --lora-targets has them, that are not a head's alone."""
     heads = head_names(module)
     return tuple(n for n in names if not any(_is_end(n, head) for head in heads))
-
-
-class LowRank(NamedTuple):
-    """What a layer with plain LoRA computes: base(x), and up(down(x)) * scale of each adapter."""
-
-    base: nn.Module
-    halves: tuple[nn.Module, ...]  # down and up of each
-    scales: tuple[float, ...]
-
-
-def low_rank(layer: nn.Module) -> LowRank | None:
-    """That of a layer, of the adapters that are on; None where it computes anything else."""
-    if type(layer) is not LoraLinear or layer.merged:
-        return None
-    active = [] if layer.disable_adapters else layer.active_adapters
-    names = [name for name in active if name in layer.lora_A]
-    drops = [layer.lora_dropout[name] for name in names]
-    if any(isinstance(drop, nn.Dropout) and drop.training and drop.p for drop in drops):
-        return None
-    if any(name in layer.lora_variant for name in names):
-        return None
-    halves = tuple(half[name] for name in names for half in (layer.lora_A, layer.lora_B))
-    return LowRank(layer.base_layer, halves, tuple(layer.scaling[name] for name in names))
 
 
 def is_adapter_folder(path: str) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.models.attention.plan import AttentionPlan
+from prefloop.models.low_rank import low_rank, summed
 from prefloop.models.memory import RECOMPUTED
 from prefloop.models.operations import gated, rms_norm, rotated
 from prefloop.models.precision import product_dtype
@@ -74,7 +75,7 @@ class Linears:
 
     def of(self, layer: nn.Module) -> Linear:
         """What computes this layer: it itself where nothing stands for it."""
-        return self.single.get(layer, layer)
+        return self.single[layer] if layer in self.single else _one_product(layer)
 
 
 def forward_of(
@@ -101,6 +102,16 @@ def must_be_called(part: nn.Module) -> bool:
 def has_plain_weight(part: nn.Module) -> bool:
     """Its weight is a plain tensor: neither quantised nor sharded."""
     return type(part.weight) in (nn.Parameter, Tensor)
+
+
+def _one_product(layer: nn.Module) -> Linear:
+    """A plain linear layer with its adapters; any other layer itself."""
+    adapted = low_rank(layer)
+    if adapted is None or not adapted.halves:
+        return layer
+    parts: list[Any] = [layer, adapted.base, *adapted.halves]
+    plain = all(type(p) is nn.Linear and has_plain_weight(p) for p in parts[1:])
+    return summed(layer, adapted) if plain and not any(map(must_be_called, parts)) else layer
 
 
 def _by_transformers(
