@@ -59,7 +59,7 @@ def summed(layer: nn.Module, adapted: LowRank) -> Callable[[Tensor], Tensor]:
             return layer(x)  # type: ignore[no-any-return]
         rows = x.flatten(0, -2)
         part = reduce(torch.add, parts_of(adapted.halves, adapted.scales, rows))
-        output = torch.addmm(part, rows, base.weight.t())
+        output: Tensor = torch.addmm(part, rows, base.weight.t())
         if base.bias is not None:
             output = output + base.bias.to(output.dtype)
         return output.unflatten(0, x.shape[:-1])
