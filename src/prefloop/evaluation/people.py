@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -114,12 +115,11 @@ def preferences(
         mine = np.flatnonzero((judged.first == first) & (judged.second == second))
         if not len(mine):
             continue
-        scores, prompts, labellers = (
-            column[mine] for column in (judged.scores, judged.prompts, judged.labellers)
-        )
+        scores, prompts = judged.scores[mine], judged.prompts[mine]
+        labellers = judged.labellers[mine]
         told = share(scores, prompts, labellers)
         needed = judgements_needed(told.interval.mean, told.design)
-        values = {
+        values: dict[str, Any] = {
             "judgements": len(mine),
             "prompts": len(np.unique(prompts)),
             "labellers": len(np.unique(labellers)),

@@ -126,7 +126,8 @@ def strengths(judged: Judged, ways: int) -> list[Interval | None]:
         return found
     rows = joined[judged.first]
     contrast = _contrast(judged.first, judged.second, ways)[rows]
-    pseudo = _contrast(*pairs[joined[pairs[:, 0]]].T, ways)
+    pairs = pairs[joined[pairs[:, 0]]]
+    pseudo = _contrast(pairs[:, 0], pairs[:, 1], ways)
     design = np.concatenate([contrast, pseudo])
     scores = np.concatenate([judged.scores[rows], np.full(len(pseudo), 0.5)])
     fitted, information = _logistic(design[:, free], scores)

@@ -62,6 +62,6 @@ def summed(layer: nn.Module, adapted: LowRank) -> Callable[[Tensor], Tensor]:
         output: Tensor = torch.addmm(part, rows, base.weight.t())
         if base.bias is not None:
             output = output + base.bias.to(output.dtype)
-        return output.unflatten(0, x.shape[:-1])
+        return output.reshape(*x.shape[:-1], -1)
 
     return forward
