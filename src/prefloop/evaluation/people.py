@@ -129,8 +129,8 @@ def preferences(
             "win_rate": told.interval,
             "length_controlled": _at_equal_length(scores, np.array(rows.tokens)[mine], prompts),
             "p": told.p,
-            "judge": _mean_of([rows.judge[row] for row in mine]),
-            "reward_model": _mean_of([rows.reward_model[row] for row in mine]),
+            "judge": _mean_of([rows.judge[row] for row in mine.tolist()]),
+            "reward_model": _mean_of([rows.reward_model[row] for row in mine.tolist()]),
             "more": None if needed is None else max(0, needed - len(mine)),
             "same_text": same[first, second],
         }
