@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.sides import MODELS, Side, prepare_models
-from prefloop.evaluation.report import COLOURS
 from prefloop.models.load import load_tokenizer
 
+COLOURS = ("#3b7dd8", "#e07a1f", "#2f9e62")
 PICTURE = Path("docs/images/growth.svg")
 VOCABULARY = 49152
 WARM_UP = 3  # turns; the second still takes new memory

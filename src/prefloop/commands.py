@@ -106,6 +106,14 @@ def compare(config: c.CompareConfig) -> Comparison:
     return run(config)
 
 
+def report(config: c.ReportConfig) -> Path:
+    """Write one HTML page of runs, also while they go, or a comparison's anew."""
+    validate(config)
+    from prefloop.evaluation.run_report import run
+
+    return run(config)
+
+
 def winrate(config: c.WinrateConfig) -> dict[str, Any]:
     """Win rate of one file of answers against another."""
     validate(config)
@@ -291,7 +299,7 @@ def _console() -> Console:
 
 def show_comparison(result: Any) -> None:
     """Print what a comparison says, and its table."""
-    from prefloop.evaluation.report import terminal_table
+    from prefloop.evaluation.table import terminal_table
 
     console = _console()
     for sentence in result.sentences:
@@ -349,6 +357,7 @@ COMMANDS = {
     "label report": Command(l.LabelReportConfig, label_report, show_quality),
     "label add-user": Command(l.LabelAddUserConfig, label_add_user),
     "label backup": Command(l.LabelBackupConfig, label_backup),
+    "report": Command(c.ReportConfig, report, positional="runs"),
     "export": Command(c.ExportConfig, export, positional="run"),
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "init": Command(c.InitConfig, init, positional="use"),

@@ -10,6 +10,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def free_memory() -> int | None:
     except (OSError, TypeError, ValueError):  # no such group, or one without a limit
         pass
     return max(free, 0) + own
+
+
+def file_hashes(paths: Iterable[str]) -> dict[str, str]:
+    """sha256 of those of the paths that are files, by path."""
+    digests = {}
+    for path in paths:
+        if Path(path).is_file():
+            with open(path, "rb") as file:
+                digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def weights_sha256(folder: Path) -> str:

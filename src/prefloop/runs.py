@@ -260,6 +260,21 @@ class Run:
         return True
 
 
+def is_written(directory: Path) -> bool:
+    """Whether a process of this machine holds the run directory: it writes the run now."""
+    try:
+        lock = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def newest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint with most steps in a run directory."""
     folder = directory / "checkpoints"

@@ -1,7 +1,10 @@
+import base64
+import hashlib
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,8 +12,12 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from prefloop.errors import UserError
+from prefloop.evaluation.answers import browsable
 from prefloop.evaluation.comparison import Comparison, RunRecord, Way, read_run
-from prefloop.evaluation.report import cost_rows, render, terminal_table
+from prefloop.evaluation.report import render
+from prefloop.evaluation.reread import read_comparison
+from prefloop.evaluation.table import cost_rows, terminal_table
 from prefloop.intervals import Interval
 from prefloop.rewards.health import Sign, Vitals
 
@@ -31,8 +38,6 @@ def way(name: str, gold: float, kl: float, run: RunRecord | None = None) -> Way:
         (),
         0.5,
         run,
-        ("an <b>answer</b>",),
-        (gold,),
     )
 
 
@@ -45,7 +50,6 @@ def comparison() -> Comparison:
     return Comparison(
         ways=ways,
         prompts=50,
-        example_prompts=("A <i>prompt</i>",),
         frontier=((1, 0.0, 0.0), (2, 0.19, 0.4)),
         reward_run=RunRecord("reward", 10.0, 5.0, 1.0, None, {"accuracy": ([3], [0.8])}),
         settings={"judge": "mine:judge", "seed": 0},
@@ -53,8 +57,21 @@ def comparison() -> Comparison:
     )
 
 
+def answered(way: str, prompt: object, text: str, **more: object) -> dict[str, object]:
+    """A line of answers.jsonl."""
+    line = {"prompt": prompt, "way": way, "completions": [text], "tokens": [[1, 2, 3]]}
+    scores = {"judge": [0.0], "reward_model": [0.0], "kl": [0.0], "truncated": [False]}
+    return line | scores | more
+
+
+ANSWERS = [
+    answered("SFT", "A <i>prompt</i>", "an <b>answer</b>"),
+    answered("PPO", "A <i>prompt</i>", "</script><script>window.hacked=1</script>"),
+]
+
+
 class Page(HTMLParser):
-    """Checks that tags nest, and keeps ids, links and visible text."""
+    """Checks that tags nest, and keeps ids, links, visible text and scripts' data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +79,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.links: list[str] = []
         self.text = ""
+        self.scripts: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in VOID:
@@ -75,7 +93,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.text += data
 
     def _attributes(self, attrs: list[tuple[str, str | None]]) -> None:
@@ -94,20 +114,43 @@ def parsed(html: str) -> Page:
 
 
 def test_the_page_stands_alone(comparison: Comparison) -> None:
-    html = render(comparison)
+    html = render(comparison, ANSWERS)
     page = parsed(html)
     assert len(page.ids) == len(set(page.ids))
+    assert page.links.pop(0) == "data:,"  # no icon is asked for
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     references = re.findall(r"url\(#([^)]+)\)", html)
     assert references
     assert set(references) <= set(page.ids)
     assert "@import" not in html
-    assert "<script" not in html
     assert len(html) < 300_000
 
 
+def test_the_policy_lets_the_pages_own_scripts_run_and_no_others(comparison: Comparison) -> None:
+    html = render(comparison, ANSWERS)
+    theme, data, answers = parsed(html).scripts
+    digests = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in (theme, answers)
+    ]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    assert (
+        f'"Content-Security-Policy" content="{escape(policy)}"'.replace("&#x27;", "&#39;") in html
+    )
+    assert json.loads(data)["rows"] == [
+        {
+            "p": "A <i>prompt</i>",
+            "w": [
+                [["an <b>answer</b>", 0.0, 0.0, 0.0, 0, []]],
+                [["</script><script>window.hacked=1</script>", 0.0, 0.0, 0.0, 0, []]],
+            ],
+        }
+    ]
+
+
 def test_the_page_says_what_was_measured(comparison: Comparison) -> None:
-    page = parsed(render(comparison))
+    page = parsed(render(comparison, ANSWERS))
     for expected in (
         "1.00 [0.90, 1.10]",
         "0.60 [0.50, 0.70]",
@@ -116,16 +159,14 @@ def test_the_page_says_what_was_measured(comparison: Comparison) -> None:
         "98,765",
         "Smoke run.",
         "mine:judge",
-        "an <b>answer</b>",  # as text, not as markup
-        "A <i>prompt</i>",
         "PPO & no KL",
     ):
         assert expected in page.text, expected
 
 
 def test_figures_are_drawings_with_a_name(comparison: Comparison) -> None:
-    figures = re.findall(r"<svg.*?</svg>", render(comparison), flags=re.DOTALL)
-    assert len(figures) == 4  # frontier, two of PPO, one of the reward model
+    figures = re.findall(r"<svg.*?</svg>", render(comparison, ANSWERS), flags=re.DOTALL)
+    assert len(figures) == 4  # reward against KL, two of PPO, one of the reward model
     for figure in figures:
         assert 'role="img"' in figure
         assert "aria-label=" in figure
@@ -136,7 +177,7 @@ def test_figures_are_drawings_with_a_name(comparison: Comparison) -> None:
 
 
 def test_the_same_comparison_gives_the_same_page(comparison: Comparison) -> None:
-    assert render(comparison) == render(comparison)
+    assert render(comparison, ANSWERS) == render(comparison, ANSWERS)
 
 
 def test_without_a_reward_model_there_is_no_column_for_it(comparison: Comparison) -> None:
@@ -159,13 +200,67 @@ def test_costs_stand_beside_their_runs(comparison: Comparison) -> None:
 
 def test_read_run(tmp_path: Path) -> None:
     record = {"command": "sft", "cpu_seconds": 2.0, "wall_seconds": 1.0, "peak_memory_gib": 3.0}
+    record["status"] = "running"
     (tmp_path / "model").mkdir()
     assert read_run(tmp_path / "model") is None
     (tmp_path / "run.json").write_text(json.dumps({**record, "tokens": 7}))
     lines = [{"step": 1, "loss": 2.5, "note": None}, {"step": 2, "loss": 2.0, "eval/loss": 3.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 3, "lo')  # a line half written
+    (tmp_path / "config.yaml").write_text("lr: 0.5")
     found = read_run(tmp_path / "model")
     assert found == read_run(tmp_path)
     assert found is not None
     assert (found.command, found.tokens) == ("sft", 7)
     assert found.metrics == {"loss": ([1, 2], [2.5, 2.0]), "eval/loss": ([2], [3.0])}
+    assert (found.settings, found.folder) == ({"lr": 0.5}, str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text(whole + "broken\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:3: not a line of a run"):
+        read_run(tmp_path)
+
+
+def test_the_browser_gets_each_prompt_with_every_answer_and_its_signs() -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    scored = {"judge": [0.5, 1.5], "reward_model": [1.0, 2.0], "kl": [0.0, 0.0]}
+    two = {"completions": ["a", "b"], "tokens": [[1], [2]], "truncated": [False, True]}
+    gamed = {"judge": [0.9], "reward_model": [1.6], "kl": [10.5]}  # against means of 1 and 1.5
+    looped = {"judge": [1.0], "reward_model": [9.0], "tokens": [[1, 2, 3, 1, 2, 3]]}
+    rows = [
+        answered("SFT", chat, "", **two, **scored),
+        answered("SFT", "q", "c", reward_model=[None]),
+        answered("PPO", chat, "x", **gamed),
+        answered("PPO", "q", "y", reward_model=[None], tokens=looped["tokens"]),
+        answered("DPO", chat, "z", **looped),
+        answered("DPO", "q", "w", reward_model=[None]),
+    ]
+    found = browsable(rows)
+    assert found["ways"] == ["SFT", "PPO", "DPO"]
+    assert found["signs"] == ["proxy up, judge down", "KL", "repetition"]
+    assert found["rows"][0]["p"] == "system: Be brief.\nuser: Hi"
+    assert found["rows"][0]["w"] == [
+        [["a", 0.5, 1.0, 0.0, 0, []], ["b", 1.5, 2.0, 0.0, 1, []]],
+        [["x", 0.9, 1.6, 10.5, 0, [0, 1]]],
+        [["z", 1.0, 9.0, 0.0, 0, [2]]],  # 1 of its 4 3-grams stood before; the judge is no lower
+    ]
+    assert found["rows"][1]["w"][1] == [["y", 0.0, None, 0.0, 0, [2]]]
+
+
+def test_a_comparison_is_read_back_as_it_was_written(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    settings = {"judge": "mine:judge", "models": ["PPO=nowhere"], "sft": "nowhere"}
+    written = replace(comparison, settings=settings)
+    numbers = json.loads(json.dumps(asdict(written)))
+    for run in (numbers["ways"][1]["run"], numbers["reward_run"]):
+        del run["metrics"]
+    (tmp_path / "compare.json").write_text(json.dumps(numbers))
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
+    found, rows = read_comparison(tmp_path)
+    assert rows == ANSWERS
+    assert found.ways[0] == written.ways[0]
+    assert found.ways[2] == written.ways[2]
+    assert found.ways[1] == replace(written.ways[1], run=replace(written.ways[1].run, metrics={}))  # type: ignore[type-var]
+    assert (found.frontier, found.notes) == (written.frontier, written.notes)
+    (tmp_path / "compare.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_comparison(tmp_path)

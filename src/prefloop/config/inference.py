@@ -206,6 +206,24 @@ class CheckConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig(Settings):
+    """One HTML page of one or several runs, also while they go, or of a comparison anew."""
+
+    runs: tuple[str, ...]
+    """Run directories, drawn into the same figures; or the directory of one comparison."""
+    output: Path | None = None
+    """HTML file to write; by default report.html in the first directory."""
+    every: Annotated[float, AtLeast(0)] = 0.0
+    """Write the page again every so many seconds until the runs have ended, and let browsers read
+    it anew as often; 0 writes it once."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        if not self.runs:
+            yield "--runs is empty; give a run directory"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(Settings):
     """Write a run's model as a plain Hugging Face folder, or as GGUF, with a card; or push it."""
 

@@ -26,7 +26,7 @@ KINDS_OF_COMMANDS = (
     ("Ask people", "who rank answers in a browser", "label"),
     ("Judge", "which answers and models are better, and how sure that is", "rank compare evaluate"),
     ("Whole runs", "several of these in order", "demo init run"),
-    ("Around a run", "before it and after it", "check export fetch-model completion"),
+    ("Around a run", "before it and after it", "check report export fetch-model completion"),
 )
 """Title, purpose, and the first words of the commands."""
 EXAMPLES = {
@@ -53,6 +53,7 @@ EXAMPLES = {
     "label export": "--store labels.db --output rankings.jsonl",
     "label report": "--store labels.db --output quality.html",
     "label add-user": "--store labels.db --name Ada",
+    "report": "runs/ppo --every 30",
     "export": "runs/dpo --output my-model --merge",
     "run": "pipeline.yaml --dry-run",
     "init": "chat --output pipeline.yaml",

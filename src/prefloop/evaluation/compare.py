@@ -20,7 +20,6 @@ from prefloop.errors import UserError
 from prefloop.evaluation.comparison import Comparison, WholeCost, read_run
 from prefloop.evaluation.lineage import checkpoints, mean_cost, whole_cost
 from prefloop.evaluation.measure import (
-    EXAMPLES,
     Answered,
     ByPrompt,
     Judged,
@@ -43,7 +42,7 @@ from prefloop.models.load import is_scorer_folder, load_policy, pick_device
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import storage_of
 from prefloop.progress import Progress
-from prefloop.records import Prompt, RowCounts, Text, text_to_json
+from prefloop.records import Prompt, RowCounts, text_to_json
 from prefloop.rewards.functions import columns_of
 from prefloop.rewards.judges import Judge, load_judge
 from prefloop.rewards.llm import Answer, PairwiseJudge, pairwise_judge
@@ -126,7 +125,6 @@ def _compared(
     return Comparison(
         ways=tuple(ways),
         prompts=len(task.prompts),
-        example_prompts=tuple(_shown(row.prompt) for row in task.prompts[:EXAMPLES]),
         frontier=best,
         reward_run=reward_run,
         settings={key: value for key, value in as_dict(config).items() if value is not None},
@@ -299,12 +297,6 @@ def _log_probs(
     return sums.tolist()
 
 
-def _shown(prompt: Text) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message.role}: {message.content}" for message in prompt)
-
-
 def _write(
     output: Path, result: Comparison, prompts: list[Prompt], answered: Sequence[Answered]
 ) -> None:
@@ -329,12 +321,9 @@ def _write(
     numbers = asdict(result)
     for way in numbers["ways"]:
         for one in (way, *way["runs"]):
-            one.pop("examples")
-            one.pop("example_scores")
             if one["run"]:
                 one["run"].pop("metrics")
-    numbers.pop("example_prompts")
     if numbers["reward_run"]:
         numbers["reward_run"].pop("metrics")
     write_atomic(output / "compare.json", json.dumps(numbers, indent=2) + "\n")
-    write_atomic(output / "report.html", render(result))
+    write_atomic(output / "report.html", render(result, rows))

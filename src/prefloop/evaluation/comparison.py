@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefloop.config.resolve import read_yaml
+from prefloop.errors import UserError
 from prefloop.evaluation.calibration import RewardCalibration
 from prefloop.evaluation.people import PeopleVerdict
 from prefloop.intervals import Interval, complement
+from prefloop.resume import read_record
 from prefloop.rewards.health import Sign, Vitals
 
 
@@ -24,6 +27,9 @@ class RunRecord:
     peak_memory_gib: float
     tokens: int | None
     metrics: Mapping[str, tuple[list[int], list[float]]]  # steps and values by name
+    record: Mapping[str, Any] = field(default_factory=dict)  # run.json
+    settings: Mapping[str, Any] = field(default_factory=dict)  # config.yaml
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,6 @@ class Way:
     signs: tuple[Sign, ...]
     cpu_seconds_per_answer: float
     run: RunRecord | None
-    examples: tuple[str, ...]  # its first answer to each prompt shown
-    example_scores: tuple[float | None, ...]  # judge's; None where it gave none
     runs: tuple[Way, ...] = ()  # each by itself, where the way was trained more than once
 
 
@@ -100,7 +104,6 @@ class Comparison:
 
     ways: tuple[Way, ...]
     prompts: int
-    example_prompts: tuple[str, ...]
     frontier: tuple[tuple[int, float, float], ...]  # best-of-n: n, KL bound, judge's score
     reward_run: RunRecord | None
     settings: Mapping[str, object]
@@ -117,9 +120,10 @@ class Comparison:
 def read_run(directory: Path) -> RunRecord | None:
     """The record of a run directory (or of its model/), or None where there is none."""
     folder = run_directory(directory)
-    if folder is None:
+    record = read_record(folder) if folder else None
+    if folder is None or record is None:
         return None
-    record: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    settings = folder / "config.yaml"
     return RunRecord(
         command=record["command"],
         cpu_seconds=record["cpu_seconds"],
@@ -127,6 +131,9 @@ def read_run(directory: Path) -> RunRecord | None:
         peak_memory_gib=record["peak_memory_gib"],
         tokens=record.get("tokens"),
         metrics=_read_metrics(folder / "metrics.jsonl"),
+        record=record,
+        settings=read_yaml(settings) if settings.exists() else {},
+        folder=str(folder.absolute()),
     )
 
 
@@ -136,13 +143,27 @@ def run_directory(model: Path) -> Path | None:
 
 
 def _read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """By name; of a run that goes on, without the line that is being written."""
     series: dict[str, tuple[list[int], list[float]]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in lines:
-        row = json.loads(line)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break
+        row = parsed_line(line, f"{path}:{number}")
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(float(value))
     return series
+
+
+def parsed_line(line: bytes, where: str) -> dict[str, Any]:
+    """A line of metrics.jsonl or answers.jsonl; UserError where it is none."""
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict):
+            return row
+    except ValueError:
+        pass
+    raise UserError(f"{where}: not a line of a run; remove it")

@@ -13,8 +13,6 @@ from prefloop.evaluation.pairs import Scored, mean_of_runs, win_rate_of_runs
 from prefloop.intervals import Interval
 from prefloop.rewards.health import Vitals, distinct_n, repeated_share, signs
 
-EXAMPLES = 12  # prompts whose answers the page shows
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -75,7 +73,6 @@ def measured(
     """A way in numbers; `sft` is None for SFT itself, `prompts` those that were judged for all."""
     own, against = scored(way, prompts), scored(baseline, prompts)
     vitals = _vitals(way, own, seed)
-    first = [row[0] for row in way.runs[0]][:EXAMPLES]
     records = [read_run(Path(path)) for path in way.paths]
     several = len(way.runs) > 1
     single = [
@@ -90,8 +87,6 @@ def measured(
         signs=tuple(signs(vitals, sft)) if sft else (),
         cpu_seconds_per_answer=way.seconds,
         run=records[0] if records else None,
-        examples=tuple(answer.text for answer in first),
-        example_scores=tuple(answer.gold for answer in first),
         runs=tuple(measured(one, baseline, sft, prompts, seed) for one in single if several),
     )
 

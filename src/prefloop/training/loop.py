@@ -44,7 +44,7 @@ def train(
     watch = Watch(config, run, monitor)
     keeper = Keeper(method, optimizer, run, config, watch)
     done, tokens, owed = keeper.resume()
-    total = method.total_steps
+    run.note(total_steps=(total := method.total_steps))
     progress = Progress("step", total, done, shown=distributed.rank() == 0)
     with Interrupt() as interrupt, progress, keeper:
         if owed is not None:  # the step was done, but not what follows it

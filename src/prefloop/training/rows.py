@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from prefloop import distributed, sources
+from prefloop import distributed, provenance, sources
 from prefloop.config import DPOConfig, PPOConfig, SFTConfig, TrainingConfig
 from prefloop.config.ranges import template_arguments
 from prefloop.data import split, stream
@@ -147,6 +147,8 @@ def _note_rows(config: TrainingConfig, run: Run, train: Side, held_out: Side) ->
 def _note(run: Run, counts: RowCounts, data: sources.Data, of: str) -> None:
     run.set_rows(counts.as_dict(), of=of)
     if distributed.rank() == 0:
+        files = provenance.file_hashes(sources.addresses_and_weights(data)[0])
+        run.note(sha256={**run.record.get("sha256", {}), **files})
         source = data if isinstance(data, str) else " ".join(data)
         print(f"{shown(source)}: {counts.summary()}", file=sys.stderr)
         _list_bad_rows(run, counts, of)
