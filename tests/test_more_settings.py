@@ -21,6 +21,7 @@ from prefloop.labelling.web import server
 from prefloop.recipes.pipeline import read_stages
 from prefloop.recipes.sentiment import FULL, QUICK, Plan
 from tests import test_settings
+from tests.evaluation.test_run_report import make_run
 from tests.labelling.small import add, compare_folder
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import REWARDS, write_rows, write_world
@@ -72,6 +73,7 @@ MODES = {
     ],
     "demo": [{}, {"quick": True}],
     "run": [{"pipeline": "one.yaml"}],
+    "report": [{"runs": ("made",)}],
     "init": [{"use": "chat", "output": "new.yaml"}],
 }
 CHANGES = test_settings.CHANGES | {
@@ -117,6 +119,8 @@ CHANGES = test_settings.CHANGES | {
     "pipeline": Path("two.yaml"),
     "dry_run": True,
     "use": "style",
+    "runs": ("absent",),
+    "every": 5.0,
     "model": "chat-2",
     "max_length": 30,
     "output": Path("elsewhere.jsonl"),
@@ -127,6 +131,7 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     ("label export", "output"): "the same rows, elsewhere: the path is told",
     ("label score", "micro_batch_tokens"): "changes no result (tests/data/test_batches.py)",
     ("label score", "dtype"): "scores of models are compared to four digits",
+    ("report", "every"): "the run has ended (tests/evaluation/test_run_report.py)",
     ("run", "dry_run"): "here stages are only read (tests/recipes/test_dry_run.py)",
     ("chat", "dtype"): "rounding seldom changes which token is likeliest",
     ("chat", "weights"): "as with dtype",
@@ -149,6 +154,7 @@ def world(tmp_path_factory):
     export_model(load_scorer(str(folder / "chat"), CPU, seed=3), folder / "chat-rm")
     export_model(load_scorer(str(folder / "chat-2"), CPU, seed=7), folder / "chat-rm-2")
     (folder / "guide.md").write_text("Be kind.")
+    make_run(folder / "made")
     said = [["a boat", "in", "the bath took it"], ["ant", "thin", "oath"]]
     chats = [[{"role": "user", "content": p}] for p in ("Hi", "Why?", "the boat", "an oath")]
     rows = [
