@@ -4,7 +4,8 @@ Every side is a process of its own, peers in venvs of their own that are made he
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `coverage`,
 `gpus`, `gradients`, `growth`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning` and
-`startup` measure prefloop alone; `python -m benchmarks.cuda` what needs a GPU. JSON goes to
+`startup` measure prefloop alone, `health` reads runs that are there; `python -m benchmarks.cuda`
+measures what needs a GPU. JSON goes to
 build/benchmarks/.
 """
 
@@ -24,6 +25,7 @@ from benchmarks import (
     gpus,
     gradients,
     growth,
+    health,
     log_probs,
     low_bit,
     margins,
@@ -53,21 +55,25 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
 def main() -> None:
     """Measure, print, and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("work", choices=[*WORKS, *ALONE])
+    parser.add_argument("work", choices=[*WORKS, *ALONE, "health"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", nargs="*", default=[], help="such as trl, vllm; default: all")
     parser.add_argument("--against", default="", help="a revision of prefloop instead of peers")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that health reads")
     asked = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     if asked.work in ALONE:
         found = ALONE[asked.work](asked.dtype, asked.threads)
+    elif asked.work == "health":
+        found = health.measure(asked.runs)
     else:
         found = compare(
             asked.work, asked.dtype, asked.rounds, asked.threads, asked.peers, asked.against
         )
     facts = vars(asked) | {
+        "runs": str(asked.runs),
         "revision": provenance.revision(),
         "versions": provenance.versions(),
         "peers": {side: packages for side, (_, packages) in VENVS.items()},
