@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 NORMAL = 1.959964  # of a 95 % interval
 ERRORS = 2.0  # standard errors of a difference that make a fall
@@ -90,12 +89,12 @@ def read(folder: Path) -> list[Course]:
 
 def alarms(courses: Sequence[Course]) -> dict[str, dict[str, Any]]:
     """By rule: in runs that turned, alarms up to the peak, up to where gold shows the turn, later,
-    and none; in the others, false alarms, with an exact 95 % interval (Clopper and Pearson).
+    and none; in the others, false alarms, with Wilson's 95 % interval.
     """
     names = sorted({name for course in courses for name in course.fired})
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for name in [ANY, OTHERS, *names]:
-        counts = dict.fromkeys(("before the peak", "in time", "late", "missed"), 0)
+        counts: dict[str, Any] = dict.fromkeys(("before the peak", "in time", "late", "missed"), 0)
         false, calm = 0, 0
         for course in courses:
             step = _first(course, name)
@@ -132,8 +131,10 @@ def _when(course: Course, step: int | None) -> str:
 def _share(count: int, total: int) -> list[float] | None:
     if not total:
         return None
-    interval = binomtest(count, total).proportion_ci(method="exact")
-    return [count / total, float(interval.low), float(interval.high)]
+    share, square = count / total, NORMAL**2 / total
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return [share, middle - half, middle + half]
 
 
 # --- forecasts -----------------------------------------------------------------------------------

@@ -56,9 +56,9 @@ def test_alarms_by_hand(runs):
     assert table["any"]["false"] == table["length"]["false"] == 1
     assert (table["judge down"]["late"], table["judge down"]["missed"]) == (1, 3)
     assert table[health.OTHERS]["before the peak"] == 1
-    # Clopper and Pearson of 1 in 2: (1 - √0.975, √0.975), by the binomial's tails
+    # Wilson of 1 in 2, z² = 3.8415: 1/2 ± 1.96 √(1/8 + z²/16) / (1 + z²/2)
     rate, low, high = table["any"]["false rate"]
-    assert (rate, low, high) == pytest.approx((0.5, 1 - 0.975**0.5, 0.975**0.5))
+    assert (rate, low, high) == pytest.approx((0.5, 0.09453, 0.90547), abs=1e-5)
 
 
 def course(kl, alpha, beta, to):
@@ -96,6 +96,6 @@ def test_it_is_printed(runs, capsys):
     found = health.measure(runs)
     told = capsys.readouterr().out
     assert "6 runs, 4 of them turned" in told
-    assert "| KL | 1 | 1 | 1 | 1 | 0 | 2 | 0% [0%, 84%] |" in told
+    assert "| KL | 1 | 1 | 1 | 1 | 0 | 2 | 0% [0%, 66%] |" in told
     assert found["turned"] == 4
     json.dumps(found)
