@@ -143,6 +143,27 @@ BUGS = (
         ("tests/training/test_keeper.py",),
     ),
     Bug(
+        "a monitor draws from the run's generators",
+        "training/monitor.py",
+        "        checkpoint.set_rng_state(before)\n",
+        "        before\n",
+        ("tests/training/test_monitor.py::test_a_monitored_run_is_the_run_without",),
+    ),
+    Bug(
+        "of equal steps the last is kept",
+        "training/watch.py",
+        "if score > seen.best_score:",
+        "if score >= seen.best_score:",
+        ("tests/training/test_monitor.py::test_of_equal_steps_the_first_is_kept",),
+    ),
+    Bug(
+        "one measurement below the best ends a run",
+        "training/watch.py",
+        "if seen.below < IN_A_ROW:",
+        "if seen.below < 1:",
+        ("tests/training/test_monitor.py::test_a_run_ends_when_it_is_gamed",),
+    ),
+    Bug(
         "settings given anew do not apply to a resumed optimiser",
         "training/checkpoint.py",
         "        group.update(settings)\n",

@@ -11,11 +11,16 @@ from transformers import AutoModelForCausalLM
 from prefloop.config.checks import problems
 from prefloop.data.tokenize import Example, stop_token_ids, with_answers
 from prefloop.errors import UserError
-from prefloop.generation.engine import Engine
+from prefloop.generation.engine import Engine, in_process
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy, load_reward_model
 from prefloop.rewards.judges import load_judge
 from prefloop.rewards.scorers import scores_of
+from prefloop.training import loop
+from prefloop.training.monitor import load_monitor
+from prefloop.training.rows import read_examples
+from prefloop.training.sft import SFT
+from prefloop.training.start import model_options, start
 from tests.evaluation.llm_server import section, serving
 from tests.training.small import (
     CPU,
@@ -180,6 +185,42 @@ def test_every_checkpoint_leads_to_the_same_best(name, world, tmp_path):
         assert_same_run(whole, again)
         assert record(again)["best_step"] == record(again)["model_step"] == best
         assert not (again / "checkpoints").exists()
+
+
+class Offline:
+    """A tracker that fails at a step, when the monitor has measured it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, step, metrics):
+        if step == self.step:
+            raise ConnectionError("tracker")
+
+    def close(self):
+        pass
+
+
+def test_what_fails_after_a_new_best_costs_nothing(world, tmp_path):
+    """The checkpoint is of the step before it was measured, and so knows the best before it."""
+    changes = {"batch_size": 2, "lr": 1e-2} | monitored(world, monitor_steps=1, keep_best=True)
+    train("sft", world, tmp_path / "whole", **changes)
+    best = record(tmp_path / "whole")["best_step"]
+    assert best > 0
+    settings = config("sft", world, tmp_path / "run", **changes)
+    run, device = start(settings, "sft")
+    model = load_policy(settings.model, device, **model_options(settings))
+    rows = read_examples(settings, "demonstration", model, run)
+    monitor = load_monitor(settings, model, run, in_process)
+    run._tracker = Offline(best)
+    with pytest.raises(ConnectionError), run:
+        loop.train(SFT(settings, model, *rows), settings, run, monitor)
+    [kept] = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert kept.name == f"step-{best}"
+    assert [file.name for file in kept.glob("best-*")] != [f"best-{best}.pt"]
+    train("sft", world, tmp_path / "run", **changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert record(tmp_path / "run")["model_step"] == best
 
 
 # --- the best step -------------------------------------------------------------------------------
