@@ -17,6 +17,11 @@ def random(prompts, completions):
     return [value + float(torch.rand(())) for value in drawn]
 
 
+def drawing(prompts, completions):
+    """Another that draws: a monitor must not be the reward."""
+    return random(prompts, completions)
+
+
 calls = 0
 
 

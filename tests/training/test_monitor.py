@@ -157,9 +157,7 @@ def test_a_monitored_run_is_the_run_without(name, world, tmp_path):
     command, changes = changes_of(name, world)
     drawing = {"reward_function": f"{REWARDS}:random"} if command == "ppo" else {}
     train(command, world, tmp_path / "without", **changes | drawing)
-    other = monitored(
-        world, monitor=f"{REWARDS}:constant" if command == "ppo" else f"{REWARDS}:random"
-    )
+    other = monitored(world, monitor=f"{REWARDS}:drawing")
     train(command, world, tmp_path / "with", **changes | drawing | other)
     mine = [row for row in lines(tmp_path / "with") if row["step"]]
     for row in mine:
