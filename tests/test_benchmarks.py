@@ -291,7 +291,7 @@ def test_simulated_labellers_say_by_how_much(tmp_path):
     slightly better, whose margins are 1, 1, 2/3, 2/3 and 1/3."""
     rated = {" best": 4, " good": 1, " fair": 0, " bad": -4}
     sentences = [RatedSentence(text.strip(), (rating,)) for text, rating in rated.items()]
-    store = margins.label(sentences, tmp_path, seed=0)
+    store = margins.label(sentences, tmp_path, 0, 600)
     records = read_records(store, "preference", RowCounts(), margins=True)
     share = {8: 1.0, 5: 1.0, 4: 2 / 3, 3: 2 / 3, 1: 1 / 3}
     assert len(records) == 12  # each two texts in both orders

@@ -46,3 +46,7 @@ def test_blind_from_the_first_task_to_the_verdict(serve, enter, tmp_path, width)
         ("Quokka", "Ocelot"): (6, 0, 2),
     }
     assert verdict.agreement.people.mean == 1.0
+    page.goto((folder / "report.html").as_uri())
+    page.get_by_role("heading", name="What people prefer").wait_for()
+    assert page.get_by_text(verdict.sentences[0]).count() == 1
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -1,6 +1,7 @@
 """The verdict by people, from a labelling store taken back to compare's folder."""
 
 import json
+from html import unescape
 
 import numpy as np
 import pytest
@@ -100,6 +101,11 @@ def test_the_verdict_is_written_beside_the_comparison(made):
     assert json.loads((folder / "compare.json").read_text())["people"] == told
     assert told["pairs"][0]["win_rate"]["mean"] == 1.0
     assert tuple(told["sentences"]) == verdict.sentences
+    page = unescape((folder / "report.html").read_text())
+    assert "What people prefer" in page
+    assert all(sentence in page for sentence in verdict.sentences)
+    judge(store, "bob", last_best)
+    assert run(config).sentences != verdict.sentences  # and again, over what was written
 
 
 def test_people_among_each_other_are_the_ceiling(made):
@@ -123,7 +129,7 @@ def test_people_among_each_other_are_the_ceiling(made):
 
 def test_flags_and_skips_are_told_and_are_no_ties(made):
     """A tie with a flagged answer is left out; an order with one stays; all bad is told."""
-    store, _, config = made
+    store, folder, config = made
 
     def say(texts):
         if "same" in texts:
@@ -141,6 +147,10 @@ def test_flags_and_skips_are_told_and_are_no_ties(made):
     assert verdict.flags == {"PPO": {"false": 2}, "DPO": {"false": 1}}
     assert verdict.left_out == {"skipped": 1, "tie with a flagged answer": 2}
     assert verdict.all_bad == 1
+    page = (folder / "report.html").read_text()
+    assert (
+        "Flagged, PPO: false 2. " in page and "Not counted: tie with a flagged answer 2. " in page
+    )
 
 
 def test_other_work_in_the_project_is_left_out(made, tmp_path):

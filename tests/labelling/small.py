@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,5 +88,18 @@ def compare_folder(folder, answers, prompts=None, judge=len, reward_model=None, 
             for prompt, texts in zip(prompts, by_prompt, strict=True)
         ],
     )
-    (folder / "compare.json").write_text('{"ways": [], "prompts": 0}')
+    even = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    numbers = {"length": 1.0, "truncated": 0.0, "distinct_2": 1.0, "repeated": 0.0}
+    way = {"vitals": {"gold": even, "proxy": None, "kl": even, **numbers}, "win_rate": None}
+    way |= {"kl_is_bound": False, "signs": [], "cpu_seconds_per_answer": 0.0, "run": None}
+    models = [f"{name}=runs/{name}" for name in list(answers)[1:]]
+    found = {
+        "ways": [{"name": name, **way, "runs": []} for name in answers],
+        "prompts": len(prompts),
+        "frontier": [],
+        "reward_run": None,
+        "settings": {"sft": "runs/sft", "models": models, "judge": "mine:judge", "seed": 0},
+        "notes": [],
+    }
+    (folder / "compare.json").write_text(json.dumps(found))
     return folder

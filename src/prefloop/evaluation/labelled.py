@@ -29,6 +29,8 @@ from prefloop.evaluation.people import (
     strengths_of,
 )
 from prefloop.evaluation.preferences import Judged
+from prefloop.evaluation.report import render
+from prefloop.evaluation.reread import read_comparison
 from prefloop.files import write_atomic
 from prefloop.labelling.agreement import ranks_of
 from prefloop.labelling.compared import Question, read_compared
@@ -54,7 +56,7 @@ class Task:
 
 
 def run(config: PeopleConfig) -> PeopleVerdict:
-    """Measure what people said; write people.json, and the verdict into compare.json."""
+    """Measure what people said; write people.json, and the verdict into compare.json and page."""
     validate(config)
     folder = Path(config.data)
     verdict = measure_people(config)
@@ -62,6 +64,7 @@ def run(config: PeopleConfig) -> PeopleVerdict:
     kept = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     kept["people"] = asdict(verdict)
     write_atomic(folder / "compare.json", json.dumps(kept, indent=2) + "\n")
+    write_atomic(folder / "report.html", render(*read_comparison(folder)))
     return verdict
 
 

@@ -83,7 +83,7 @@ def pair_row(pair: Preference) -> list[str]:
         f"{pair.win_rate.mean:.2f}",
         str(pair.length_controlled),
         *("–" if rate is None else f"{rate:.2f}" for rate in (pair.judge, pair.reward_model)),
-        f"{pair.p_holm:.3f}",
+        "< 0.001" if pair.p_holm < 0.001 else f"{pair.p_holm:.3f}",
         "no number" if pair.more is None else f"{pair.more:,}",
         f"{pair.same_text:.0%}",
     ]

@@ -9,7 +9,14 @@ from prefloop.evaluation import figures
 from prefloop.evaluation.answers import SIGNS, Row, browsable
 from prefloop.evaluation.comparison import Comparison, RunRecord, WholeCost
 from prefloop.evaluation.page import Numbered, embedded, render_page
-from prefloop.evaluation.people_table import PAIR_HEADS, matrix, pair_row
+from prefloop.evaluation.people_table import (
+    PAIR_HEADS,
+    matrix,
+    matrix_heads,
+    pair_row,
+    title,
+    told,
+)
 from prefloop.evaluation.run_facts import (
     PROVENANCE,
     differing_settings,
@@ -120,8 +127,10 @@ def _people(comparison: Comparison) -> dict[str, Any] | None:
         return None
     return {
         "sentences": [*verdict.sentences, *verdict.notes],
-        "headings": ["Preferred", *(f"to {way}" for way in verdict.ways), "Strength"],
+        "title": title(verdict),
+        "headings": matrix_heads(verdict),
         "matrix": matrix(verdict),
         "pair_headings": PAIR_HEADS,
         "pairs": [pair_row(pair) for pair in verdict.pairs],
+        "told": told(verdict),
     }
