@@ -40,17 +40,19 @@ Found = dict[str, dict[str, list[float]]]  # of each form and number, by seed
 
 @dataclass(frozen=True)
 class Learner:
-    """A model, its settings, and how many pairs it learns from and is held to."""
+    """A model, its settings, whose sentences it learns from, and how many pairs."""
 
     name: str
+    splits: tuple[str, ...]  # of recipes.sentiment_data
     pairs: int
     held_out: int
     settings: dict[str, Any]
 
 
+FEW = ("sft", "preference")
 LEARNERS = (
-    Learner("SmolLM2-135M", 400, 400, {"lr": 2e-4, "lora_rank": 16, "lora_alpha": 32.0}),
-    Learner("small", 2500, 1500, {"lr": 1e-3}),
+    Learner("SmolLM2-135M", FEW, 400, 400, {"lr": 2e-4, "lora_rank": 16, "lora_alpha": 32.0}),
+    Learner("small", ("gold", *FEW), 2500, 1500, {"lr": 1e-3}),
 )
 
 
@@ -58,12 +60,12 @@ def measure(dtype: str, threads: int, seeds: Sequence[int] = SEEDS) -> dict[str,
     """Held-out accuracy and loss with and without margins: printed by seed, then in the mean."""
     torch.set_num_threads(threads)
     parts = split(fetch_movie_ratings())
-    known = parts["gold"] + parts["sft"] + parts["preference"]
     unseen = parts["ppo"] + parts["evaluation"]
     found: Found = {}
     for learner, seed in product(LEARNERS, seeds):
         with tempfile.TemporaryDirectory() as folder:
             write_model(learner.name, Path(folder) / "model", seed)
+            known = [sentence for name in learner.splits for sentence in parts[name]]
             store = label(known, Path(folder), seed, learner.pairs)
             write_held_out(unseen, Path(folder), seed, learner.held_out)
             for margins in (False, True):
