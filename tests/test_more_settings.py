@@ -37,6 +37,7 @@ DUMPS = (
     "SELECT kind, response_ids, need, draw, gold_tiers, uncertainty, gap FROM tasks ORDER BY id",
     "SELECT name, role FROM labellers ORDER BY id",
     "SELECT tiers FROM annotations ORDER BY id",
+    "SELECT members_only FROM projects",
     "SELECT completion, scores FROM responses ORDER BY id",
 )
 STORE = {"store": "labels.db"}
@@ -88,6 +89,7 @@ CHANGES = test_settings.CHANGES | {
     "need": 3,
     "overlap": 0.9,
     "overlap_need": 4,
+    "members": ("ann",),
     "gold_share": 0.3,
     "repeat_share": 0.3,
     "strategy": "gap",

@@ -38,7 +38,7 @@ BUDGETS = {
     "training": 4150,
     "evaluation": 3600,
     "recipes": 1600,
-    "labelling": 3900,
+    "labelling": 4850,
     "console": 800,
     "": 3900,
 }
@@ -50,6 +50,8 @@ runs, settings of monitors; 3,850, pages of runs that go;
 evaluation: 1,700, people's verdict on compared models; the comparison's answer: all pairs, equal
 length, whole costs; 2,700, the reward model beside the judge;
 3,600, the page of a run, and a comparison's with every answer;
+labelling: 4,850, people's verdict, the admin's workbench (tasks, settings by version, members,
+charts);
 data: 1,500, other tools' forms; rewards: 800, judges that are language models;
 900, one table of health with why and what to try;
 training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher and Dr. GRPO;

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from random import Random
 
 from playwright.sync_api import sync_playwright
 
+from prefloop.labelling.assign import Judgement, next_assignment, submit
+from prefloop.labelling.store.projects import change_project, locked_project
 from tests.browser.conftest import CHROMIUM, FLAGS, Server
 from tests.labelling.small import put
 
@@ -21,6 +24,39 @@ ANSWERS = [
     "Put a bag into cold water and heat it in the microwave until it boils over.",
 ]
 GUIDELINES = "Prefer answers that are **true** and that help. Equal answers get the same place."
+
+
+def history(folder, server):
+    """A month of three more labellers, more alike from week to week; two changes of settings."""
+    draw = Random(0)
+    data = [
+        {"prompt": f"{topic}?", "completions": [f"{k}. {topic}" for k in range(3)]}
+        for topic in (f"How do I make tea, case {n}" for n in range(300))
+    ]
+    clock = server.store.clock
+    with server.store.write() as t:
+        people = [t.put_labeller(name, "labeller", name) for name in ("dora", "emil", "fred")]
+        admin = t.labeller_named("boss")["id"]
+        for rules in ("Prefer answers that are **true**.", GUIDELINES + "\n\n- Short is good."):
+            found = locked_project(t, "main")
+            change_project(t, found, admin, rules, found["settings"] | {"gold_share": 0.1})
+    put(folder, data, need=2)
+    start = clock()
+    for day in range(30):
+        server.store.clock = lambda day=day: start - 86_400 * (29 - day)
+        for who in people if day % 7 < 5 else ():
+            for _ in range(draw.randint(1, 3 + day // 4)):
+                task = next_assignment(server.store, who)
+                if task is None:
+                    continue
+                order = [0, 1, 2] if draw.random() < 0.3 + day / 50 else draw.sample(range(3), 3)
+                said = Judgement(
+                    [[i] for i in order],
+                    seconds=draw.expovariate(1 / 30),
+                    request_id=f"{who}-{task.id}",
+                )
+                submit(server.store, who, task.id, said)
+    server.store.clock = clock
 
 
 def main():
@@ -64,9 +100,16 @@ def main():
         admin = enter("boss", 1280, 860)
         admin.goto(f"{server.url}/admin/quality?project=main")
         take(admin, "labelling-quality")
+        history(folder, server)
+        for path in (
+            "tasks?state=disputed&project=main",
+            "charts?project=main",
+            "settings?project=main",
+        ):
+            admin.goto(f"{server.url}/admin/{path}")
+            take(admin, f"labelling-{path.split('?')[0]}")
         put(folder, [pair], project="pairs", mode="pairwise")
-        for key in ("1", "2", "3", "3", "3", "Enter"):
-            page.keyboard.press(key)
+        page.goto(f"{server.url}/?project=pairs")
         page.locator("#preference:not([hidden])").wait_for()
         page.keyboard.press("1")
         page.keyboard.press("d")

@@ -13,6 +13,7 @@ from prefloop.files import read_rows
 from prefloop.labelling import export
 from prefloop.labelling.assign import Judgement, next_assignment, submit
 from prefloop.labelling.forms import margin_of
+from prefloop.labelling.store.settling import put_finished
 from prefloop.records import RowCounts
 from tests.labelling.small import add, in_order, open_store, put, rows
 
@@ -162,7 +163,7 @@ def test_adjudication_goes_before_the_labellers(tmp_path):
     (boss,) = add(store, "boss", role="admin")
     for tiers in ([[1], [0, 2]], [[1], [0], [2]]):
         with store.write() as t:
-            assert t.put_finished(1, boss, "adjudication", tiers)
+            assert put_finished(t, 1, boss, "adjudication", tiers)
     result, found = run(tmp_path)
     assert [(row["labeller"], row["tiers"]) for row in found] == [("boss", [[1], [0], [2]])]
     assert result["left_out"] == {"overruled by adjudication": 2}

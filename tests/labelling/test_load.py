@@ -128,6 +128,7 @@ class Labeller:
             body = {
                 "assignment": task["assignment"],
                 "base_version": task["version"],
+                "guidelines_version": task["guidelines_version"],
                 "request_id": request,
                 "tiers": [[n] for n in order],
             }

@@ -8,6 +8,7 @@ from sqlalchemy import text
 from prefloop.cli import main
 from prefloop.labelling.agreement import ceiling
 from prefloop.labelling.assign import Judgement, next_assignment, submit
+from prefloop.labelling.quality import _flags as flags_of
 from prefloop.labelling.quality import measure
 from tests.labelling.small import add, in_order, open_store, put, rows
 
@@ -89,6 +90,63 @@ def test_each_fault_is_found_and_nobody_is_dropped(tmp_path):
     assert 0.3 < records["choosy"].skip_rate < 0.7
     assert sum(r.annotations for r in q.labellers) == q.annotations
     assert q.alpha.low < q.alpha.mean < q.alpha.high
+
+
+@pytest.mark.parametrize(
+    ("alarm", "units", "value"),
+    [
+        ("often against gold", "gold pairs", {"gold_accuracy": 0.59}),
+        ("often against the others", "shared pairs", {"accuracy": 0.54}),
+        ("often against own earlier answers", "repeated pairs", {"consistency": 0.69}),
+        ("prefers a place on the page", "served", {"first_wins_p": 0.009}),
+        ("often very fast", "served", {"fast": 0.21}),
+        ("skips much", "seen", {"skip_rate": 0.31}),
+    ],
+)
+def test_each_alarm_needs_ten_of_what_it_is_taken_from(alarm, units, value):
+    """The numbers of docs/labelling.md; each alone, with plenty of all else."""
+    names = ("gold_accuracy", "accuracy", "consistency", "first_wins_p", "fast", "skip_rate")
+    record = dict.fromkeys(names) | value
+    plenty = dict.fromkeys(("gold pairs", "shared pairs", "repeated pairs", "served", "seen"), 1000)
+    assert list(flags_of(record, plenty | {units: 10})) == [alarm]
+    assert list(flags_of(record, plenty | {units: 9})) == []
+    ((name, number),) = value.items()
+    limit = round(number + (0.01 if number > 0.4 else -0.01), 2) if name != "first_wins_p" else 0.01
+    assert list(flags_of(record | {name: limit}, plenty)) == []
+
+
+def test_pairs_are_counted_where_they_are(tmp_path):
+    """Twelve tasks, of which three are shared: nine shared pairs, though twelve annotations; and
+    somebody who skips nine of ten is told though one annotation is there."""
+    put(tmp_path, rows(12))
+    shared = [row | {"prompt": f"shared {n}"} for n, row in enumerate(rows(3))]
+    judged = [
+        row | {"tiers": tiers, "labeller": name}
+        for row in shared
+        for name, tiers in (("x", [[0], [1], [2]]), ("y", [[2], [1], [0]]), ("z", [[0], [1], [2]]))
+    ]
+    put(tmp_path, judged)
+    alone = [
+        row | {"prompt": f"alone {n}", "tiers": [[0], [1], [2]], "labeller": "y"}
+        for n, row in enumerate(rows(9))
+    ]
+    put(tmp_path, alone)
+    store = open_store(tmp_path)
+    (choosy,) = add(store, "choosy")
+    for n in range(10):
+        task = next_assignment(store, choosy)
+        submit(
+            store,
+            choosy,
+            task.id,
+            Judgement([[0], [1], [2]] if n == 0 else None, request_id=f"r{n}"),
+        )
+    flags = {r.name: (r.annotations, r.flags) for r in measure(store, "main").labellers}
+    assert flags["y"] == (12, ())
+    assert flags["choosy"] == (1, ("skips much",))
+    put(tmp_path, [row | {"prompt": "shared 3"} for row in judged[:3]])
+    flags = {r.name: r.flags for r in measure(store, "main").labellers}
+    assert flags["y"] == ("often against the others",)
 
 
 def test_length_bias_by_hand(tmp_path):

@@ -5,38 +5,102 @@ import threading
 import time
 
 import pytest
+from alembic import command as alembic
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 from prefloop.config.labelling import LabelExportConfig, LabelImportConfig
 from prefloop.errors import UserError
 from prefloop.files import read_rows, write_jsonl
 from prefloop.labelling import export, imports
+from prefloop.labelling.assign import next_assignment, submit
 from prefloop.labelling.store import Store, Unavailable
+from prefloop.labelling.store.projects import versions_of
 from prefloop.labelling.store.schema import metadata
-from tests.labelling.small import Clock, add, open_store, put, rows
+from prefloop.labelling.store.settling import put_finished
+from tests.labelling.small import Clock, add, in_order, open_store, put, rows
 
 
 def test_the_migrations_make_the_schema(tmp_path):
     store = open_store(tmp_path)
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection)
-        assert context.get_current_revision() == "0003"
+        assert context.get_current_revision() == "0004"
         assert compare_metadata(context, metadata) == []
 
 
-def test_a_store_of_the_first_version_gains_the_columns(tmp_path):
-    put(tmp_path, rows(1))
-    with sqlite3.connect(tmp_path / "labels.db") as old:
-        for column in ("token_ids", "tokenizer"):
-            old.execute(f"ALTER TABLE responses DROP COLUMN {column}")
-        old.execute("ALTER TABLE tasks DROP COLUMN reason")
-        old.execute("UPDATE alembic_version SET version_num = '0001'")
-    old.close()
-    with open_store(tmp_path).read() as t:
-        found = t.all(text("SELECT completion, token_ids, tokenizer FROM responses"))
-    assert [(row["token_ids"], row["tokenizer"]) for row in found] == [(None, None)] * 3
+def take_back(address, revision):
+    """A store as an earlier version left it."""
+    store = Store(address)
+    config = AlembicConfig()
+    config.set_main_option("script_location", "prefloop:labelling/store/migrations")
+    config.set_main_option("path_separator", "os")
+    with store.engine.connect().execution_options(writes=True) as connection, connection.begin():
+        config.attributes["connection"] = connection
+        alembic.downgrade(config, revision)
+    store.close()
+
+
+def label_two_tasks(store):
+    """Of three answers: on the first task one pair in three is ordered apart, with a flag; on the
+    second a tie meets an order, twice in three pairs."""
+    ann, bob = add(store, "ann", "bob")
+    orders = {ann: ([[0], [1], [2]], [[0, 1, 2]]), bob: ([[0], [2], [1]], [[0], [1, 2]])}
+    for who, tiers in orders.items():
+        for number in (0, 1):
+            task = next_assignment(store, who)
+            flags = [{"answer": 0, "flag": "harmful"}] if (who, task.task_id) == (ann, 1) else []
+            said = in_order(task, f"{who}-{number}", tiers=tiers[task.task_id - 1], flags=flags)
+            submit(store, who, task.id, said)
+
+
+FACTS = "SELECT id, disagreement, flagged, adjudicated FROM tasks ORDER BY id"
+OLD = ("projects", "prompts", "responses", "labellers", "tasks", "assignments", "annotations")
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_an_older_store_gains_what_is_new_and_loses_nothing(tmp_path, request, kind):
+    """What the pages ask for is worked out of the annotations that are there."""
+    if kind == "postgresql":
+        address = request.getfixturevalue("postgres")("older")
+    else:
+        address = str(tmp_path / "labels.db")
+    put(tmp_path, rows(2), address=address, need=2)
+    store = open_store(tmp_path, address=address)
+    label_two_tasks(store)
+    with store.write() as t:
+        by = t.put_labeller("boss (adjudication)", "labeller", "x")
+        t.set_active(by, False)
+        put_finished(t, 2, by, "adjudication", [[0], [1], [2]])
+    before, facts = everything(store, OLD), facts_of(store)
+    assert facts == [(1, 0.333333333, 1, False), (2, 0.333333333, 0, True)]
+    store.close()
+    take_back(address, "0001")
+    store = open_store(tmp_path, address=address)
+    assert facts_of(store) == facts
+    after = everything(store, OLD)
+    for one in (before, after):  # the version of the guidelines was not known then
+        one["annotations"] = [row | {"project_version": None} for row in one["annotations"]]
+    assert after["labellers"].pop() == before["labellers"].pop() | {"role": "adjudicator"}
+    assert after == before
+    with store.read() as t:
+        versions = versions_of(t, 1)
+        assert [(v["version"], v["settings"]) for v in versions] == [
+            (1, t.projects()[0]["settings"])
+        ]
+        assert [p["name"] for p in t.projects(1)] == ["main"]
+
+
+def facts_of(store):
+    with store.read() as t:
+        return [tuple(row) for row in t.connection.execute(text(FACTS))]
+
+
+def everything(store, tables):
+    with store.read() as t:
+        return {name: t.all(metadata.tables[name].select().order_by(text("id"))) for name in tables}
 
 
 def test_a_store_opens_again_as_it_was(tmp_path):
@@ -191,21 +255,3 @@ def test_what_is_known_of_sampled_answers_comes_back(tmp_path, request, kind):
     export.run(LabelExportConfig(store=address, output=output))
     ((_, row),) = read_rows(output)
     assert row == SAMPLED | {"labeller": "import"}
-
-
-def test_a_store_of_the_first_version_gains_the_columns_on_postgresql(tmp_path, postgres):
-    address = postgres("first")
-    write_jsonl(tmp_path / "rows.jsonl", rows(1))
-    imports.run(LabelImportConfig(store=address, data=str(tmp_path / "rows.jsonl")))
-    engine = create_engine(address.replace("postgresql://", "postgresql+psycopg://"))
-    with engine.begin() as old:
-        for column in ("token_ids", "tokenizer"):
-            old.execute(text(f"ALTER TABLE responses DROP COLUMN {column}"))
-        old.execute(text("ALTER TABLE tasks DROP COLUMN reason"))
-        old.execute(text("UPDATE alembic_version SET version_num = '0001'"))
-    engine.dispose()
-    store = Store(address)
-    with store.read() as t:
-        found = t.all(text("SELECT completion, token_ids, tokenizer FROM responses"))
-    store.close()
-    assert [(row["token_ids"], row["tokenizer"]) for row in found] == [(None, None)] * 3

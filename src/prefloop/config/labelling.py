@@ -78,6 +78,8 @@ class LabelImportConfig(ProjectConfig):
     """What labellers do: rank K answers, choose between two, or rate each from 1 to 7."""
     guidelines: Path | None = None
     """Markdown file of the guidelines shown beside each task."""
+    members: tuple[str, ...] = ()
+    """Labellers who alone see the project, with those who did before; nobody named: everybody."""
     need: Annotated[int, Above(0)] = 1
     """Labellers needed for a task."""
     overlap: Annotated[float, Within(0, 1)] = 0.15

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 from prefloop.labelling.store import Store, Transaction
+from prefloop.labelling.store.settling import settle
 
 REPEAT_AFTER = 5
 """A task comes back to its labeller after at least this many others."""
@@ -44,6 +45,7 @@ class Judgement:
     seconds: float = 0.0
     request_id: str = ""
     base_version: int = 0  # the version that the page had seen
+    project_version: int | None = None  # of the guidelines that the page showed
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,39 @@ class Assignment:
     version: int
     draft: Mapping[str, Any] | None
     project_id: int
+    project: str
+    project_version: int
     kind: str
     said: Mapping[str, Any] | None = field(default=None)  # the newest annotation, when reopened
 
 
-def next_assignment(store: Store, labeller_id: int) -> Assignment | None:
-    """The task a labeller has, else a new one; None when nothing is left for this labeller."""
+def next_assignment(
+    store: Store, labeller_id: int, project: str | None = None
+) -> Assignment | None:
+    """The task a labeller has, else a new one; None when nothing is left for this labeller.
+
+    Of one project, or of all that the labeller sees, the oldest first. Refused where the labeller
+    sees no project of that name.
+    """
     with store.write() as t:
         # 1. What is open already, as it was: a reload changes nothing.
         number = t.lock_labeller(labeller_id)
-        if held := t.current(labeller_id):
+        projects = [p for p in t.projects(labeller_id) if project in (None, p["name"])]
+        if project is not None and not projects:
+            raise Refused("no-project")
+        wanted = None if project is None else int(projects[0]["id"])
+        if held := t.current(labeller_id, wanted):
             until = t.now + lease_seconds(held["settings"])
             t.set_assignment(held["id"], leased_until=until)
             return _assignment(t, held)
         # 2. What others left lying goes back first.
-        projects = t.projects()
-        t.release_expired(max((lease_seconds(p["settings"]) for p in projects), default=0.0))
-        for project in projects:
-            settings = project["settings"]
+        leases = (lease_seconds(p["settings"]) for p in t.projects())
+        t.release_expired(max(leases, default=0.0))
+        for one in projects:
+            settings = one["settings"]
             # 3. Gold, repeat or real.
             draw = Random(f"{settings['seed']}:{labeller_id}:{number}")
-            choice = _choose(t, project["id"], settings, labeller_id, draw)
+            choice = _choose(t, one["id"], settings, labeller_id, draw)
             if choice is None:
                 continue
             task_id, count, strategy = choice
@@ -91,7 +105,7 @@ def next_assignment(store: Store, labeller_id: int) -> Assignment | None:
             until = t.now + lease_seconds(settings)
             t.put_assignment(task_id, labeller_id, order, strategy, until)
             t.count_hand_out(labeller_id)
-            held = t.current(labeller_id)
+            held = t.current(labeller_id, one["id"])
             assert held is not None
             return _assignment(t, held)
     return None
@@ -187,6 +201,7 @@ def _write(t: Transaction, held: Mapping[str, Any], said: Judgement) -> None:
         comment=said.comment.encode(errors="replace").decode(),  # no half characters
         seconds=said.seconds,
         request_id=said.request_id,
+        project_version=said.project_version,
     )
     new_state = "skipped" if skipped else "done"
     t.set_assignment(held["id"], state=new_state, version=version, draft=None)
@@ -194,6 +209,7 @@ def _write(t: Transaction, held: Mapping[str, Any], said: Judgement) -> None:
         t.give_back(held["task_id"])
     if (new_state == "done") != (state == "done"):
         t.count_done(held["task_id"], 1 if new_state == "done" else -1)
+    settle(t, held["task_id"])
 
 
 def reopen(store: Store, labeller_id: int, before: int | None = None) -> Assignment | None:
@@ -236,7 +252,8 @@ def _check(said: Judgement, held: Mapping[str, Any]) -> None:
     right &= held["mode"] != "rating" or rated
     flags = all(f.get("flag") in FLAGS for f in said.flags)
     places = all(f.get("answer") in (None, *range(count)) for f in said.flags)
-    if not (right and flags and places):
+    seen = said.project_version is None or 1 <= said.project_version <= held["project_version"]
+    if not (right and flags and places and seen):
         raise Refused("malformed")
 
 
@@ -244,5 +261,5 @@ def _assignment(
     t: Transaction, held: Mapping[str, Any], said: Mapping[str, Any] | None = None
 ) -> Assignment:
     names = ("id", "task_id", "mode", "guidelines", "prompt_id", "response_ids", "shown")
-    rest = ("state", "version", "draft", "project_id", "kind")
+    rest = ("state", "version", "draft", "project_id", "project", "project_version", "kind")
     return Assignment(**{name: held[name] for name in (*names, *rest)}, said=said)

@@ -1,7 +1,7 @@
 """`prefloop label export`: annotations to training rows; what is left out is counted.
 
 Gold tasks and repeats test the labellers and are never exported but to the audit. A task that an
-admin has adjudicated gives that ranking alone.
+admin has adjudicated gives that ranking alone: the newest, where several admins did.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from prefloop.config.labelling import Consensus, LabelExportConfig
+from prefloop.config.resolve import nearest
 from prefloop.data.formats import parse_row
 from prefloop.data.split import split_by_prompt
 from prefloop.errors import UserError
@@ -27,6 +28,7 @@ from prefloop.files import write_jsonl
 from prefloop.labelling.agreement import copeland, one_coin, pair_signs, ranks_of
 from prefloop.labelling.forms import Decision, form_rows, margin_of
 from prefloop.labelling.store import Store, Transaction
+from prefloop.labelling.store.projects import versions_of
 from prefloop.labelling.store.reading import (
     Annotation,
     annotations_of,
@@ -51,21 +53,9 @@ def run(config: LabelExportConfig) -> dict[str, Any]:
         # 1. Wait, where asked to, until nothing more will come.
         if config.wait:
             _wait(store, config.project, config.wait_seconds)
-        counts = RowCounts()
         # 2. Read and decide.
-        if config.form == "audit":
-            rows, held_out = audit(store, config.project), list[dict[str, object]]()
-            counts.read = counts.used = len(rows)
-        else:
-            wanted = (config.consensus, config.exclude)
-            decided = decisions(store, config.project, *wanted, counts, config.label_margins)
-            fraction, seed = config.eval_fraction, config.seed
-            kept = {id(d.ranking): d for d in decided}
-            sides = split_by_prompt([d.ranking for d in decided], fraction, seed)
-            rows, held_out = (
-                [row for r in side for row in form_rows(config.form, kept[id(r)], counts)]
-                for side in sides
-            )
+        counts = RowCounts()
+        rows, held_out = training_rows(store, config, counts)
         # 3. Write.
         result = {"output": str(config.output), "rows": len(rows), **_counted(counts)}
         write_jsonl(config.output, rows)
@@ -79,6 +69,24 @@ def run(config: LabelExportConfig) -> dict[str, Any]:
     return result
 
 
+def training_rows(
+    store: Store, config: LabelExportConfig, counts: RowCounts
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """The rows that an export writes, and those of the held-out prompts."""
+    if config.form == "audit":
+        rows = audit(store, config.project)
+        counts.read = counts.used = len(rows)
+        return rows, []
+    wanted = (config.consensus, config.exclude)
+    decided = decisions(store, config.project, *wanted, counts, config.label_margins)
+    kept = {id(d.ranking): d for d in decided}
+    sides = split_by_prompt([d.ranking for d in decided], config.eval_fraction, config.seed)
+    train, held_out = (
+        [row for r in side for row in form_rows(config.form, kept[id(r)], counts)] for side in sides
+    )
+    return train, held_out
+
+
 def _counted(counts: RowCounts) -> dict[str, Any]:
     return {"annotations": counts.read, "used": counts.used, "left_out": dict(counts.dropped)}
 
@@ -88,13 +96,27 @@ def _eval_path(output: Path) -> Path:
     return output.with_name(f"{stem}.eval.jsonl{rest}")
 
 
+class NoProject(UserError):
+    """A project that the store does not hold, or that the asker does not see; `known`: others."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        held = ", ".join(known) or "none"
+        super().__init__(f"no project {name} in the store; it holds {held}{nearest(name, known)}")
+        self.name, self.known = name, known
+
+
+def project_of(t: Transaction, name: str, labeller_id: int | None = None) -> Mapping[str, Any]:
+    """A project by name (one that a labeller sees); NoProject where there is none."""
+    seen = t.projects(labeller_id)
+    found = next((p for p in seen if p["name"] == name), None)
+    if found is None:
+        raise NoProject(name, [p["name"] for p in seen])
+    return found
+
+
 def project_id_of(t: Transaction, name: str) -> int:
-    """A project's id; UserError where there is none of that name."""
-    project = t.project(name)
-    if project is None:
-        known = ", ".join(p["name"] for p in t.projects()) or "none"
-        raise UserError(f"no project {name} in the store; it holds {known}")
-    return int(project["id"])
+    """A project's id; NoProject where there is none of that name."""
+    return int(project_of(t, name)["id"])
 
 
 def _wait(store: Store, project: str, seconds: float) -> None:
@@ -227,9 +249,10 @@ def require_labellers(t: Transaction, exclude: Sequence[str]) -> None:
 
 
 def deciding(group: Sequence[Annotation], counts: RowCounts) -> Sequence[Annotation]:
-    """Of one task's annotations those that count: an admin's adjudication alone, or all."""
+    """Of one task's annotations those that count: the newest adjudication alone, or all."""
     adjudicated = [a for a in group if a.strategy == "adjudication"]
-    chosen = adjudicated[-1:] or group
+    last = max(adjudicated, key=lambda a: a.created, default=None)
+    chosen = group if last is None else [last]
     for _ in range(len(group) - len(chosen)):
         counts.drop("overruled by adjudication")
     return chosen
@@ -239,7 +262,7 @@ def is_kept(a: Annotation, exclude: Sequence[str], counts: RowCounts) -> bool:
     """Whether an annotation says how a real task's answers rank; counted where not."""
     counts.read += 1
     reason = (
-        "skipped"
+        ("adjudication withdrawn" if a.strategy == "adjudication" else "skipped")
         if a.tiers is None
         else {"gold": "gold task", "repeat": "repeated task", "practice": "practice task"}.get(
             a.kind
@@ -308,7 +331,8 @@ def _weights(by_task: Sequence[Sequence[Annotation]]) -> Callable[[str], float]:
 
 
 def audit(store: Store, project: str) -> list[dict[str, object]]:
-    """Every version of every annotation with all that is known of it, then the event log."""
+    """Every version of every annotation with all that is known of it, then those of the project's
+    guidelines and settings, then the event log."""
     with store.read() as t:
         project_id = project_id_of(t, project)
         prompts, responses = prompts_of(t, project_id), responses_of(t, project_id)
@@ -325,5 +349,10 @@ def audit(store: Store, project: str) -> list[dict[str, object]]:
             }
             for a in annotations_of(t, project_id, every_version=True)
         ]
+        versions = [
+            {"type": "project", "project": project, "by": one["name"]}
+            | {name: one[name] for name in ("version", "guidelines", "settings", "created")}
+            for one in reversed(versions_of(t, project_id))
+        ]
         log = [{"type": "event", **event} for event in reversed(events_of(t))]
-    return [*rows, *log]
+    return [*rows, *versions, *log]

@@ -21,7 +21,9 @@ from prefloop.labelling.compared import compared_rows, is_compared
 from prefloop.labelling.export import is_store, project_id_of, split_address, store_rows
 from prefloop.labelling.outside import read_outside
 from prefloop.labelling.store import Store, Transaction, key_of
+from prefloop.labelling.store.projects import put_project
 from prefloop.labelling.store.reading import unanswered_of
+from prefloop.labelling.store.settling import put_finished
 from prefloop.records import Prompt, Ranking, RowCounts, Sampled, text_to_json
 
 MOST_ANSWERS = 9
@@ -66,11 +68,14 @@ def run(config: LabelImportConfig, kept: Mapping[str, Any] | None = None) -> dic
     # 2. Write.
     with closing(Store(config.store)) as store, store.write() as t:
         settings = kept or _settings(config)
-        project_id = t.put_project(config.project, config.mode, guidelines, settings)
+        seen = [_labeller_id(t, name) for name in config.members]
+        named = (config.project, config.mode, guidelines, settings)
+        project_id, changes = put_project(t, *named, seen)
         made = sum(_put(t, project_id, item, config, counts) for item in items)
         for prompt in waiting:
             t.put_prompt(project_id, text_to_json(prompt.prompt), prompt.extra)
         summary = {"tasks": made, "prompts": len(waiting), "dropped": counts.dropped}
+        summary |= {"changed": changes} if changes else {}
         t.log("import", None, project=config.project, data=config.data, **summary)
     return {"project": config.project, "rows": len(items) + len(waiting), **summary}
 
@@ -354,10 +359,14 @@ def _put_judged(
     t: Transaction, task_id: int, labeller: str, tiers: Sequence[Sequence[int]]
 ) -> bool:
     """An annotation made elsewhere; False where this labeller has one of the task already."""
-    known = t.labeller_named(labeller)
-    if known is None:
-        labeller_id = t.put_labeller(labeller, "labeller", secrets.token_urlsafe(32))
-        t.set_active(labeller_id, False)  # it has no link
-    else:
-        labeller_id = known["id"]
-    return t.put_finished(task_id, labeller_id, "import", tiers)
+    return put_finished(t, task_id, _labeller_id(t, labeller), "import", tiers)
+
+
+def _labeller_id(t: Transaction, name: str) -> int:
+    """A labeller by name; a new one has no link, until `label add-user` makes one."""
+    known = t.labeller_named(name)
+    if known is not None:
+        return int(known["id"])
+    labeller_id = t.put_labeller(name, "labeller", secrets.token_urlsafe(32))
+    t.set_active(labeller_id, False)
+    return labeller_id

@@ -25,7 +25,8 @@ MOST = 9
 """Answers of a task."""
 FAST = 0.2
 """An annotation is an outlier of speed below this share of the project's median seconds."""
-# A labeller is flagged beyond these, given at least ENOUGH pairs or annotations to judge by.
+# A labeller is flagged beyond these, given ENOUGH of what each is taken from: pairs of answers of
+# gold, shared and repeated tasks, annotations made on the page, tasks seen.
 ENOUGH = 10
 LOW_GOLD, LOW_ACCURACY, LOW_CONSISTENCY = 0.6, 0.55, 0.7
 MUCH_FAST, MUCH_SKIPPED, UNLIKELY = 0.2, 0.3, 0.01
@@ -235,7 +236,9 @@ def _accuracy(data: _Data) -> dict[int, float]:
 def _records(data: _Data, agreed: Floats, shares: Floats) -> tuple[Record, ...]:
     first, second = _columns(data.shared)
     accuracy = _accuracy(data)
-    gold, consistency = _gold(data), _consistency(data)
+    gold, (consistency, again) = _gold(data), _consistency(data)
+    pairs = data.answers * (data.answers - 1) // 2
+    shared_rows = np.unique(np.array(data.shared, dtype=np.int64))
     median = float(np.median(data.seconds[data.served])) if data.served.any() else 0.0
     records = []
     for number, name in enumerate(data.names):
@@ -258,7 +261,14 @@ def _records(data: _Data, agreed: Floats, shares: Floats) -> tuple[Record, ...]:
             "seconds": float(np.median(data.seconds[served])) if served.any() else None,
             "fast": float((data.seconds[served] < FAST * median).mean()) if served.any() else None,
         }
-        records.append(Record(name=name, flags=tuple(_flags(values)), **values))
+        counts = {
+            "gold pairs": len(right),
+            "shared pairs": int(pairs[shared_rows[data.who[shared_rows] == number]].sum()),
+            "repeated pairs": again[number],
+            "served": int(served.sum()),
+            "seen": count + skipped,
+        }
+        records.append(Record(name=name, flags=tuple(_flags(values, counts)), **values))
     return tuple(sorted(records, key=lambda record: record.name))
 
 
@@ -274,51 +284,37 @@ def _gold(data: _Data) -> dict[int, list[float]]:
     return agreements
 
 
-def _consistency(data: _Data) -> dict[int, list[float]]:
-    """For each labeller, pair agreement of each repeated task with the earlier annotation."""
+def _consistency(data: _Data) -> tuple[dict[int, list[float]], Counter[int]]:
+    """For each labeller, pair agreement of each repeated task with the earlier annotation, and the
+    number of pairs that those compare."""
     before = {(int(data.who[row]), a.task_id): row for row, a in enumerate(data.said)}
     agreements: defaultdict[int, list[float]] = defaultdict(list)
+    pairs: Counter[int] = Counter()
     for row, a in enumerate(data.said):
         who = int(data.who[row])
         if a.repeat_of is not None and (who, a.repeat_of) in before:
             rows = [row, before[who, a.repeat_of]]
             one, two = ag.pair_signs(data.ranks[rows][:, : len(a.response_ids)])
             agreements[who].append(float(ag.pair_agreement(one[None], two[None])[0]))
-    return agreements
+            pairs[who] += len(one)
+    return agreements, pairs
 
 
-def _flags(r: Mapping[str, Any]) -> Iterable[str]:
-    """What an admin should look at; with few annotations nothing is."""
+def _flags(r: Mapping[str, Any], counts: Mapping[str, int]) -> Iterable[str]:
+    """What an admin should look at; each only with ENOUGH of what it is taken from."""
 
-    def below(name: str, limit: float) -> bool:
-        return r[name] is not None and bool(r[name] < limit)
+    def known(name: str, taken_from: str) -> bool:
+        return r[name] is not None and counts[taken_from] >= ENOUGH
 
-    if r["gold_pairs"] >= ENOUGH and below("gold_accuracy", LOW_GOLD):
+    if known("gold_accuracy", "gold pairs") and r["gold_accuracy"] < LOW_GOLD:
         yield "often against gold"
-    if r["annotations"] < ENOUGH:
-        return
-    if below("accuracy", LOW_ACCURACY):
+    if known("accuracy", "shared pairs") and r["accuracy"] < LOW_ACCURACY:
         yield "often against the others"
-    if below("consistency", LOW_CONSISTENCY):
+    if known("consistency", "repeated pairs") and r["consistency"] < LOW_CONSISTENCY:
         yield "often against own earlier answers"
-    if below("first_wins_p", UNLIKELY):
+    if known("first_wins_p", "served") and r["first_wins_p"] < UNLIKELY:
         yield "prefers a place on the page"
-    if r["fast"] is not None and r["fast"] > MUCH_FAST:
+    if known("fast", "served") and r["fast"] > MUCH_FAST:
         yield "often very fast"
-    if r["skip_rate"] > MUCH_SKIPPED:
+    if known("skip_rate", "seen") and r["skip_rate"] > MUCH_SKIPPED:
         yield "skips much"
-
-
-def disagreements(store: Store, project: str, most: int = 50) -> list[tuple[int, float, int]]:
-    """(task, pair agreement, labellers) of shared tasks, worst first, but adjudicated ones."""
-    with store.read() as t:
-        said = list(annotations_of(t, project_id_of(t, project)))
-    settled = {a.task_id for a in said if a.strategy == "adjudication"}
-    data = _read(a for a in said if a.task_id not in settled)
-    first, second = _columns(data.shared)
-    by_task: defaultdict[int, list[float]] = defaultdict(list)
-    for row, agreed in zip(first, _agreement(data, first, second), strict=True):
-        by_task[int(data.task[row])].append(float(agreed))
-    sizes = Counter(a.task_id for a in data.said)
-    disputed = [(task, sum(v) / len(v), sizes[task]) for task, v in by_task.items() if min(v) < 1.0]
-    return sorted(disputed, key=lambda item: (item[1], item[0]))[:most]

@@ -45,7 +45,7 @@ def test_no_route_tells_a_labeller_which_way_wrote_what(made):
         places.update((wrote[text], place) for place, text in enumerate(texts))
         assert task.keys() == {
             *("assignment", "version", "mode", "practice", "guidelines", "prompt", "answers"),
-            *("draft", "said"),
+            *("draft", "said", "project", "guidelines_version"),
         }
         assert all(turn.keys() == {"role", "html", "raw"} for a in task["answers"] for turn in a)
         own = {"assignment": task["assignment"]}

@@ -6,20 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, and_, case, exists, func, select
+from sqlalchemy import Select, and_, exists, func, or_, select
 
 from prefloop.labelling.store.schema import (
     annotation_rows,
     assignments,
     events,
     labellers,
+    members,
     projects,
     prompts,
     responses,
     snapshots,
     tasks,
 )
-from prefloop.labelling.store.transaction import Transaction
+from prefloop.labelling.store.transaction import Transaction, seen_by
 
 _not_expired = assignments.c.state != "expired"
 MANY = 1000
@@ -49,6 +50,7 @@ class Annotation:
     comment: str
     seconds: float
     created: float
+    project_version: int | None  # which guidelines the page showed
 
 
 def annotations_of(
@@ -63,7 +65,7 @@ def annotations_of(
         *(task.id, task.kind, task.prompt_id, task.response_ids, task.gold_tiers, task.repeat_of),
         *(labellers.c.name, assignments.c.shown, assignments.c.strategy, said.version),
         *(said.tiers, said.ratings, said.strength, said.confidence, said.all_bad, said.flags),
-        *(said.comment, said.seconds, said.created),
+        *(said.comment, said.seconds, said.created, said.project_version),
     )
     query: Select[Any] = (
         select(*columns)
@@ -134,21 +136,27 @@ def _texts(completion: Any) -> list[str]:
     return [completion] if isinstance(completion, str) else [m["content"] for m in completion]
 
 
-def count_of(t: Transaction, labeller_id: int) -> dict[str, int]:
+def count_of(t: Transaction, labeller_id: int, project_id: int | None = None) -> dict[str, int]:
     """What a labeller has done and skipped, practice apart, and real tasks left for this labeller.
 
-    MANY stands for more.
+    In one project, or in all that the labeller sees. MANY stands for more.
     """
     mine = assignments.c.labeller_id == labeller_id
+    every = {p["id"] for p in t.projects()}
+    here = {p["id"] for p in t.projects(labeller_id) if project_id in (None, p["id"])}
     states: Select[Any] = (
         select(assignments.c.state, func.count())
         .where(mine, assignments.c.strategy != "practice")
         .group_by(assignments.c.state)
     )
+    if here != every:  # else the tasks need not be looked up
+        states = states.join(tasks, tasks.c.id == assignments.c.task_id)
+        states = states.where(tasks.c.project_id.in_(here))
     counted = {row[0]: int(row[1]) for row in t.connection.execute(states)}
     seen = exists().where(assignments.c.task_id == tasks.c.id, mine, _not_expired)
     lacking = and_(tasks.c.kind == "real", tasks.c.taken < tasks.c.need, ~seen)
-    open_tasks = select(tasks.c.id).where(lacking).limit(MANY).subquery()
+    open_here = and_(lacking, tasks.c.project_id.in_(here))
+    open_tasks = select(tasks.c.id).where(open_here).limit(MANY).subquery()
     left = t.connection.execute(select(func.count()).select_from(open_tasks)).scalar_one()
     done, skipped = counted.get("done", 0), counted.get("skipped", 0)
     return {"done": done, "skipped": skipped, "left": int(left) + counted.get("open", 0)}
@@ -163,6 +171,7 @@ def work_of(
         *(assignments.c.id, assignments.c.shown, assignments.c.strategy, projects.c.mode),
         *(prompts.c.prompt, said.tiers, said.ratings, said.strength, said.confidence),
         *(said.all_bad, said.flags, said.comment, said.created, said.version),
+        *(projects.c.name.label("project"), said.project_version),
     )
     return t.all(
         select(*columns)
@@ -171,6 +180,7 @@ def work_of(
         .join(prompts, prompts.c.id == tasks.c.prompt_id)
         .join(annotation_rows, said.assignment_id == assignments.c.id)
         .where(assignments.c.labeller_id == labeller_id, said.version == assignments.c.version)
+        .where(seen_by(labeller_id))
         .where(assignments.c.state.in_(("skipped",) if skipped else ("done", "skipped")))
         .order_by(assignments.c.id.desc())
         .offset(offset)
@@ -211,7 +221,10 @@ def progress_of(t: Transaction, project_id: int) -> Progress:
     counted = t.connection.execute(select(*totals).select_from(tasks).where(real)).one()
     # A task that lacks annotations is settled all the same when no labeller (admins apart, who need
     # not label) is left to whom it could be given.
-    counts = and_(labellers.c.active, labellers.c.role == "labeller")
+    member = and_(members.c.project_id == project_id, members.c.labeller_id == labellers.c.id)
+    hidden = select(projects.c.members_only).where(projects.c.id == project_id).scalar_subquery()
+    sees = or_(~hidden, exists().where(member))
+    counts = and_(labellers.c.active, labellers.c.role == "labeller", sees)
     active = select(func.count()).select_from(labellers).where(counts).scalar_subquery()
     gone = (
         select(func.count())
@@ -228,38 +241,30 @@ def progress_of(t: Transaction, project_id: int) -> Progress:
     return Progress(tasks_, needed, done, held, t.connection.execute(unsettled).scalar_one())
 
 
-def labellers_of(t: Transaction, project_id: int) -> Sequence[Mapping[str, Any]]:
-    """Each labeller with the numbers of tasks done and skipped in a project."""
-    here: Any = (
-        select(assignments.c.labeller_id, assignments.c.state)
-        .join(tasks, tasks.c.id == assignments.c.task_id)
-        .where(tasks.c.project_id == project_id)
-        .subquery()
-    )
-    done = func.coalesce(func.sum(case((here.c.state == "done", 1), else_=0)), 0)
-    skipped = func.coalesce(func.sum(case((here.c.state == "skipped", 1), else_=0)), 0)
+def labellers_of(
+    t: Transaction, project_id: int, after: str, limit: int
+) -> Sequence[Mapping[str, Any]]:
+    """Labellers by name, from after one, with what each has done and skipped in a project."""
     who = labellers.c
-    return t.all(
-        select(who.id, who.name, who.role, who.active, done.label("done"), skipped.label("skipped"))
-        .select_from(labellers)
-        .outerjoin(here, here.c.labeller_id == who.id)
-        .group_by(who.id, who.name, who.role, who.active)
+    shown = (
+        select(who.id, who.name, who.role, who.active)
+        .where(who.name > after, who.role != "adjudicator")
         .order_by(who.name)
+        .limit(limit)
     )
-
-
-def throughput_of(t: Transaction, project_id: int, hours: int = 24) -> list[tuple[float, int]]:
-    """(start of the hour, annotations) of the last hours in which there were any, newest first."""
-    hour = func.floor(annotation_rows.c.created / 3600)
-    query: Select[Any] = (
-        select(hour, func.count())
-        .join(assignments, assignments.c.id == annotation_rows.c.assignment_id)
+    people = t.all(shown)
+    here: Select[Any] = (
+        select(assignments.c.labeller_id, assignments.c.state, func.count())
         .join(tasks, tasks.c.id == assignments.c.task_id)
-        .where(tasks.c.project_id == project_id, annotation_rows.c.created > t.now - 3600 * hours)
-        .group_by(hour)
-        .order_by(hour.desc())
+        .where(tasks.c.project_id == project_id, assignments.c.state.in_(("done", "skipped")))
+        .where(assignments.c.labeller_id.in_([one["id"] for one in people]))
+        .group_by(assignments.c.labeller_id, assignments.c.state)
     )
-    return [(3600 * float(row[0]), row[1]) for row in t.connection.execute(query)]
+    counted = {(row[0], row[1]): row[2] for row in t.connection.execute(here)}
+    return [
+        {**one, **{state: counted.get((one["id"], state), 0) for state in ("done", "skipped")}}
+        for one in people
+    ]
 
 
 def events_of(t: Transaction, limit: int | None = None) -> Sequence[Mapping[str, Any]]:
@@ -269,23 +274,8 @@ def events_of(t: Transaction, limit: int | None = None) -> Sequence[Mapping[str,
     return t.all(query.order_by(events.c.id.desc()).limit(limit))
 
 
-def flagged_of(t: Transaction, project_id: int, limit: int) -> Sequence[Mapping[str, Any]]:
-    """The newest annotations that carry flags or a comment."""
-    said = annotation_rows.c
-    columns: tuple[Any, ...] = (assignments.c.task_id, labellers.c.name, said.flags, said.comment)
-    return t.all(
-        select(*columns)
-        .join(assignments, assignments.c.id == said.assignment_id)
-        .join(tasks, tasks.c.id == assignments.c.task_id)
-        .join(labellers, labellers.c.id == assignments.c.labeller_id)
-        .where(tasks.c.project_id == project_id, said.version == assignments.c.version)
-        .where((said.flags != []) | (said.comment != ""))
-        .order_by(said.id.desc())
-        .limit(limit)
-    )
-
-
-def task_of(t: Transaction, project_id: int, task_id: int) -> Mapping[str, Any] | None:
-    """One task of a project."""
-    rows = t.all(select(tasks).where(tasks.c.project_id == project_id, tasks.c.id == task_id))
-    return rows[0] if rows else None
+def labellers_named(t: Transaction) -> dict[str, int]:
+    """The id of each labeller and admin, by name."""
+    query: Select[Any] = select(labellers.c.name, labellers.c.id)
+    rows = t.connection.execute(query.where(labellers.c.role != "adjudicator"))
+    return {row[0]: row[1] for row in rows}

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -69,8 +70,10 @@ projects = Table(
     Column("name", String(200), nullable=False, unique=True),
     Column("mode", String(20), nullable=False),  # ranking, pairwise, rating
     Column("guidelines", Text, nullable=False),
-    Column("settings", Json, nullable=False),  # labelling.store.ProjectSettings
+    Column("settings", Json, nullable=False),  # labelling.imports._settings
     Column("created", Float, nullable=False),
+    Column("version", Integer, nullable=False, server_default="1"),  # of guidelines and settings
+    Column("members_only", Boolean, nullable=False, server_default=false()),
 )
 snapshots = Table(  # what wrote responses: a policy at one state of its weights
     "snapshots",
@@ -112,11 +115,30 @@ labellers = Table(
     metadata,
     _id(),
     Column("name", String(200), nullable=False, unique=True),
-    Column("role", String(20), nullable=False),  # labeller, admin
+    Column("role", String(20), nullable=False),  # labeller, admin, adjudicator
     Column("token_hash", String(64), nullable=False, unique=True),
     Column("active", Boolean, nullable=False),
     Column("handed", Integer, nullable=False),  # tasks handed out so far: seeds the next choice
     Column("created", Float, nullable=False),
+)
+project_versions = Table(  # guidelines and settings as they stood; never overwritten
+    "project_versions",
+    metadata,
+    _id(),
+    _to("project"),
+    Column("version", Integer, nullable=False),
+    Column("guidelines", Text, nullable=False),
+    Column("settings", Json, nullable=False),
+    _to("labeller", nullable=True),  # who made it; NULL: a command
+    Column("created", Float, nullable=False),
+    UniqueConstraint("project_id", "version"),
+)
+members = Table(  # who sees a project that not everybody sees
+    "members",
+    metadata,
+    Column("project_id", ForeignKey("projects.id"), primary_key=True),
+    Column("labeller_id", ForeignKey("labellers.id"), primary_key=True),
+    Index(None, "labeller_id"),
 )
 sessions = Table(
     "sessions",
@@ -143,6 +165,10 @@ tasks = Table(
     Column("gap", Float, nullable=False),  # largest difference of predicted rewards
     Column("gold_tiers", Json),  # of gold and practice: the order that is known
     Column("reason", Json),  # of practice: why that order
+    # What the newest annotations say of it together (labelling.store.settling).
+    Column("disagreement", Float),  # 1 - mean pair agreement; NULL with fewer than two labellers
+    Column("flagged", Integer, nullable=False, server_default="0"),  # with flags or a comment
+    Column("adjudicated", Boolean, nullable=False, server_default=false()),
     Column("repeat_of", ForeignKey("tasks.id")),
     _to("labeller", nullable=True),  # whom a repeat is for
     UniqueConstraint("project_id", "key"),
@@ -166,6 +192,30 @@ Index(
     tasks.c.draw,
     sqlite_where=text("need IS NULL"),
     postgresql_where=text("need IS NULL"),
+)
+# What the admin's list walks along.
+Index("ix_tasks_project", tasks.c.project_id, tasks.c.id)
+Index(
+    "ix_tasks_disputed",
+    tasks.c.project_id,
+    tasks.c.disagreement.desc(),
+    tasks.c.id,
+    sqlite_where=text("disagreement > 0"),
+    postgresql_where=text("disagreement > 0"),
+)
+Index(
+    "ix_tasks_flagged",
+    tasks.c.project_id,
+    tasks.c.id,
+    sqlite_where=text("flagged > 0"),
+    postgresql_where=text("flagged > 0"),
+)
+Index(
+    "ix_tasks_adjudicated",
+    tasks.c.project_id,
+    tasks.c.id,
+    sqlite_where=text("adjudicated = 1"),
+    postgresql_where=text("adjudicated"),
 )
 assignments = Table(
     "assignments",
@@ -206,7 +256,9 @@ annotation_rows = Table(  # `annotations` is Python's own name in a module
     Column("seconds", Float, nullable=False),  # the page was in view
     Column("request_id", String(64), nullable=False, unique=True),  # a repeated request adds none
     Column("created", Float, nullable=False),
+    Column("project_version", Integer),  # which guidelines the page showed; NULL: not said
     UniqueConstraint("assignment_id", "version"),
+    Index(None, "created"),
 )
 events = Table(  # the audit log
     "events",

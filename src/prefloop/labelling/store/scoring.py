@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, select, update
 
+from prefloop.labelling.store.projects import change_project
 from prefloop.labelling.store.schema import projects, responses, tasks
 from prefloop.labelling.store.transaction import Transaction
 
@@ -37,6 +38,6 @@ def put_scores(
 def set_strategy(t: Transaction, project_id: int, strategy: str) -> None:
     """How tasks are chosen from now on."""
     own = projects.c.id == project_id
-    settings = t.connection.execute(select(projects.c.settings).where(own)).scalar_one()
-    changed = {**settings, "strategy": strategy}
-    t.connection.execute(update(projects).where(own).values(settings=changed))
+    project = t.one(select(projects).where(own).with_for_update())
+    assert project is not None
+    change_project(t, project, None, None, {**project["settings"], "strategy": strategy})

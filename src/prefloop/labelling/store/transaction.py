@@ -13,12 +13,12 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, exists, insert, or_, select, text, true, update
 
-from prefloop.errors import UserError
 from prefloop.labelling.store.schema import (
     annotation_rows,
     assignments,
     events,
     labellers,
+    members,
     projects,
     prompts,
     responses,
@@ -50,7 +50,8 @@ class Transaction:
         self.connection = connection
         self.now = now
 
-    def _one(self, query: Any) -> Row | None:
+    def one(self, query: Any) -> Row | None:
+        """The first row of a query."""
         row = self.connection.execute(query).mappings().first()
         return None if row is None else dict(row)
 
@@ -58,7 +59,8 @@ class Transaction:
         """Rows of a query."""
         return [dict(row) for row in self.connection.execute(query).mappings()]
 
-    def _insert(self, table: Any, **values: object) -> int:
+    def insert(self, table: Any, **values: object) -> int:
+        """A new row; its id."""
         result = self.connection.execute(insert(table).values(**values))
         key = result.inserted_primary_key
         assert key is not None
@@ -66,68 +68,50 @@ class Transaction:
 
     def log(self, action: str, by: int | None = None, **detail: object) -> None:
         """A line of the audit log; `by` is a labeller's id."""
-        self._insert(events, at=self.now, labeller_id=by, action=action, detail=detail)
+        self.insert(events, at=self.now, labeller_id=by, action=action, detail=detail)
 
     # --- projects and what is to be ranked -------------------------------------------------------
 
     def project(self, name: str) -> Row | None:
         """A project by name."""
-        return self._one(select(projects).where(projects.c.name == name))
+        return self.one(select(projects).where(projects.c.name == name))
 
-    def projects(self) -> Sequence[Row]:
-        """All projects, oldest first."""
-        return self.all(select(projects).order_by(projects.c.id))
-
-    def put_project(
-        self, name: str, mode: str, guidelines: str | None, settings: Mapping[str, object]
-    ) -> int:
-        """A new project, or new settings of an old one; the mode of one that has tasks stays."""
-        known = self.project(name)
-        if known is None:
-            values = {"mode": mode, "guidelines": guidelines or "", "settings": dict(settings)}
-            return self._insert(projects, name=name, created=self.now, **values)
-        if known["mode"] != mode:
-            raise UserError(
-                f"project {name} is a {known['mode']} project; give --mode {known['mode']} or "
-                "another --project"
-            )
-        kept = known["guidelines"] if guidelines is None else guidelines
-        changed = {"guidelines": kept, "settings": dict(settings)}
-        query = update(projects).where(projects.c.id == known["id"]).values(**changed)
-        self.connection.execute(query)
-        return int(known["id"])
+    def projects(self, labeller_id: int | None = None) -> Sequence[Row]:
+        """All projects, or those that a labeller sees, oldest first."""
+        seen = true() if labeller_id is None else seen_by(labeller_id)
+        return self.all(select(projects).where(seen).order_by(projects.c.id))
 
     def put_snapshot(self, model: str, weights: str) -> int:
         """The policy that wrote responses."""
         same = and_(snapshots.c.model == model, snapshots.c.weights == weights)
-        known = self._one(select(snapshots.c.id).where(same))
+        known = self.one(select(snapshots.c.id).where(same))
         if known is not None:
             return int(known["id"])
-        return self._insert(snapshots, model=model, weights=weights, created=self.now)
+        return self.insert(snapshots, model=model, weights=weights, created=self.now)
 
     def put_prompt(self, project_id: int, prompt: object, extra: Mapping[str, object]) -> int:
         """A prompt, once in a project."""
         key = key_of(prompt)
         same = and_(prompts.c.project_id == project_id, prompts.c.key == key)
-        known = self._one(select(prompts.c.id).where(same))
+        known = self.one(select(prompts.c.id).where(same))
         if known is not None:
             return int(known["id"])
         values = {"key": key, "prompt": prompt, "extra": dict(extra)}
-        return self._insert(prompts, project_id=project_id, **values)
+        return self.insert(prompts, project_id=project_id, **values)
 
     def put_response(self, prompt_id: int, completion: object, **facts: object) -> int:
         """An answer to a prompt, with what is known of its making."""
-        return self._insert(responses, prompt_id=prompt_id, completion=completion, **facts)
+        return self.insert(responses, prompt_id=prompt_id, completion=completion, **facts)
 
     def task_by_key(self, project_id: int, key: str) -> Row | None:
         """A task by the hash of what it asks."""
         same = and_(tasks.c.project_id == project_id, tasks.c.key == key)
-        return self._one(select(tasks).where(same))
+        return self.one(select(tasks).where(same))
 
     def put_task(self, **values: object) -> int:
         """A task, nobody's yet unless `values` say otherwise."""
         start: dict[str, object] = {"taken": 0, "done": 0, "priority": 0, "draw": 0.0}
-        return self._insert(tasks, **{**start, "uncertainty": 0.0, "gap": 0.0, **values})
+        return self.insert(tasks, **{**start, "uncertainty": 0.0, "gap": 0.0, **values})
 
     # --- labellers and sessions ------------------------------------------------------------------
 
@@ -136,7 +120,7 @@ class Transaction:
         known = self.labeller_named(name)
         values = {"role": role, "token_hash": token_hash(token), "active": True}
         if known is None:
-            return self._insert(labellers, name=name, handed=0, created=self.now, **values)
+            return self.insert(labellers, name=name, handed=0, created=self.now, **values)
         mine = labellers.c.id == known["id"]
         self.connection.execute(update(labellers).where(mine).values(**values))
         self.connection.execute(sessions.delete().where(sessions.c.labeller_id == known["id"]))
@@ -144,7 +128,7 @@ class Transaction:
 
     def labeller_named(self, name: str) -> Row | None:
         """A labeller by name."""
-        return self._one(select(labellers).where(labellers.c.name == name))
+        return self.one(select(labellers).where(labellers.c.name == name))
 
     def set_active(self, labeller_id: int, active: bool) -> None:
         """Let a labeller in or shut the door; annotations stay."""
@@ -153,7 +137,7 @@ class Transaction:
 
     def open_session(self, token: str, session: str, seconds: float) -> Row | None:
         """A session for the owner of a link's token; None where nobody active owns it."""
-        owner = self._one(
+        owner = self.one(
             select(labellers).where(labellers.c.token_hash == token_hash(token), labellers.c.active)
         )
         if owner is not None:
@@ -165,7 +149,7 @@ class Transaction:
 
     def session(self, session: str) -> Row | None:
         """The active labeller of a session that has not expired."""
-        return self._one(
+        return self.one(
             select(labellers)
             .join(sessions, sessions.c.labeller_id == labellers.c.id)
             .where(sessions.c.token_hash == token_hash(session))
@@ -182,7 +166,7 @@ class Transaction:
     def lock_labeller(self, labeller_id: int) -> int:
         """How many tasks a labeller was handed; one labeller's requests wait for each other."""
         mine = labellers.c.id == labeller_id
-        row = self._one(select(labellers.c.handed).where(mine).with_for_update())
+        row = self.one(select(labellers.c.handed).where(mine).with_for_update())
         assert row is not None
         return int(row["handed"])
 
@@ -228,7 +212,7 @@ class Transaction:
             assignments.c.labeller_id == labeller_id,
             assignments.c.state != "expired",
         )
-        row = self._one(
+        row = self.one(
             select(tasks.c.id)
             .where(tasks.c.project_id == project_id, tasks.c.kind == kind, open_)
             .where(~exists().where(mine))
@@ -241,7 +225,7 @@ class Transaction:
     def repeatable(self, project_id: int, labeller_id: int, back: int) -> Row | None:
         """An own real task of at least `back` annotations ago that was not repeated yet."""
         again = tasks.alias("again")
-        return self._one(
+        return self.one(
             select(tasks)
             .join(assignments, assignments.c.task_id == tasks.c.id)
             .where(assignments.c.labeller_id == labeller_id, assignments.c.state == "done")
@@ -267,7 +251,7 @@ class Transaction:
 
     def answers_of(self, task_id: int) -> int:
         """How many answers a task has."""
-        row = self._one(select(tasks.c.response_ids).where(tasks.c.id == task_id))
+        row = self.one(select(tasks.c.response_ids).where(tasks.c.id == task_id))
         assert row is not None
         return len(row["response_ids"])
 
@@ -288,7 +272,7 @@ class Transaction:
         self, task_id: int, labeller_id: int, shown: Sequence[int], strategy: str, until: float
     ) -> int:
         """A task for a labeller; one that had expired in these hands opens again as it was."""
-        known = self._one(
+        known = self.one(
             select(assignments.c.id).where(
                 assignments.c.labeller_id == labeller_id, assignments.c.task_id == task_id
             )
@@ -298,7 +282,7 @@ class Transaction:
             return int(known["id"])
         lease = {"state": "open", "leased_until": until, "version": 0, "created": self.now}
         values = {"shown": list(shown), "strategy": strategy, **lease}
-        return self._insert(assignments, task_id=task_id, labeller_id=labeller_id, **values)
+        return self.insert(assignments, task_id=task_id, labeller_id=labeller_id, **values)
 
     def set_assignment(self, assignment_id: int, **values: object) -> None:
         """Change an assignment."""
@@ -307,93 +291,73 @@ class Transaction:
 
     def assignment(self, assignment_id: int, labeller_id: int) -> Row | None:
         """A labeller's assignment with its task, locked."""
-        mine = and_(assignments.c.id == assignment_id, assignments.c.labeller_id == labeller_id)
-        return self._one(_held().where(mine).with_for_update(of=assignments))
+        mine = assignments.c.id == assignment_id
+        return self.one(_held(labeller_id).where(mine).with_for_update(of=assignments))
 
-    def shown_order(self, assignment_id: int) -> list[int]:
-        """Positions as an assignment shows them; none for an unknown one."""
-        row = self._one(select(assignments.c.shown).where(assignments.c.id == assignment_id))
+    def shown_order(self, assignment_id: int, labeller_id: int) -> list[int]:
+        """Positions as a labeller's assignment shows them; none for any other one."""
+        mine = and_(assignments.c.id == assignment_id, assignments.c.labeller_id == labeller_id)
+        row = self.one(select(assignments.c.shown).where(mine))
         return list(row["shown"]) if row else []
 
-    def current(self, labeller_id: int) -> Row | None:
-        """The open assignment of a labeller."""
-        mine = and_(assignments.c.labeller_id == labeller_id, assignments.c.state == "open")
-        return self._one(_held().where(mine).order_by(assignments.c.id.desc()).limit(1))
+    def current(self, labeller_id: int, project_id: int | None = None) -> Row | None:
+        """The open assignment of a labeller, in one project or in any."""
+        here = true() if project_id is None else tasks.c.project_id == project_id
+        mine = and_(assignments.c.state == "open", here)
+        newest = assignments.c.id.desc()
+        return self.one(_held(labeller_id).where(mine).order_by(newest).limit(1))
 
     def finished(self, labeller_id: int, before: int | None) -> Row | None:
         """The assignment a labeller finished or skipped last, or last before another."""
         mine = and_(
-            assignments.c.labeller_id == labeller_id,
             assignments.c.state.in_(("done", "skipped")),
             true() if before is None else assignments.c.id < before,
         )
-        return self._one(_held().where(mine).order_by(assignments.c.id.desc()).limit(1))
+        newest = assignments.c.id.desc()
+        return self.one(_held(labeller_id).where(mine).order_by(newest).limit(1))
 
     # --- annotations -----------------------------------------------------------------------------
 
     def put_annotation(self, assignment_id: int, version: int, **values: object) -> int:
         """A new version of what a labeller says of a task."""
         row = {"created": self.now, **values}
-        return self._insert(annotation_rows, assignment_id=assignment_id, version=version, **row)
+        return self.insert(annotation_rows, assignment_id=assignment_id, version=version, **row)
 
     def annotation_of_request(self, request_id: str) -> Row | None:
         """What a request that is sent again has written."""
-        return self._one(select(annotation_rows).where(annotation_rows.c.request_id == request_id))
+        return self.one(select(annotation_rows).where(annotation_rows.c.request_id == request_id))
 
     def annotation(self, assignment_id: int, version: int) -> Row | None:
         """One version of an annotation."""
         same = and_(
             annotation_rows.c.assignment_id == assignment_id, annotation_rows.c.version == version
         )
-        return self._one(select(annotation_rows).where(same))
+        return self.one(select(annotation_rows).where(same))
 
     def count_done(self, task_id: int, change: int = 1) -> None:
         """One more annotated assignment of a task."""
         query = update(tasks).where(tasks.c.id == task_id).values(done=tasks.c.done + change)
         self.connection.execute(query)
 
-    def put_finished(
-        self, task_id: int, labeller_id: int, strategy: str, tiers: Sequence[Sequence[int]]
-    ) -> bool:
-        """An annotation that no hand-out asked for; False where the labeller has done the task.
 
-        It raises `need` where there is no room for it. An adjudication is not counted at all: it
-        is said about the annotations, not beside them.
-        """
-        same = and_(assignments.c.task_id == task_id, assignments.c.labeller_id == labeller_id)
-        known = self._one(select(assignments).where(same))
-        counts = strategy != "adjudication"
-        if known is not None and (counts or known["strategy"] != "adjudication"):
-            return False
-        if known is None:
-            answers = self.answers_of(task_id)
-            held = self.put_assignment(task_id, labeller_id, range(answers), strategy, self.now)
-            version = 1
-        else:
-            held, version = int(known["id"]), int(known["version"]) + 1
-        self.set_assignment(held, state="done", version=version)
-        values = {"tiers": [list(tier) for tier in tiers], "all_bad": False, "flags": []}
-        request = key_of(strategy, held, version)
-        self.put_annotation(held, version, **values, comment="", seconds=0.0, request_id=request)
-        if counts:
-            room = and_(tasks.c.id == task_id, tasks.c.need == tasks.c.taken)
-            self.connection.execute(update(tasks).where(room).values(need=tasks.c.need + 1))
-            self.take(task_id)
-            self.count_done(task_id)
-        return True
+def seen_by(labeller_id: int) -> Any:
+    """Whether a labeller sees a row of `projects`: everybody does, or its members alone."""
+    member = and_(members.c.project_id == projects.c.id, members.c.labeller_id == labeller_id)
+    return or_(~projects.c.members_only, exists().where(member))
 
 
-def _held() -> Any:
-    """Assignments with what hand-out and submission need of their tasks."""
-    wanted: tuple[Any, ...] = (
-        tasks.c.project_id,
-        tasks.c.kind,
-        tasks.c.response_ids,
-        tasks.c.prompt_id,
+def _held(labeller_id: int) -> Any:
+    """A labeller's assignments, in projects that this labeller sees, with what hand-out and
+    submission need of their tasks."""
+    task, project = tasks.c, projects.c
+    cols: tuple[Any, ...] = (
+        *(task.project_id, task.kind, task.response_ids, task.prompt_id, project.mode),
+        *(project.settings, project.guidelines, project.name.label("project")),
+        project.version.label("project_version"),
     )
-    cols: tuple[Any, ...] = (*wanted, projects.c.mode, projects.c.settings, projects.c.guidelines)
     return (
         select(assignments, *cols)
         .join(tasks, tasks.c.id == assignments.c.task_id)
         .join(projects, projects.c.id == tasks.c.project_id)
+        .where(assignments.c.labeller_id == labeller_id, seen_by(labeller_id))
     )

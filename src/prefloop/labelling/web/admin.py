@@ -1,37 +1,37 @@
-"""The admin's pages: progress, labellers, flags, quality, disagreements, adjudication, export."""
+"""The admin's pages: progress, labellers, flags, quality, export. Tasks are tasks.py's, settings,
+members and charts project.py's."""
 
 import json
-import re
 import secrets
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, get_args
-from urllib.parse import parse_qs, urlencode
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from urllib.parse import parse_qs
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import RedirectResponse, Response
-from pydantic import Field
 
-from prefloop.config.labelling import Consensus, Form
-from prefloop.errors import UserError
+from prefloop.config.checks import validate
+from prefloop.config.labelling import Consensus, Form, LabelExportConfig
+from prefloop.files import plain
 from prefloop.labelling import report
 from prefloop.labelling.assign import Refused
-from prefloop.labelling.export import audit, decisions, project_id_of
-from prefloop.labelling.forms import form_rows
-from prefloop.labelling.outside import tiers_of_ranks
-from prefloop.labelling.quality import disagreements, measure
-from prefloop.labelling.store import Transaction
+from prefloop.labelling.export import project_id_of, project_of, training_rows
+from prefloop.labelling.quality import measure
 from prefloop.labelling.store import reading as r
+from prefloop.labelling.store import workbench as w
+from prefloop.labelling.web.own import said_at
+from prefloop.labelling.web.project import add_project
 from prefloop.labelling.web.security import COOKIE, csrf_matches
+from prefloop.labelling.web.tasks import add_tasks, number
 from prefloop.records import RowCounts
 
 if TYPE_CHECKING:
     from prefloop.labelling.web.app import Site
 
-Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
-"""What a database's integer column can be asked for."""
-SHOWN_FLAGS = 100
-"""Flagged annotations on the page; the audit export has them all."""
+SHOWN_FLAGS, SHOWN_DISPUTED = 20, 20
+"""Tasks on the overview and the quality page; the list of tasks has them all."""
+LABELLERS = 50
+"""On one page."""
 
 
 def add_admin(app: FastAPI, site: "Site") -> None:
@@ -57,62 +57,47 @@ def add_admin(app: FastAPI, site: "Site") -> None:
     _add_views(app, site, admin)
     _add_export(app, site, admin)
     _add_changes(app, site, admin, form)
-
-
-def _project(t: Transaction, name: str | None) -> Mapping[str, Any] | None:
-    """The project of that name, else the newest one."""
-    listed = t.projects()
-    return next((p for p in listed if p["name"] == name), listed[-1] if listed else None)
+    add_tasks(app, site, admin, form)
+    add_project(app, site, admin, form)
 
 
 def _add_views(app: FastAPI, site: "Site", admin: Any) -> None:
     Admin = Annotated[dict[str, Any], Depends(admin)]
 
     @app.get("/admin")
-    def overview(request: Request, who: Admin, project: str | None = None) -> Response:
+    def overview(
+        request: Request, who: Admin, project: str | None = None, people: str = ""
+    ) -> Response:
+        """A project, the newest where none is named; `people`: the labeller to list on after."""
         with site.store.read() as t:
-            chosen = _project(t, project)
-            if chosen is None:
-                return site.page(request, "message.html", 404, key="finished")
-            flagged = r.flagged_of(t, chosen["id"], SHOWN_FLAGS)
+            listed = t.projects()
+            if project is None and not listed:
+                return site.message(request, "no-project-none", 404)
+            chosen = listed[-1] if project is None else project_of(t, project)
+            labellers = r.labellers_of(t, chosen["id"], people, LABELLERS + 1)
             context: dict[str, Any] = {
-                "projects": [p["name"] for p in t.projects()],
-                "project": chosen,
+                "projects": [p["name"] for p in listed],
+                "project": chosen["name"],
+                "found": chosen,
                 "progress": r.progress_of(t, chosen["id"]),
-                "hours": [(_hour(at), n) for at, n in r.throughput_of(t, chosen["id"])],
-                "labellers": r.labellers_of(t, chosen["id"]),
-                "flagged": flagged,
-                "events": [{**e, "at": _hour(e["at"])} for e in r.events_of(t, 20)],
+                "labellers": labellers[:LABELLERS],
+                "more": labellers[LABELLERS - 1]["name"] if len(labellers) > LABELLERS else None,
+                "flagged": w.flagged_of(t, chosen["id"], SHOWN_FLAGS),
+                "events": [{**e, "at": said_at(e["at"])} for e in r.events_of(t, 20)],
+                "everybody": sorted(r.labellers_named(t)),
             }
         context |= {"forms": get_args(Form), "consensus": get_args(Consensus)}
         return site.page(request, "admin.html", **context)
 
     @app.get("/admin/quality")
     def quality(request: Request, who: Admin, project: str) -> Response:
-        measured = _or_404(measure, site.store, project)
-        if measured is None:
-            return site.page(request, "message.html", 404, key="finished")
-        worst = disagreements(site.store, project)
+        measured = measure(site.store, project)
+        with site.store.read() as t:
+            disputed = w.Wanted("disputed")
+            worst, _ = w.tasks_of(t, project_id_of(t, project), disputed, SHOWN_DISPUTED)
         words = site.words[site.language(request)]
         context: dict[str, Any] = report.context(measured, words)
         return site.page(request, "admin_quality.html", worst=worst, project=project, **context)
-
-    @app.get("/admin/task")
-    def task(request: Request, who: Admin, project: str, id: Number) -> Response:
-        with site.store.read() as t:
-            task_row = r.task_of(t, project_id_of(t, project), id)
-            if task_row is None:
-                return site.page(request, "message.html", 404, key="finished")
-            prompt, completions = r.texts_of(t, task_row["prompt_id"], task_row["response_ids"])
-            said = list(r.annotations_of(t, task_row["project_id"], id))
-        context: dict[str, Any] = {
-            "project": project,
-            "task": task_row,
-            "prompt": site.renderer.turns(prompt),
-            "answers": [site.renderer.turns(c) for c in completions],
-            "said": [(a, _places(a.tiers)) for a in said],
-        }
-        return site.page(request, "admin_task.html", **context)
 
 
 def _add_export(app: FastAPI, site: "Site", admin: Any) -> None:
@@ -120,45 +105,40 @@ def _add_export(app: FastAPI, site: "Site", admin: Any) -> None:
 
     @app.get("/admin/export")
     def export(
-        who: Admin, project: str, form: Form = "rankings", consensus: Consensus = "labeller"
+        who: Admin,
+        project: str,
+        form: Form = "rankings",
+        consensus: Consensus = "labeller",
+        margins: bool = False,
+        exclude: Annotated[list[str], Query()] = [],  # noqa: B006 - FastAPI copies it
+        eval_fraction: float = 0.0,
+        part: Literal["train", "eval"] = "train",
     ) -> Response:
+        """The rows that `label export` writes, of the training prompts or of the held-out ones."""
+        config = LabelExportConfig(
+            store=site.store.name, project=project, output=Path(f"{form}.jsonl"), form=form,
+            consensus="labeller" if form == "audit" else consensus, label_margins=margins,
+            exclude=tuple(exclude), eval_fraction=eval_fraction,
+        )  # fmt: skip
+        validate(config)
         counts = RowCounts()
-        if form == "audit":
-            rows = audit(site.store, project)
-        else:
-            decided = decisions(site.store, project, consensus, (), counts)
-            rows = [row for d in decided for row in form_rows(form, d, counts)]
+        rows = training_rows(site.store, config, counts)[part == "eval"]
         with site.store.write() as t:
             details = {"project": project, "form": form, "consensus": consensus, "rows": len(rows)}
+            details |= {"exclude": exclude, "margins": margins, "part": part}
             t.log("export", who["id"], **details, left_out=counts.dropped)
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        name = {"Content-Disposition": f'attachment; filename="{form}.jsonl"'}
-        return Response(content, media_type="application/jsonl", headers=name)
+        lines = (json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in rows)
+        name = f"{form}.eval.jsonl" if part == "eval" else f"{form}.jsonl"
+        return Response(
+            "".join(f"{line}\n" for line in lines),
+            media_type="application/jsonl",
+            headers={"Content-Disposition": f'attachment; filename="{name}"'},
+        )
 
 
 def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
     Admin = Annotated[dict[str, Any], Depends(admin)]
     Fields = Annotated[dict[str, str], Depends(form)]
-
-    @app.post("/admin/adjudicate")
-    def adjudicate(who: Admin, fields: Fields) -> Response:
-        """The admin's own order of a task, which goes before the labellers' at export."""
-        try:
-            task_id, project = _number(fields["task"]), fields["project"]
-            with site.store.read() as t:
-                task_row = r.task_of(t, project_id_of(t, project), task_id)
-            assert task_row is not None
-            places = [_number(fields[f"place-{n}"]) for n in range(len(task_row["response_ids"]))]
-        except (KeyError, ValueError, AssertionError):
-            raise Refused("malformed") from None
-        name = f"{who['name']} (adjudication)"
-        with site.store.write() as t:
-            known = t.labeller_named(name)
-            by = known["id"] if known else t.put_labeller(name, "labeller", secrets.token_hex(32))
-            t.set_active(by, False)  # it has no link
-            t.put_finished(task_id, by, "adjudication", tiers_of_ranks(places))
-            t.log("adjudicate", who["id"], task=task_id, places=places)
-        return RedirectResponse(f"/admin/quality?{urlencode({'project': project})}", 303)
 
     @app.post("/admin/labellers")
     def add_labeller(request: Request, who: Admin, fields: Fields) -> Response:
@@ -178,7 +158,7 @@ def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
         """Let a labeller in or shut the door; nobody shuts it on themselves."""
         active = fields.get("active") == "yes"
         try:
-            labeller_id = _number(fields.get("labeller", ""))
+            labeller_id = number(fields.get("labeller", ""))
         except ValueError:
             raise Refused("malformed") from None
         if labeller_id == who["id"]:
@@ -187,26 +167,3 @@ def _add_changes(app: FastAPI, site: "Site", admin: Any, form: Any) -> None:
             t.set_active(labeller_id, active)
             t.log("access", who["id"], labeller=labeller_id, active=active)
         return RedirectResponse("/admin", 303)
-
-
-def _number(text: str) -> int:
-    """A `Number` of a form; ValueError for any other text."""
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError(text)
-    return int(text)
-
-
-def _or_404(function: Any, *words: Any) -> Any:
-    try:
-        return function(*words)
-    except UserError:
-        return None
-
-
-def _places(tiers: Any) -> dict[int, int]:
-    """The place of each answer, 1 for the best; nothing where the task was skipped."""
-    return {i: place for place, tier in enumerate(tiers or (), 1) for i in tier}
-
-
-def _hour(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")

@@ -27,9 +27,10 @@ from prefloop.labelling.assign import (
     submit,
     take_up,
 )
+from prefloop.labelling.export import NoProject, project_of
 from prefloop.labelling.store import Store, Unavailable
 from prefloop.labelling.store.reading import count_of, lesson_of, texts_of
-from prefloop.labelling.web.admin import Number, add_admin
+from prefloop.labelling.web.admin import add_admin
 from prefloop.labelling.web.own import add_own
 from prefloop.labelling.web.render import Renderer
 from prefloop.labelling.web.security import (
@@ -39,9 +40,13 @@ from prefloop.labelling.web.security import (
     csrf_matches,
     csrf_token,
 )
+from prefloop.labelling.web.tasks import Number
 from prefloop.labelling.web.words import LANGUAGES, pick_language, read_words
 
-STATUS = {"no-session": 401, "csrf": 403, "not-yours": 403, "forbidden": 403, "too-many": 429}
+STATUS = {
+    **{"no-session": 401, "csrf": 403, "not-yours": 403, "forbidden": 403, "too-many": 429},
+    "no-project": 404,
+}
 Position = Annotated[int, Field(ge=0, le=8)]
 
 
@@ -72,6 +77,13 @@ class Submission(Body):
     flags: list[Flag] = Field(default=[], max_length=60)
     comment: str = Field(default="", max_length=4000)
     seconds: float = Field(default=0.0, ge=0, le=1e6)
+    guidelines_version: Number  # which ones the page showed
+
+
+class Chosen(Body):
+    """Whose tasks are wanted; none for those of all projects that the labeller sees."""
+
+    project: str | None = Field(default=None, max_length=200)
 
 
 class Before(Body):
@@ -120,6 +132,11 @@ class Site:
         template = self._templates.get_template(shown)
         return HTMLResponse(template.render(**{**context, **shared}), status)
 
+    def message(self, request: Request, key: str, status: int) -> HTMLResponse:
+        """A page that says one thing."""
+        text = self.words[self.language(request)][key]
+        return self.page(request, "message.html", status, text=text)
+
     def language(self, request: Request) -> str:
         """The asker's language."""
         accepted = request.headers.get("accept-language", "")
@@ -164,14 +181,22 @@ def create_app(
     app.add_exception_handler(Refused, _refused(site))
     app.add_exception_handler(Unavailable, _unavailable)
     app.add_exception_handler(RequestValidationError, _malformed)
-    app.add_exception_handler(UserError, _not_there)
+    app.add_exception_handler(UserError, _not_there(site))
     app.add_middleware(Guard, hosts=hosts, origins=origins)
     return app
 
 
-def _not_there(request: Request, error: Exception) -> Response:
-    """A project that the store does not hold, or one with nothing to give."""
-    return Response(str(error), 404, media_type="text/plain")
+def _not_there(site: Site) -> Callable[[Request, Exception], Response]:
+    """A project that is not there, with those that are; or a project with nothing to give."""
+
+    def answer(request: Request, error: Exception) -> Response:
+        if not isinstance(error, NoProject):
+            return site.page(request, "message.html", 404, text=str(error))
+        root = "/admin" if request.url.path.startswith("/admin") else "/"
+        context: dict[str, Any] = {"name": error.name, "known": error.known, "root": root}
+        return site.page(request, "no_project.html", 404, **context)
+
+    return answer
 
 
 def _refused(site: Site) -> Callable[[Request, Exception], Response]:
@@ -182,7 +207,7 @@ def _refused(site: Site) -> Callable[[Request, Exception], Response]:
             return JSONResponse({"reason": error.reason}, status)
         keys = {"no-session": "enter", "forbidden": "forbidden", "too-many": "reason-too-many"}
         key = keys.get(error.reason, f"reason-{error.reason}")
-        return site.page(request, "message.html", status, key=key)
+        return site.message(request, key, status)
 
     return answer
 
@@ -209,19 +234,25 @@ def _add_pages(app: FastAPI, site: Site) -> None:
                 t.log("enter", owner["id"], client=client)
         if owner is None:  # only wrong links are limited: many people may share an address
             if not site.wrong_links.allows(client):
-                return site.page(request, "message.html", 429, key="reason-too-many")
+                return site.message(request, "reason-too-many", 429)
             with site.store.write() as t:
                 t.log("wrong token", None, client=client)
-            return site.page(request, "message.html", 403, key="wrong-token")
+            return site.message(request, "wrong-token", 403)
         answer = RedirectResponse("/", 303)
         flags: dict[str, Any] = {"httponly": True, "samesite": "lax", "secure": site.secure}
         answer.set_cookie(COOKIE, session, max_age=int(site.session_seconds), **flags)
         return answer
 
     @app.get("/")
-    def label(request: Request) -> Response:
+    def label(request: Request, project: str | None = None) -> Response:
         labeller = site.labeller(request)
-        return site.page(request, "label.html", labeller=labeller)
+        with site.store.read() as t:
+            if project is not None:
+                project_of(t, project, labeller["id"])
+            seen = t.projects(labeller["id"])
+            several = seen if len(seen) > 1 else []
+            left = {p["name"]: count_of(t, labeller["id"], p["id"])["left"] for p in several}
+        return site.page(request, "label.html", labeller=labeller, left=left, chosen=project)
 
     @app.get("/language/{name}")
     def language(name: str) -> Response:
@@ -236,9 +267,9 @@ def _add_api(app: FastAPI, site: Site) -> None:
     Labeller = Annotated[dict[str, Any], Depends(site.labeller)]
 
     @app.post("/api/next")
-    def next_task(labeller: Labeller) -> dict[str, Any]:
-        assignment = next_assignment(site.store, labeller["id"])
-        return _as_json(site, labeller["id"], assignment)
+    def next_task(body: Chosen, labeller: Labeller) -> dict[str, Any]:
+        assignment = next_assignment(site.store, labeller["id"], body.project)
+        return _as_json(site, labeller["id"], assignment, body.project)
 
     @app.put("/api/draft")
     def draft(body: Draft, labeller: Labeller) -> dict[str, Any]:
@@ -247,7 +278,9 @@ def _add_api(app: FastAPI, site: Site) -> None:
 
     @app.post("/api/submit")
     def submit_task(body: Submission, labeller: Labeller) -> dict[str, Any]:
-        version = submit(site.store, labeller["id"], body.assignment, _judgement(site, body))
+        version = submit(
+            site.store, labeller["id"], body.assignment, _judgement(site, body, labeller["id"])
+        )
         return {"version": version} | _lesson(site, body.assignment)
 
     @app.post("/api/undo")
@@ -268,10 +301,14 @@ def _add_api(app: FastAPI, site: Site) -> None:
         return answer
 
 
-def _as_json(site: Site, labeller_id: int, assignment: Assignment | None) -> dict[str, Any]:
-    """What the page shows; it never learns which model wrote an answer."""
+def _as_json(
+    site: Site, labeller_id: int, assignment: Assignment | None, project: str | None = None
+) -> dict[str, Any]:
+    """What the page shows; it never learns which model wrote an answer. Progress is of one project
+    or of all."""
     with site.store.read() as t:
-        answer: dict[str, Any] = {"progress": count_of(t, labeller_id), "task": None}
+        here = None if project is None else project_of(t, project, labeller_id)["id"]
+        answer: dict[str, Any] = {"progress": count_of(t, labeller_id, here), "task": None}
         if assignment is None:
             return answer
         prompt, completions = texts_of(t, assignment.prompt_id, assignment.response_ids)
@@ -293,6 +330,8 @@ def _as_json(site: Site, labeller_id: int, assignment: Assignment | None) -> dic
     answer["task"] = {
         "assignment": assignment.id,
         "version": assignment.version,
+        "project": assignment.project,
+        "guidelines_version": assignment.project_version,
         "mode": assignment.mode,
         "practice": assignment.kind == "practice",
         "guidelines": render.text(assignment.guidelines) if assignment.guidelines else "",
@@ -314,10 +353,12 @@ def _lesson(site: Site, assignment_id: int) -> dict[str, Any]:
     return {"lesson": {"tiers": tiers, "reason": site.renderer.text(lesson["reason"])}}
 
 
-def _judgement(site: Site, body: Submission) -> Judgement:
+def _judgement(site: Site, body: Submission, labeller_id: int) -> Judgement:
     """The page's places shown as positions in the task."""
     with site.store.read() as t:
-        shown = t.shown_order(body.assignment)
+        shown = t.shown_order(body.assignment, labeller_id)
+    if not shown:
+        raise Refused("not-yours")
     try:
         tiers = body.tiers and [[shown[place] for place in tier] for tier in body.tiers]
         flags = [
@@ -338,4 +379,5 @@ def _judgement(site: Site, body: Submission) -> Judgement:
         seconds=body.seconds,
         request_id=body.request_id,
         base_version=body.base_version,
+        project_version=body.guidelines_version,
     )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import Response
 
+from prefloop.labelling.export import project_of
+from prefloop.labelling.store.projects import version_of
 from prefloop.labelling.store.reading import count_of, work_of
 from prefloop.labelling.web.render import visible
 
@@ -19,10 +21,28 @@ BEGINNING = 120
 """Characters of a prompt that are shown."""
 
 
+Number = Annotated[int, Query(ge=1, le=2**31 - 1)]
+
+
 def add_own(app: FastAPI, site: "Site") -> None:
     """The list, newest hand-out first; it says no more of a task than the page said."""
     Labeller = Annotated[dict[str, Any], Depends(site.labeller)]
     Page = Annotated[int, Query(ge=1, le=100_000)]
+
+    @app.get("/guidelines")
+    def guidelines(request: Request, labeller: Labeller, project: str, version: Number) -> Response:
+        """Guidelines as they stood in one version of a project that the labeller sees."""
+        with site.store.read() as t:
+            found = version_of(t, project_of(t, project, labeller["id"])["id"], version)
+        if found is None:
+            return site.message(request, "no-version", 404)
+        context: dict[str, Any] = {
+            "project": project,
+            "version": version,
+            "since": said_at(found["created"]),
+            "html": site.renderer.text(found["guidelines"]),
+        }
+        return site.page(request, "guidelines.html", **context)
 
     @app.get("/mine")
     def mine(
@@ -32,10 +52,12 @@ def add_own(app: FastAPI, site: "Site") -> None:
             counts = count_of(t, labeller["id"])
             offset = PAGE * (page - 1)
             rows = work_of(t, labeller["id"], skipped, offset, PAGE + 1)
+            several = len(t.projects(labeller["id"])) > 1
         words = site.words[site.language(request)]
         context: dict[str, Any] = {
             "rows": [{**row, **_shown(row, words)} for row in rows[:PAGE]],
             "counts": counts,
+            "several": several,
             "page": page,
             "more": len(rows) > PAGE,
             "skipped": skipped,
@@ -45,17 +67,25 @@ def add_own(app: FastAPI, site: "Site") -> None:
 
 def _shown(row: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, str]:
     """A row of the list in words: how the prompt ends, what was said, and when."""
-    prompt = row["prompt"]
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    short = visible(asked[:BEGINNING]) + ("…" if len(asked) > BEGINNING else "")
+    short = beginning(row["prompt"])
     facts = [_order(row) if row["tiers"] is not None else words["skipped"]]
     facts += [words[f"strength-{row['strength']}"]] if row["strength"] else []
     facts += [words[f"confidence-{row['confidence']}"]] if row["confidence"] else []
     facts += [words["all-bad"]] if row["all_bad"] else []
     facts += [words[flag["flag"]] for flag in row["flags"]]
     facts += [visible(row["comment"])] if row["comment"] else []
-    said_at = datetime.fromtimestamp(row["created"], UTC).strftime("%Y-%m-%d %H:%M")
-    return {"asked": short, "said": " · ".join(facts), "at": said_at}
+    return {"asked": short, "said": " · ".join(facts), "at": said_at(row["created"])}
+
+
+def beginning(prompt: Any) -> str:
+    """How a prompt, or a chat's last turn, begins."""
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return visible(asked[:BEGINNING]) + ("…" if len(asked) > BEGINNING else "")
+
+
+def said_at(seconds: float) -> str:
+    """A time of the store (UTC) to the minute."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _order(row: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "prefloop_session"
 MOST_BYTES = 65_536
-"""Of one request's body."""
+"""Of one request's body, but for forms that carry guidelines."""
+MOST_BYTES_OF = {"/admin/settings": 1_048_576}
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -77,11 +78,12 @@ class Guard:
                     headers["Cache-Control"] = "no-store"
             await send(message)
 
-        fault = self._fault(scope["method"], Headers(scope=scope))
+        most = MOST_BYTES_OF.get(scope["path"], MOST_BYTES)
+        fault = self._fault(scope["method"], Headers(scope=scope), most)
         answer = self._app if fault is None else JSONResponse({"reason": fault[1]}, fault[0])
         await answer(scope, receive, send_with_headers)
 
-    def _fault(self, method: str, headers: Headers) -> tuple[int, str] | None:
+    def _fault(self, method: str, headers: Headers, most: int) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if (urlsplit(f"//{host}").hostname or "") not in self._hosts:
             return 400, "wrong-host"
@@ -93,4 +95,4 @@ class Guard:
         length = headers.get("content-length", "")
         if not length.isdigit():
             return 411, "no-length"
-        return (413, "too-large") if int(length) > MOST_BYTES else None
+        return (413, "too-large") if int(length) > most else None

@@ -97,7 +97,10 @@ function kept() {
   }
 }
 
+const chosen = () => $("project")?.value || null; // the project whose tasks are wanted; null: all
+
 async function load(path = "/api/next", note = "", body = {}) {
+  if (path === "/api/next") body = { project: chosen() };
   const told = await insist("POST", path, body);
   const { done, skipped, left } = told.progress;
   const shownLeft = left >= 1000 ? "1000+" : left;
@@ -126,8 +129,23 @@ async function load(path = "/api/next", note = "", body = {}) {
   marked = Math.max(0, work.values.indexOf(null));
   build();
   show();
-  say(note);
+  say(`${note} ${guidelinesNote()}`.trim());
   toTop();
+}
+
+// What to say where a project's guidelines are not those of the last task of it in this browser.
+function guidelinesNote() {
+  const key = `prefloop-guidelines-${task.project}`;
+  let before = null;
+  try {
+    before = localStorage.getItem(key);
+    localStorage.setItem(key, task.guidelines);
+  } catch {
+    // without local storage nobody can tell
+  }
+  if (before === null || before === task.guidelines) return "";
+  $("guidelines").open = true;
+  return words["guidelines-changed"].replace("{version}", task.guidelines_version);
 }
 
 // A task opens at its top: what was scrolled to belongs to the one before.
@@ -141,7 +159,7 @@ function toTop() {
 // The task of the address (a labeller's list of own work links to it), else the next one.
 async function start() {
   const own = Number(new URLSearchParams(location.search).get("assignment"));
-  history.replaceState(null, "", "/");
+  history.replaceState(null, "", chosen() ? `/?${new URLSearchParams({ project: chosen() })}` : "/");
   try {
     if (own) await load("/api/open", words.reopened, { assignment: own });
     else await load();
@@ -191,6 +209,7 @@ function build() {
   $("reviewing").hidden = !reviewing;
   if ($("guidelines").hidden) $("guidelines").open = innerWidth > 640; // once: then as the labeller likes
   $("guidelines").hidden = !task.guidelines;
+  $("guidelines-head").textContent = words["guidelines-version"].replace("{version}", task.guidelines_version);
   $("guidelines").querySelector(".text").innerHTML = task.guidelines; // sanitised, as above
   $("answers").replaceChildren(...task.answers.map(buildAnswer));
   $("answers").dataset.count = count();
@@ -609,6 +628,7 @@ async function send(skipped) {
     flags: work.flags,
     comment: work.comment,
     seconds: work.seconds,
+    guidelines_version: task.guidelines_version,
   };
   try {
     const { lesson } = await insist("POST", "/api/submit", body);
@@ -617,7 +637,7 @@ async function send(skipped) {
     await load("/api/next", words[skipped ? "skipped" : "submitted"]);
   } catch (error) {
     say(reason(error));
-    const next = ["stale-lease", "already-submitted", "not-yours"].includes(error.message);
+    const next = ["stale-lease", "already-submitted", "not-yours", "no-project"].includes(error.message);
     if (next) await load("/api/next", reason(error)).catch((later) => say(reason(later)));
   } finally {
     busy = false;
@@ -674,7 +694,7 @@ const KEYS = {
 document.addEventListener("keydown", (event) => {
   const { key, target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  if (task === null || event.isComposing || target.matches("textarea, input[type=text]")) return;
+  if (task === null || event.isComposing || target.matches("textarea, select, input[type=text]")) return;
   if (key === "Enter" && target.closest("button, a, summary")) return;
   if (key.startsWith("Arrow")) {
     // Arrows of a radio group choose in it; on long text they scroll.
@@ -700,6 +720,10 @@ $("help-button").addEventListener("click", () => $("help").showModal());
 $("all-bad").addEventListener("change", (event) => allBad(event.target.checked));
 $("differences").addEventListener("click", toggleDifferences);
 $("back").addEventListener("click", () => load().catch((error) => say(reason(error))));
+$("project")?.addEventListener("change", async () => {
+  if (unsaved) await saveDraft();
+  await start();
+});
 $("more").addEventListener("click", () => {
   const open = $("more").getAttribute("aria-expanded") !== "true";
   $("more").setAttribute("aria-expanded", String(open));
