@@ -72,7 +72,7 @@ def test_a_labeller_chooses_between_projects_on_one_page(serve, enter, tmp_path,
     put(tmp_path, rows(2, answers=2), project="pairs", mode="pairwise")
     page = enter(server, "ann", **screen(width)).page
     ready(page)
-    chosen = page.get_by_label("Project")
+    chosen = page.locator("#project")
     press(page, "2")
     chosen.select_option("pairs")
     page.get_by_role("heading", name="Choose the better answer").wait_for()
