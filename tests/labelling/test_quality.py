@@ -206,6 +206,7 @@ def test_an_empty_project_and_an_unknown_one(tmp_path, capsys):
     assert measure(store, "main").annotations == 0
     with store.read() as t:
         assert t.connection.execute(text("SELECT count(*) FROM annotations")).scalar() == 0
-    words = ["label", "report", "--store", str(tmp_path / "labels.db"), "--project", "x"]
+    words = ["label", "report", "--store", str(tmp_path / "labels.db"), "--project", "mian"]
     assert main(words) == 2
-    assert "no project x in the store; it holds main" in capsys.readouterr().err
+    told = "no project mian in the store; it holds main; did you mean main?"
+    assert told in capsys.readouterr().err
