@@ -216,7 +216,12 @@ def test_the_glossary_lists_what_is_logged(tmp_path):
         ("reward", {"center_coefficient": 0.01}),
         ("dpo", {"sft_coefficient": 0.1}),
         ("dpo", {"loss": "kto", "data": unpaired}),
-        ("ppo", {"sft_data": demonstrations, "ptx_coef": 0.1, "eval_fraction": 0.2} | monitored),
+        (
+            "ppo",
+            {"sft_data": demonstrations, "ptx_coef": 0.1, "eval_fraction": 0.2}
+            | {"ema_reference": 0.5}
+            | monitored,
+        ),
     ]
     found = set()
     for number, (command, changes) in enumerate(runs):

@@ -35,7 +35,7 @@ BUDGETS = {
     "models": 3200,
     "generation": 1600,
     "rewards": 1100,
-    "training": 4150,
+    "training": 4230,
     "evaluation": 3600,
     "recipes": 1600,
     "labelling": 4850,
@@ -55,7 +55,7 @@ charts);
 data: 1,500, other tools' forms; rewards: 800, judges that are language models;
 900, one table of health with why and what to try;
 training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher and Dr. GRPO;
-3,750, monitors, the best step kept, ends by hacking;
+3,750, monitors, the best step kept, ends by hacking; 4,150, a reference that moves;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files."""
 

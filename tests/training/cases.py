@@ -34,7 +34,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-gae": ("ppo", ROLLOUTS),
     "ppo-whiten": ("ppo", ROLLOUTS | {"whiten_rewards": True, "kl_target": 0.05}),
     "ppo-warmup": ("ppo", ROLLOUTS | {"critic_warmup": 1, "bootstrap_cut": True}),
-    "ppo-rloo": ("ppo", ROLLOUTS | {"advantage": "rloo", "samples_per_prompt": 2}),
+    "ppo-rloo": (
+        "ppo",
+        ROLLOUTS | {"advantage": "rloo", "samples_per_prompt": 2, "ema_reference": 0.5},
+    ),
     "ppo-grpo": ("ppo", ROLLOUTS | {"advantage": "grpo", "samples_per_prompt": 3}),
     "ppo-dr-grpo": (
         "ppo",
@@ -44,7 +47,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ppo-minibatches": ("ppo", ROLLOUTS | {"num_minibatches": 3, "normalize_scores": True}),
     "ppo-one-base": ("ppo", ROLLOUTS | {"lora_rank": 2, "reward_model": ["rm_one"]}),
-    "ppo-several": ("ppo", ROLLOUTS | {"lora_rank": 2, "reward_model": ["rm_one", "rm_two"]}),
+    "ppo-several": (
+        "ppo",
+        ROLLOUTS | {"lora_rank": 2, "reward_model": ["rm_one", "rm_two"], "ema_reference": 0.5},
+    ),
     "ppo-ptx": ("ppo", ROLLOUTS | {"ptx_coef": 0.5, "sft_data": "sft.jsonl"}),
 }
 

@@ -170,6 +170,17 @@ def test_bytes_by_hand(model):
     assert size_of(found, WEIGHTS) == 4 * count + turns
 
 
+def test_a_reference_that_moves_is_kept_in_float32(model):
+    """4 bytes of each trained weight, of the whole policy or of its adapters."""
+    for form in ({"dtype": "bfloat16"}, LORA):
+        settings = run_of("ppo", model, **form)
+        still, moves = planned(settings), planned(replace(settings, ema_reference=0.1))
+        trained = sum(
+            p.numel() for p in load_policy(model, CPU, **model_options(settings)).trainable()
+        )
+        assert moves.peak - still.peak == 4 * trained
+
+
 def test_the_keys_and_values_of_every_slot(model):
     """96 tokens of a prompt, and a sixteenth, rounded up to 32: 128, which hold 32 more."""
     settings = run_of("ppo", model, max_concurrent=64, samples_per_prompt=16)

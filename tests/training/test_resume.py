@@ -39,10 +39,12 @@ RUNS = {  # name: command, settings of a run of some steps
     "ppo-stops": ("ppo", PPO | {"target_kl": 1e-3, "ppo_epochs": 4, "lr": 3e-3}),
     "ppo-ptx": (
         "ppo",
-        PPO | {"ptx_coef": 0.5, "sft_data": "sft.jsonl", "lora_rank": 2, "critic_warmup": 1},
+        PPO
+        | {"ptx_coef": 0.5, "sft_data": "sft.jsonl", "lora_rank": 2}
+        | {"critic_warmup": 1, "ema_reference": 0.3},
     ),
     "ppo-random": ("ppo", PPO | {"reward_function": f"{REWARDS}:random", "normalize_scores": True}),
-    "rloo": ("ppo", PPO | {"advantage": "rloo", "samples_per_prompt": 2}),
+    "rloo": ("ppo", PPO | {"advantage": "rloo", "samples_per_prompt": 2, "ema_reference": 0.3}),
 }
 
 

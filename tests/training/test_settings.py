@@ -105,6 +105,7 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "value_lr": 1e-2,
     "critic_warmup": 1,
     "bootstrap_cut": True,
+    "ema_reference": 0.5,
     "ppo_epochs": 1,
     "num_minibatches": 3,
     "samples_per_prompt": 3,

@@ -258,6 +258,8 @@ class PPOConfig(MonitorConfig, TrainingConfig):
     """Critic's start: a folder; by default the reward model (or the policy, with a function)."""
     ref_model: str | None = None
     """Reference policy of the KL penalty; by default the starting weights."""
+    ema_reference: Annotated[float, Within(0, 1)] = 0.0
+    """Share of its way to the policy that the penalty's reference moves after each iteration."""
     advantage: Literal["gae", "rloo", "grpo", "dr-grpo"] = "gae"
     """gae trains a critic; the rest compare a prompt's samples: each with the others' mean (rloo),
     with the mean of all (dr-grpo), and divided by their deviation (grpo)."""
@@ -364,6 +366,11 @@ class PPOConfig(MonitorConfig, TrainingConfig):
             yield (
                 f"--reward-weights has {len(self.reward_weights)} numbers for "
                 f"{len(self.reward_function)} of --reward-function; give one each"
+            )
+        if self.ema_reference and (self.ref_model or self.kl_target or not self.kl_coef):
+            yield (
+                "--ema-reference moves what a penalty of fixed weight is measured from: give "
+                "--kl-coef above 0, and leave --ref-model and --kl-target out"
             )
         if self.advantage != "gae" and self.samples_per_prompt < 2:
             yield (

@@ -7,7 +7,6 @@ An iteration samples answers with the newest weights, scores them, and takes
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -29,11 +28,9 @@ from prefloop.losses import ppo as losses
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs, token_values
-from prefloop.models.load import load_policy, require_same_ids
+from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
-from prefloop.models.shared import reference_of
-from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.rewards.functions import function_judge
 from prefloop.rewards.llm import rubric_judge
 from prefloop.rewards.scorers import model_scorer, text_scorer, together
@@ -42,6 +39,7 @@ from prefloop.training import checkpoint, loop, planning
 from prefloop.training.full_rows import SMALLEST, example
 from prefloop.training.method import LossSums, Step
 from prefloop.training.monitor import load_monitor
+from prefloop.training.reference import MovingReference, penalised_from
 from prefloop.training.rehearsal import Work
 from prefloop.training.roles import load_beside
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler
@@ -83,6 +81,7 @@ class PPO:
         self.rollouts: Rollouts | None = None  # of the iteration under way
         self.stopped_early = False  # the iteration under way, by target_kl
         self.critic_alone = False  # learns in the iteration under way
+        self.ends_iteration = False  # the step under way
         self.running = RunningScores()
 
     @property
@@ -127,6 +126,7 @@ class PPO:
                 self.stopped_early = False
                 self.rollouts, metrics, samples = self._roll_out(iteration, iterations)
             for number in range(within, self.steps_per_iteration):
+                self.ends_iteration = number + 1 == self.steps_per_iteration
                 batches = [] if self.stopped_early else self._minibatch(iteration, number)
                 yield Step(batches, sum(map(self._tokens, batches)), metrics, samples)
                 metrics, samples = {}, []
@@ -248,7 +248,11 @@ class PPO:
         return LossSums(terms, metrics)
 
     def stepped(self, metrics: Mapping[str, float]) -> None:
-        """Leaves the iteration's remaining passes once the policy has moved by `target_kl`."""
+        """Leaves the iteration's remaining passes once the policy has moved by `target_kl`; after
+        the last one a reference that moves follows.
+        """
+        if self.sampler.moving and self.ends_iteration:
+            self.sampler.moving.follow()
         if self.config.target_kl and "policy/approxkl_avg" in metrics:
             self.stopped_early |= metrics["policy/approxkl_avg"] > self.config.target_kl
 
@@ -267,18 +271,21 @@ class PPO:
         return checkpoint.fingerprint(examples, self.fixed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The KL controller, and the rollouts of the iteration under way."""
+        """The KL controller, the reference that moves, and rollouts of the iteration under way."""
+        moving = self.sampler.moving
         return {
             "kl_coef": self.kl_coef,
             "running_scores": asdict(self.running),
             "stopped_early": self.stopped_early,
             "rollouts": self.rollouts.state if self.rollouts else None,
-        }
+        } | ({"reference": dict(moving.average)} if moving else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See Method."""
         self.kl_coef, self.stopped_early = state["kl_coef"], state["stopped_early"]
         self.running = RunningScores(**state["running_scores"])
+        if self.sampler.moving:
+            self.sampler.moving.load(state["reference"])
         if state["rollouts"] is not None:
             self.rollouts = Rollouts.from_state(state["rollouts"])
 
@@ -313,7 +320,7 @@ def build(
     # 1. Policy and its frozen reference.
     policy = load(config.model, device, **model_options(config))
     stops = stop_token_ids(policy.tokenizer, policy.hf.generation_config)
-    reference = _reference(config, policy)
+    reference = penalised_from(config, policy)
     # 2. Prompts.
     functions = function_judge(*config.reward_function, weights=config.reward_weights)
     prompts, eval_prompts, ptx = read_for_ppo(config, policy, run, functions)
@@ -328,7 +335,9 @@ def build(
         judge = rubric_judge(config.judge, config) if config.judge else functions
         scorer = text_scorer(judge, stops)
     fixed = [model for model in (policy, reference, *rewards) if model]
-    sampler = Sampler(config, policy, critic, reference, scorer, stops, make_engine(config, policy))
+    rate, engine = config.ema_reference, make_engine(config, policy)
+    moving = MovingReference(policy, rate) if rate else None
+    sampler = Sampler(config, policy, critic, reference, scorer, stops, engine, moving)
     method = PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
     if config.critic_warmup * method.steps_per_iteration >= method.total_steps:
         raise UserError(
@@ -336,29 +345,6 @@ def build(
             f"policy ({method.steps_per_iteration} an iteration); lower it or train longer"
         )
     return method
-
-
-def _reference(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None:
-    """What KL is measured from: the model that is named, or else a frozen copy of the policy.
-
-    With adapters no copy is needed; where KL costs nothing none is kept.
-    """
-    if config.ref_model is not None:
-        reference = load_policy(config.ref_model, policy.device, storage_of(config))
-        require_same_ids("--ref-model", reference, policy)
-        reference.module.requires_grad_(False)
-        return reference
-    if config.lora_rank:
-        return reference_of(policy)
-    if config.kl_coef:
-        plan = kept(storage_of(config), policy.device, trained=False)
-        return replace(policy, module=frozen_copy(policy.module, plan))
-    if distributed.rank() == 0:
-        print(
-            "--kl-coef 0: no reference is kept, so no KL is logged; name a --ref-model to see it",
-            file=sys.stderr,
-        )
-    return None
 
 
 def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:

@@ -1,9 +1,12 @@
-"""The reference policy's log-probs, computed once and kept on disk."""
+"""The reference policy: its log-probs, computed once and kept on disk, and one that moves."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefloop import distributed
-from prefloop.config import DPOConfig
+from prefloop.config import DPOConfig, PPOConfig
 from prefloop.data.batches import TokenBatch
 from prefloop.data.tokenize import Example
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, require_same_ids
 from prefloop.models.model import LoadedModel
-from prefloop.models.weights import storage_of
+from prefloop.models.shared import reference_of
+from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.training import checkpoint
 
 
@@ -119,3 +123,66 @@ def _log_probs(
         save_file({name: sums}, temporary)
         temporary.replace(cache)
     return sums
+
+
+def penalised_from(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None:
+    """What KL is measured from: the model that is named, or else a frozen copy of the policy.
+
+    With adapters no copy is needed; where KL costs nothing none is kept.
+    """
+    if config.ref_model is not None:
+        reference = load_policy(config.ref_model, policy.device, storage_of(config))
+        require_same_ids("--ref-model", reference, policy)
+        reference.module.requires_grad_(False)
+        return reference
+    if config.lora_rank:
+        return reference_of(policy)
+    if config.kl_coef:
+        plan = kept(storage_of(config), policy.device, trained=False)
+        return replace(policy, module=frozen_copy(policy.module, plan))
+    if distributed.rank() == 0:
+        print(
+            "--kl-coef 0: no reference is kept, so no KL is logged; name a --ref-model to see it",
+            file=sys.stderr,
+        )
+    return None
+
+
+class MovingReference:
+    """A policy's trained weights as a slow moving average (arXiv 2404.10719), kept in float32.
+
+    theta_ref <- theta_ref + rate (theta - theta_ref). Of adapters both factors are averaged, A and
+    B: it begins as the base and comes to the policy where that stays, and on the way it is near
+    the average of their products, not equal to it.
+    """
+
+    def __init__(self, policy: LoadedModel, rate: float) -> None:
+        self.policy, self.rate = policy, rate
+        self.average = {
+            name: p.detach().to(torch.float32, copy=True)
+            for name, p in policy.named_trainable().items()
+        }
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Moves towards the policy as it is now; tensors that were handed out stay as they were."""
+        for name, p in self.policy.named_trainable().items():
+            self.average[name] = self.average[name].lerp(p.float(), self.rate)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, the policy has the averaged weights."""
+        named = self.policy.named_trainable()
+        own = {name: p.data for name, p in named.items()}
+        try:
+            for name, p in named.items():
+                p.data = self.average[name].to(p.dtype)
+            yield
+        finally:
+            for name, p in named.items():
+                p.data = own[name]
+
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        """Takes a checkpoint's average."""
+        for name, before in self.average.items():
+            self.average[name] = average[name].to(before.device)

@@ -106,6 +106,7 @@ class Rehearsal:
             trained = {name: model.trainable() for name, model in method.trained.items()}
             optimizer = optim.build_optimizer(trained, self.config, method.learning_rates)
             self._fill_optimizer(optimizer, trained)
+            average = self._average()
             # 3. A step; PPO samples and scores while its gradients still stand.
             self._step(method, trained)
             if isinstance(self.config, PPOConfig):
@@ -113,6 +114,7 @@ class Rehearsal:
                 self.ledger.enter_stage("scoring")
                 for compute in self._scores(self.config):
                     self._score(compute)
+            del average
         return self.ledger.peaks
 
     def _hold(self, name: str, model: WatchedModel) -> None:
@@ -172,6 +174,15 @@ class Rehearsal:
                 for state in optimizer.state[parameter].values():
                     if isinstance(state, Tensor):
                         self.ledger.claim(state, Part(name, OPTIMISER))
+
+    def _average(self) -> list[Tensor]:
+        """The weights of a reference that moves."""
+        moves = isinstance(self.config, PPOConfig) and self.config.ema_reference
+        trained = self.models["policy"].trainable() if moves else []
+        average = [torch.empty_like(parameter, dtype=torch.float32) for parameter in trained]
+        for tensor in average:
+            self.ledger.claim(tensor, Part("moving reference", WEIGHTS))
+        return average
 
     def _step(
         self,

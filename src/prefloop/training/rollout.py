@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefloop import distributed
 from prefloop.config import PPOConfig
-from prefloop.data.batches import to_batches
+from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example, with_answers
 from prefloop.generation.protocol import RolloutEngine
 from prefloop.generation.sampler import Sampling
@@ -27,6 +27,7 @@ from prefloop.models.pieces import split_answers
 from prefloop.records import text_to_json
 from prefloop.rewards.health import distinct_n
 from prefloop.rewards.scorers import Scorer
+from prefloop.training.reference import MovingReference
 from prefloop.training.rows import Prompts
 
 LOGGED_SAMPLES = 4  # of each iteration, in samples.jsonl
@@ -40,7 +41,7 @@ class Rollouts:
     examples: tuple[Example, ...]  # one a prompt, with its sampled answers, B answers in all
     mask: Tensor  # [B, T]
     log_probs: Tensor  # [B, T] log pi_old at the sampling temperature
-    ref_log_probs: Tensor | None  # [B, T]; None without a reference
+    ref_log_probs: Tensor | None  # [B, T] of the penalty's reference; None without one
     advantages: Tensor  # [B, T] whitened
     values: Tensor  # [B, T]; zeros without a critic
     returns: Tensor  # [B, T]
@@ -158,6 +159,7 @@ class _Passes(NamedTuple):
 
     log_probs: Tensor  # [B, T]
     ref_log_probs: Tensor | None  # [B, T]; None without a reference
+    moved_log_probs: Tensor | None  # [B, T] of the reference that moves, where there is one
     values: Tensor  # [B, T]; zeros without a critic
     after: Tensor  # [B] the critic's value after the last token
 
@@ -173,6 +175,7 @@ class Sampler:
     scorer: Scorer
     stop_token_ids: frozenset[int]
     engine: RolloutEngine
+    moving: MovingReference | None = None  # what KL is penalised to, where not to the reference
 
     @torch.no_grad()
     def roll_out(
@@ -182,7 +185,7 @@ class Sampler:
 
         `version` numbers the weights that sample.
         """
-        config = self.config
+        config, device, k = self.config, self.policy.device, self.config.samples_per_prompt
         # 1. Sample from the newest weights.
         self.engine.sync(self.policy, version)
         sampling = Sampling(
@@ -192,14 +195,13 @@ class Sampler:
         )
         ids = [example.prompt for example in prompts.examples]
         places = [distributed.rank() + i * distributed.world() for i in range(len(ids))]
-        k = config.samples_per_prompt
         groups = self.engine.generate(ids, k, sampling, seed, numbers=places)
         examples = [
             with_answers(example, [sample.tokens for sample in group])
             for example, group in zip(prompts.examples, groups, strict=True)
         ]
         # 2. Log-probs of policy and reference, and values, as the trainer computes them.
-        log_probs, ref_log_probs, values, after = self._forward_passes(examples)
+        log_probs, start, moved, values, after = self._forward_passes(examples)
         lengths = torch.tensor([len(answer) for e in examples for answer in e.answers])
         mask = torch.arange(log_probs.shape[1]) < lengths[:, None]
         # 3. Scores.
@@ -212,6 +214,7 @@ class Sampler:
         raw = torch.tensor(scored.scores, dtype=torch.float32)
         scores = self._adjusted(raw, stopped, running)
         # 4. Advantages and returns.
+        ref_log_probs = start if moved is None else moved
         ref = log_probs if ref_log_probs is None else ref_log_probs  # then kl_coef is 0
         after = torch.where(stopped, 0.0, after)  # an answer that was cut did not end there
         advantages, returns = advantages_and_returns(
@@ -222,9 +225,9 @@ class Sampler:
         )
         sampled = padded(torch.tensor([p for s in flat for p in s.log_probs]), examples)
         gap = (sampled - log_probs).abs()
-        metrics = rollout_metrics(rollouts, scores, stopped, gap, kl_coef, self.policy.device)
-        metrics |= score_means(scored.parts, len(flat), self.policy.device)
-        metrics |= distributed.sum_mapping(scored.cost, self.policy.device)
+        metrics = rollout_metrics(rollouts, start, scores, stopped, gap, kl_coef, device)
+        metrics |= score_means(scored.parts, len(flat), device)
+        metrics |= distributed.sum_mapping(scored.cost, device)
         samples = [
             {
                 "prompt": text_to_json(asked[i].prompt),
@@ -243,19 +246,27 @@ class Sampler:
         values: list[tuple[Tensor, Tensor]] = []
         models = [model for model in (self.policy, self.reference, self.critic) if model]
         most, wide = config.micro_batch_tokens, not all(model.packed for model in models)
-        for batch in to_batches(split_answers(examples, most, wide), most, device, wide):
+
+        def batches() -> Iterable[TokenBatch]:
+            return to_batches(split_answers(examples, most, wide), most, device, wide)
+
+        for batch in batches():
             new.append(answer_log_probs(self.policy, batch, config.temperature))
             if self.reference:
                 old.append(answer_log_probs(self.reference, batch, config.temperature))
             if self.critic:
                 values.append(values_with_last(self.critic, batch))
+        moved: list[Tensor] = []
+        if self.moving:
+            with self.moving.in_place():
+                moved += [answer_log_probs(self.policy, b, config.temperature) for b in batches()]
         log_probs = padded(torch.cat(new).cpu(), examples)
-        ref_log_probs = padded(torch.cat(old).cpu(), examples) if old else None
+        start, follows = (padded(torch.cat(x).cpu(), examples) if x else None for x in (old, moved))
         if not self.critic:
             nothing = torch.zeros_like(log_probs)
-            return _Passes(log_probs, ref_log_probs, nothing, nothing[:, 0])
+            return _Passes(log_probs, start, follows, nothing, nothing[:, 0])
         each, after = (torch.cat(part).cpu() for part in zip(*values, strict=True))
-        return _Passes(log_probs, ref_log_probs, padded(each, examples), after)
+        return _Passes(log_probs, start, follows, padded(each, examples), after)
 
     def _adjusted(self, scores: Tensor, stopped: Tensor, running: RunningScores) -> Tensor:
         if self.config.normalize_scores:
@@ -280,6 +291,7 @@ def score_means(
 
 def rollout_metrics(
     rollouts: Rollouts,
+    start: Tensor | None,
     scores: Tensor,
     stopped: Tensor,
     sampler_gap: Tensor,
@@ -289,7 +301,8 @@ def rollout_metrics(
     """Over all ranks' answers, named as TRL 1.12's PPO names them.
 
     val/sampler_gap is the mean |log pi| difference of a token between sampler and trainer, nats.
-    Without a reference there is no KL to tell of.
+    objective/kl is to the reference that stays, of log-probs `start` [B, T]; without it there is no
+    KL to tell of. Where another is penalised, that one's is objective/kl_moving.
     """
     mask = rollouts.mask
     lengths = mask.sum(1).float()
@@ -303,9 +316,14 @@ def rollout_metrics(
         "tokens": lengths.sum(),
         "gap": sampler_gap.mul(mask).sum(),
     }
-    if rollouts.ref_log_probs is not None:
-        kl = k1(rollouts.log_probs - rollouts.ref_log_probs).mul(mask).sum(1).sum()
-        sums["objective/kl"] = kl
+    if start is not None and rollouts.ref_log_probs is not None:
+        far, kl = (
+            k1(rollouts.log_probs - log_probs).mul(mask).sum()
+            for log_probs in (start, rollouts.ref_log_probs)
+        )
+        sums["objective/kl"] = far
+        if rollouts.ref_log_probs is not start:
+            sums["objective/kl_moving"] = kl
         sums["objective/non_score_reward"] = -kl_coef * kl
         sums["objective/rlhf_reward"] = scores.sum() - kl_coef * kl
     totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()}, device)
