@@ -45,6 +45,8 @@ CURVES = {  # of metrics.jsonl, by command: metric and title; held-out values ar
 BINS = 300
 """A curve of more points keeps the lowest and the highest of each of so many parts."""
 
+LABEL = 44  # characters of a name in a figure
+
 Draw = Callable[[Axes], None]
 Points = tuple[Sequence[int], Sequence[float]]
 """Steps and values."""
@@ -84,8 +86,12 @@ class Picture:
 
 
 def _label(name: str) -> str:
-    """A name as a figure's text: matplotlib sets `$` as formulas and leaves out what begins `_`."""
-    text = shown(name).replace("$", r"\$")
+    """A name as a figure's text, one line that leaves room for the drawing.
+
+    matplotlib sets `$` as formulas and leaves out what begins `_`.
+    """
+    text = " ".join(shown(name).split())
+    text = (text if len(text) <= LABEL else f"{text[: LABEL - 1]}…").replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

@@ -110,7 +110,7 @@ def _matrix(comparison: Comparison) -> list[tuple[str, list[dict[str, object] | 
                 continue
             wins = verdict.wins(name)
             tint = "var(--good)" if wins.mean > 0.5 else "var(--warn)"
-            much = round(60 * abs(wins.mean - 0.5))
+            much = round(50 * abs(wins.mean - 0.5))
             equal = verdict.wins_at_equal_length(name)
             cells.append({"wins": wins, "equal": equal, "tint": tint, "much": much})
         rows.append((name, cells))
