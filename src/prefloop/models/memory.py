@@ -16,6 +16,7 @@ RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NEVER = -1
 MADV_DONTNEED = 4  # mman.h
+GROWTH = 1 << 29  # bytes of holes that are worth new pages
 
 
 @functools.cache
@@ -30,14 +31,28 @@ def keep_freed_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
-def give_back_holes() -> None:
-    """Gives the kernel the pages of freed memory: what is freed and kept comes to lie in holes.
+class Holes:
+    """Freed memory that lies between what is held; given back to the kernel as the process grows.
 
     Micro-batches differ in size, so that the largest tensors fit into no hole and the heap grows.
-    The pages are new when they are used again, so this is for once in many steps.
+    Pages given back are new when they are used again, so this is not for every step.
     """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
+
+    def __init__(self, growth: int = GROWTH) -> None:
+        self.growth, self.least = growth, 0  # bytes held after the last time
+
+    def give_back(self) -> None:
+        """Gives them back once the process has grown by `growth` bytes, or an eighth."""
+        if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+            return
+        if resident_bytes() > self.least + max(self.growth, self.least // 8):
+            library.malloc_trim(0)
+            self.least = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def file_mappings() -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefloop import distributed
 from prefloop.config import TrainingConfig
-from prefloop.models.memory import give_back_holes
+from prefloop.models.memory import Holes
 from prefloop.progress import Progress
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
@@ -30,7 +30,6 @@ ON_BAR = {
     "monitor/score": "monitor",
 }
 """Metrics beside the loss, and the bar's words for them."""
-TRIM_EVERY = 16  # steps; each takes about a hundredth of their time
 
 
 def train(
@@ -46,6 +45,7 @@ def train(
     done, tokens, owed = keeper.resume()
     run.note(total_steps=(total := method.total_steps))
     progress = Progress("step", total, done, shown=distributed.rank() == 0)
+    holes = Holes()
     with Interrupt() as interrupt, progress, keeper:
         if owed is not None:  # the step was done, but not what follows it
             _report(method, config, run, done, owed, watch)
@@ -87,8 +87,7 @@ def train(
                 raise interrupt.error(terminated)
             if watch.stopped:
                 break
-            if device.type == "cpu" and done % TRIM_EVERY == 0:
-                give_back_holes()
+            holes.give_back()
             began = time.perf_counter()
         # 4. The result.
         _finish(method, config, run, done, watch)
