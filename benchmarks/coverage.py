@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from prefloop.evaluation.length_control import Duels, length_controlled
 from prefloop.evaluation.winrate import win_rate
 from prefloop.intervals import Interval, estimate
-from prefloop.labelling.agreement import mean_by_prompt, share_by_prompt
+from prefloop.labelling.agreement import share_by_prompt
 
 Floats = NDArray[np.float64]
 Numbers = np.random.Generator
@@ -92,9 +92,7 @@ def _at_equal_length(theta: float, phi: float) -> Case:
         chance = 1 / (1 + np.exp(-(theta + phi * np.tanh(d / 40))))
         wins = (rng.random(n) < chance).astype(np.float64)
         zeros = np.zeros(n, dtype=np.int64)
-        return length_controlled(
-            Duels(wins, d, np.arange(n), np.ones(n), zeros, zeros), 0, RESAMPLES
-        )
+        return length_controlled(Duels(wins, d, np.arange(n), np.ones(n), zeros, zeros))
 
     truth = float(1 / (1 + np.exp(-theta)))
     return Case(f"win rate at equal length {truth:.2f}", interval, truth)
@@ -144,5 +142,4 @@ CASES = (
     _runs(5, 0.2),
     Case("difference of two ways, 3 runs each", _two_ways_of_runs, 0.0),
     Case("agreement 0.8", lambda rng, n: share_by_prompt(*_agreed(rng, n)), 0.8),
-    Case("mean by prompt", lambda rng, n: mean_by_prompt(*_agreed(rng, n)), 0.8),
 )

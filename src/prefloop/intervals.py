@@ -67,23 +67,32 @@ class Estimate:
         half = self.reach * self.error
         return Interval(self.mean, self.mean - half, self.mean + half)
 
-    def share(self, prompts: int) -> Interval:
-        """The interval of a mean of shares, which ends within [0, 1].
+    def answers(self, prompts: int) -> float:
+        """How many independent yes-or-no answers would have a share's standard error: p(1 - p)/e^2.
 
-        Wilson's score interval (JASA 22, 1927, 209-212) at the number of independent yes-or-no
-        answers that would have this standard error, p(1 - p)/error^2 (Korn and Graubard, Survey
-        Methodology 24, 1998, 193-201), and with Student's quantile. Where all prompts say
-        yes, or all no, that number is the prompts'.
+        Where all prompts say yes, or all no, the prompts' number; infinite where all say the same
+        in between.
         """
         p = min(max(self.mean, 0.0), 1.0)
-        if self.error == 0.0 and 0.0 < p < 1.0:
+        if self.error > 0.0:
+            return p * (1 - p) / self.error**2
+        return inf if 0.0 < p < 1.0 else float(prompts)
+
+    def share(self, prompts: int, most: float = inf) -> Interval:
+        """The interval of a mean of shares, which ends within [0, 1].
+
+        Wilson's score interval (JASA 22, 1927, 209-212) at the effective number of `answers` (Korn
+        and Graubard, Survey Methodology 24, 1998, 193-201), or at `most` if that is less, with
+        Student's quantile where the error was estimated.
+        """
+        p = min(max(self.mean, 0.0), 1.0)
+        number = min(self.answers(prompts), most)
+        if number == inf:
             return Interval(self.mean, self.mean, self.mean)
-        if self.error == 0.0:
-            number, reach = float(prompts), NormalDist().inv_cdf((1 + LEVEL) / 2)
-        else:
-            number, reach = p * (1 - p) / self.error**2, t_quantile(self.df)
         if number == 0.0:  # a linearised share of 0 or 1 with an error
             return self.interval()
+        normal = NormalDist().inv_cdf((1 + LEVEL) / 2)
+        reach = t_quantile(self.df) if self.error > 0.0 else normal
         scale = 1 + reach**2 / number
         centre = (p + reach**2 / (2 * number)) / scale
         half = reach / scale * sqrt(p * (1 - p) / number + reach**2 / (4 * number**2))
@@ -93,15 +102,15 @@ class Estimate:
         """Two-sided p-value of the mean being `null`: below 0.05 where the interval leaves it out.
 
         The larger of Student's and the share of resamples with as large a |t*|, this one among
-        them, so never below 1/(resamples + 1) where prompts were resampled.
+        them; where none is as large, Student's. Where the values do not vary, that of the sign
+        test, 2^(1 - N).
         """
         if self.error == 0.0:
-            return 1.0 if self.mean == null or self.df == 0.0 else 1 / (RESAMPLES + 1)
+            return 1.0 if self.mean == null else 2.0**-self.df
         t = abs(self.mean - null) / self.error
-        if not len(self.resampled):
-            return two_sided_p(t, self.df)
         beyond = len(self.resampled) - int(np.searchsorted(self.resampled, t))
-        return max(two_sided_p(t, self.df), (1 + beyond) / (1 + len(self.resampled)))
+        resampled = (1 + beyond) / (1 + len(self.resampled)) if beyond else 0.0
+        return max(two_sided_p(t, self.df), resampled)
 
 
 def estimate(

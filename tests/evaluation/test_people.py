@@ -205,7 +205,7 @@ def test_a_clear_verdict_in_words_and_in_tables(tmp_path):
     verdict = run(PeopleConfig(labels=str(tmp_path / "labels.db"), data=str(folder)))
     assert verdict.sentences[0] == (
         "People prefer DPO to SFT: 100% [91%, 100%] of 40 judgements, ties half (40 prompts, "
-        "1 person); 99% [91%, 100%] at equal length."
+        "1 person); 99% [89%, 100%] at equal length."
     )
     assert verdict.sentences[1].startswith("People do not tell PPO from SFT: 50% [35%, 65%] of 40")
     sft, dpo, _ = matrix(verdict)

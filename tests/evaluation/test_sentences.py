@@ -13,7 +13,7 @@ def way(name: str, kl: float = 4.06, signs: Iterable[str] = ()) -> Way:
     one = Interval(kl, kl, kl)
     vitals = Vitals(one, None, one, 12.0, 0.0, 0.9, 0.0)
     fired = tuple(Sign(sign, "1 → 2") for sign in signs)
-    return Way(name, vitals, None, False, fired, 0.1, None, (), ())
+    return Way(name, vitals, None, False, fired, 0.1, None)
 
 
 def pair(

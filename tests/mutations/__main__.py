@@ -241,6 +241,30 @@ BUGS = (
         (f"{EXACT}::test_answers_that_share_a_prompt_have_the_enumerated_log_probs",),
     ),
     Bug(
+        "runs of one way taken for the way itself",
+        "intervals.py",
+        "if ms_runs > ms_rest:",
+        "if False:",
+        ("tests/test_intervals.py::test_several_runs_are_a_draw_too",),
+    ),
+    Bug(
+        "p-values of many pairs taken one by one",
+        "evaluation/pairs.py",
+        "replace(pair, p_holm=p)",
+        "replace(pair, p_holm=pair.p)",
+        ("tests/evaluation/test_pairs.py::test_every_pair_by_scipy",),
+    ),
+    Bug(
+        "a prompt that one way's answer got no score to counted for the others",
+        "evaluation/measure.py",
+        "if all(any(answer.gold is not None for answer in run[prompt]) for run in runs)",
+        "if True",
+        (
+            "tests/evaluation/test_compare.py"
+            "::test_a_prompt_without_a_score_from_one_way_counts_for_none",
+        ),
+    ),
+    Bug(
         "compared answers in the order of the ways",
         "labelling/compared.py",
         "texts = sorted(ended, key=lambda text: key_of(question.prompt, text))",

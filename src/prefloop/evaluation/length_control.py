@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.intervals import RESAMPLES, Interval, estimate
+from prefloop.intervals import Interval, estimate
 
 Floats = NDArray[np.float64]
 RIDGE = 0.1  # on the length's coefficient squared, halved
@@ -71,33 +70,30 @@ def fit(wins: Floats, lengths: Floats, weights: Floats) -> tuple[Floats, Floats]
     return beta, hessian
 
 
-def length_controlled(duels: Duels, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def length_controlled(duels: Duels) -> Interval:
     """The win rate that AlpacaEval 2's model gives at equal length.
 
     logit P(win) = theta + phi tanh(d/s) with d the difference in tokens and s its deviation over
     all rows; at equal length P = sigma(theta) (Dubois et al. 2024, arXiv 2404.04475, equation 2).
     Their third term, the instruction's difficulty, is left out: it is fitted on a leaderboard of
     many models, and two models' answers to a prompt say nothing of it. Wins may be ties and shares.
-    The interval is that of theta, linear in prompts (the sandwich estimate) and resampled as a
-    mean of scores is, on the logit's scale.
+    The interval is a share's, with the error of P made linear in prompts (the jackknife's form of
+    the sandwich), and at no more answers than the plain win rate's.
     """
-    deviation = float(np.sqrt(np.average(duels.differences**2, weights=duels.weights)))
-    mean = float(np.average(duels.differences, weights=duels.weights))
-    deviation = float(np.sqrt(max(deviation**2 - mean**2, 0.0)))
-    lengths = np.tanh(duels.differences / deviation) if deviation else 0 * duels.differences
+    mean = np.average(duels.differences, weights=duels.weights)
+    variance = np.average((duels.differences - mean) ** 2, weights=duels.weights)
+    lengths = np.tanh(duels.differences / np.sqrt(variance)) if variance else 0 * duels.differences
     (theta, phi), hessian = fit(duels.wins, lengths, duels.weights)
-    # Each row's pull on theta, by prompt and by run of either way.
-    residuals = duels.weights * (duels.wins - 1 / (1 + np.exp(-(theta + phi * lengths))))
-    inverse = np.linalg.inv(hessian)[0]
-    pulls = residuals * (inverse[0] + inverse[1] * lengths)
-    runs = duels.by_run(pulls)
-    prompts = runs[0].shape[1]
-    runs = prompts * runs[0], prompts * runs[1]
-    found = estimate(runs[0].mean(axis=0), seed, runs, resamples)
-    half = found.reach * found.error
-    mean, low, high = (1 / (1 + exp(-x)) for x in (theta, theta - half, theta + half))
-    if duels.wins.min() == duels.wins.max() != 0.5:
-        # One side won everything: theta does not vary, and the plain win rate's interval stands.
-        plain = estimate(np.full(prompts, duels.wins[0])).share(prompts)
-        low, high = min(low, plain.low), max(high, plain.high)
-    return Interval(mean, low, high)
+    p = float(1 / (1 + np.exp(-theta)))
+    # Each row's pull on P were it left out (jackknife), by prompt and by run of either way.
+    at = 1 / (1 + np.exp(-(theta + phi * lengths)))
+    inverse = np.linalg.inv(hessian)
+    design = np.stack([np.ones(len(lengths)), lengths], axis=1)
+    leverage = duels.weights * at * (1 - at) * ((design @ inverse) * design).sum(axis=1)
+    residuals = duels.weights * (duels.wins - at) / (1 - leverage)
+    first, second = duels.by_run(p * (1 - p) * residuals * (design @ inverse[0]))
+    prompts = first.shape[1]
+    values = prompts * (first.mean(axis=0) - first.mean())
+    runs = prompts * first, prompts * second
+    plain = estimate(duels.by_run(duels.weights * duels.wins)[0].mean(axis=0), resamples=0)
+    return estimate(p + values, runs=runs, resamples=0).share(prompts, plain.answers(prompts))

@@ -80,5 +80,5 @@ def _pair(first: Scored, second: Scored, seed: int) -> PairVerdict:
         p=difference.p(),
         p_holm=1.0,
         win_rate=_win_rate(duels),
-        length_controlled=length_controlled(duels, seed),
+        length_controlled=length_controlled(duels),
     )
