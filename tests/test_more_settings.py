@@ -18,6 +18,7 @@ from prefloop.console.chat import chat
 from prefloop.errors import UserError
 from prefloop.labelling.store import Store
 from prefloop.labelling.web import server
+from prefloop.recipes.overoptimisation import label_sets, study_of
 from prefloop.recipes.pipeline import read_stages
 from prefloop.recipes.sentiment import FULL, QUICK, Plan
 from tests import test_settings
@@ -73,6 +74,7 @@ MODES = {
         {"model": "chat", "against": "chat-2", "to_labels": "talk.db"} | TALK,
     ],
     "demo": [{}, {"quick": True}],
+    "overoptimise": [{}, {"quick": True}],
     "run": [{"pipeline": "one.yaml"}],
     "report": [{"runs": ("made",)}],
     "init": [{"use": "chat", "output": "new.yaml"}],
@@ -119,6 +121,8 @@ CHANGES = test_settings.CHANGES | {
     "seed": 12,
     "quick": True,
     "pipeline": Path("two.yaml"),
+    "sizes": (3, 5),
+    "repeats": 2,
     "dry_run": True,
     "use": "style",
     "runs": ("absent",),
@@ -220,6 +224,8 @@ def outcome(name, capsys, changes):
             return out.getvalue(), stored
         if name == "demo":
             return (asdict(Plan(config.output, config.seed, QUICK if config.quick else FULL)),)
+        if name == "overoptimise":
+            return study_of(config), label_sets(config)
         if name == "run":
             stages = read_stages(config.pipeline, config.output or Path("runs"), COMMANDS)
             return ([repr(stage) for stage in stages],)

@@ -210,6 +210,14 @@ def demo(config: c.DemoConfig) -> Comparison:
     return run(config)
 
 
+def overoptimise(config: c.OveroptimiseConfig) -> dict[str, Any]:
+    """Optimise a reward model too far, and see what a judge says of it: a study in an hour."""
+    validate(config)
+    from prefloop.recipes.overoptimisation import overoptimise as run
+
+    return run(config)
+
+
 def run(config: c.RunConfig) -> None:
     """Run a pipeline of commands; skip what has not changed."""
     validate(config)
@@ -315,6 +323,13 @@ def show_people(result: Any) -> None:
     _console().print(terminal(result))
 
 
+def show_study(result: Any) -> None:
+    """Print the table of a study of overoptimisation."""
+    from prefloop.recipes.overoptimisation_report import table
+
+    print(table(result["groups"]), end="")
+
+
 def show_quality(result: Any) -> None:
     """Print how good labels are."""
     from prefloop.labelling.report import terminal
@@ -359,6 +374,7 @@ COMMANDS = {
     "label backup": Command(l.LabelBackupConfig, label_backup),
     "report": Command(c.ReportConfig, report, positional="runs"),
     "export": Command(c.ExportConfig, export, positional="run"),
+    "overoptimise": Command(c.OveroptimiseConfig, overoptimise, show_study),
     "run": Command(c.RunConfig, run, positional="pipeline"),
     "init": Command(c.InitConfig, init, positional="use"),
     "check": Command(c.CheckConfig, check),

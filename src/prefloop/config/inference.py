@@ -145,6 +145,27 @@ class DemoConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OveroptimiseConfig(Settings):
+    """A study: a reward model of few, varying people is optimised too far, and a judge looks on."""
+
+    output: Path = Path("runs/overoptimisation")
+    """Directory of the study's stages, points, figure and summary."""
+    sizes: tuple[int, ...] = (100, 300, 900)
+    """Sizes of the label sets: prompts whose answers are ranked, by one annotator for each 25."""
+    repeats: Annotated[int, Above(0)] = 3
+    """Label sets of each size: annotators, rankings, reward model and PPO runs of their own."""
+    seed: Seed = 0
+    """Seed of every stage; a repeat adds its number."""
+    quick: bool = False
+    """A few steps of each stage, to see that they work; their numbers mean nothing."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        if not self.sizes or min(self.sizes) < 1:
+            yield "--sizes: give one or more sizes, each above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
     """Run a pipeline's stages in order; skip what has not changed, resume what was interrupted."""
 

@@ -25,7 +25,7 @@ KINDS_OF_COMMANDS = (
     ("Let it answer", "prompts in files, or you", "sample generate chat"),
     ("Ask people", "who rank answers in a browser", "label"),
     ("Judge", "which answers and models are better, and how sure that is", "rank compare evaluate"),
-    ("Whole runs", "several of these in order", "demo init run"),
+    ("Whole runs", "several of these in order", "demo init run overoptimise"),
     ("Around a run", "before it and after it", "check report export fetch-model completion"),
 )
 """Title, purpose, and the first words of the commands."""
@@ -56,6 +56,7 @@ EXAMPLES = {
     "report": "runs/ppo --every 30",
     "export": "runs/dpo --output my-model --merge",
     "run": "pipeline.yaml --dry-run",
+    "overoptimise": "--sizes 100 --output runs/overoptimisation",
     "init": "chat --output pipeline.yaml",
     "check": "--model runs/sft --data rankings.jsonl",
     "fetch-model": "smollm2-135m-instruct",
