@@ -14,6 +14,7 @@ from prefloop.evaluation import overoptimisation as o
 from prefloop.files import atomic_file, write_atomic
 
 BEST_OF_N = "best of n"
+COLOURS = ("#3b7dd8", "#c8447e", "#2f9e62", "#e07a1f")  # of the ways
 Rows = Sequence[Mapping[str, Any]]
 HEADINGS = (
     "labels",
@@ -131,8 +132,6 @@ def draw(groups: Sequence[Group], path: Path) -> None:
     """Gold above, proxy below, against sqrt(KL); a column for each size of label set."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-
-    from prefloop.evaluation.report import COLOURS
 
     sizes = list(dict.fromkeys(labels for labels, _, _ in groups))
     ways = list(dict.fromkeys(way for _, way, _ in groups))
