@@ -175,11 +175,13 @@ def world(tmp_path_factory):
     write_rows(folder / "labelled.jsonl", rows)
     answers = {way: [[said[n % 2][k]] for n in range(4)] for k, way in enumerate(WAYS)}
     compare_folder(folder / "compared", answers, chats)
+    settings = {"model": "chat", "data": "rows.jsonl"}
+    seedless = {"name": "seedless", "command": "dpo", "settings": settings}
     for name, seed in (("one", 1), ("two", 2)):
         settings = {"model": "model", "output": "given", "data": "sft.jsonl", "seed": seed}
         stage = {"name": "sft", "command": "sft", "settings": settings}
         del settings["output"]
-        (folder / f"{name}.yaml").write_text(json.dumps({"stages": [stage]}))
+        (folder / f"{name}.yaml").write_text(json.dumps({"stages": [stage, seedless]}))
     return folder
 
 
@@ -227,7 +229,8 @@ def outcome(name, capsys, changes):
         if name == "overoptimise":
             return study_of(config), label_sets(config)
         if name == "run":
-            stages = read_stages(config.pipeline, config.output or Path("runs"), COMMANDS)
+            root = config.output or Path("runs")
+            stages = read_stages(config.pipeline, root, COMMANDS, config.seed)
             return ([repr(stage) for stage in stages],)
         COMMANDS[name].show(COMMANDS[name].function(config))
         told = re.sub(r"token=\S+", "", capsys.readouterr().out)
@@ -305,5 +308,6 @@ def test_every_command_that_takes_settings_is_tried():
     from tests.training.small import CONFIGS
 
     tried = MODES.keys() | test_settings.MODES.keys() | CONFIGS.keys()
-    elsewhere = {"fetch-model", "export", "completion"}  # tests/models/test_publish.py, console/
+    # tests/models/test_publish.py, tests/recipes/test_uses_data.py, tests/console
+    elsewhere = {"fetch-model", "fetch-data", "export", "completion"}
     assert COMMANDS.keys() - tried <= elsewhere

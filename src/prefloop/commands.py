@@ -269,6 +269,14 @@ def fetch_model(config: c.FetchModelConfig) -> Path:
     return config.output
 
 
+def fetch_data(config: c.FetchDataConfig) -> dict[str, Any]:
+    """Fetch public data of a use, and write it as the rows that its recipe trains on."""
+    validate(config)
+    from prefloop.recipes.data import fetch_data as fetch
+
+    return fetch(config)
+
+
 def completion(config: c.CompletionConfig) -> str:
     """Print what makes bash, zsh or fish complete commands and flags."""
     validate(config)
@@ -379,5 +387,6 @@ COMMANDS = {
     "init": Command(c.InitConfig, init, positional="use"),
     "check": Command(c.CheckConfig, check),
     "fetch-model": Command(c.FetchModelConfig, fetch_model, positional="name"),
+    "fetch-data": Command(c.FetchDataConfig, fetch_data, positional="use"),
     "completion": Command(c.CompletionConfig, completion, print, positional="shell"),
 }

@@ -24,7 +24,7 @@ def offered(line):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("fe", ["fetch-model"]),
+        ("fe", ["fetch-model", "fetch-data"]),
         ("label s", ["serve", "score"]),
         ("label add", ["add-user"]),
         ("evaluate ", ["winrate", "judge", "people", "reward-model"]),

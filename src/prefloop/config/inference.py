@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from prefloop.config.ranges import (
+    SEEDS,
     Above,
     AtLeast,
     Device,
@@ -173,6 +174,8 @@ class RunConfig(Settings):
     """YAML with `stages`, each {name, command, settings} (see docs/pipelines.md)."""
     output: Path | None = None
     """Directory of the stages; by default `runs/` and the pipeline's name."""
+    seed: Annotated[int | None, SEEDS] = None
+    """Seed of every stage that takes one and gives none of its own."""
     dry_run: bool = False
     """Run nothing; show the stages, what would be skipped, and planned time and memory."""
 
@@ -280,6 +283,16 @@ class FetchModelConfig(Settings):
     """Name of the model."""
     output: Path | None = None
     """Folder to write; by default one in the user's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchDataConfig(Settings):
+    """Fetch public data of a use, and write it as the rows that its recipe trains on."""
+
+    use: Literal["chat", "style", "summary", "translation"]
+    """What the rows are for (docs/recipes.md)."""
+    output: Path
+    """Folder to write; files of the same names there are replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,8 @@ class OnlyWith:
 
 
 ANY = Range("be finite", math.isfinite)
-Seed = Annotated[int, Range("be 0 or more and below 2^63", lambda value: 0 <= value < 2**63)]
+SEEDS = Range("be 0 or more and below 2^63", lambda value: 0 <= value < 2**63)
+Seed = Annotated[int, SEEDS]
 Device = Annotated[str, Form(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", "give auto, cpu, cuda or cuda:N")]
 DType = Literal["auto", "float32", "bfloat16"]
 Weights = Literal["auto", "float32", "bfloat16", "nf4"]

@@ -26,7 +26,11 @@ KINDS_OF_COMMANDS = (
     ("Ask people", "who rank answers in a browser", "label"),
     ("Judge", "which answers and models are better, and how sure that is", "rank compare evaluate"),
     ("Whole runs", "several of these in order", "demo init run overoptimise"),
-    ("Around a run", "before it and after it", "check report export fetch-model completion"),
+    (
+        "Around a run",
+        "before it and after it",
+        "check report export fetch-model fetch-data completion",
+    ),
 )
 """Title, purpose, and the first words of the commands."""
 EXAMPLES = {
@@ -60,6 +64,7 @@ EXAMPLES = {
     "init": "chat --output pipeline.yaml",
     "check": "--model runs/sft --data rankings.jsonl",
     "fetch-model": "smollm2-135m-instruct",
+    "fetch-data": "summary --output data/summary",
     "completion": "bash",
 }
 COLUMN = 28

@@ -111,7 +111,10 @@ def _absent(stage: Stage, running: Mapping[str, Stage]) -> list[str]:
     return [
         name
         for name in dict.fromkeys(names)
-        if name.endswith(FILES) and not Path(name).exists() and name not in {*running, *stores}
+        if name.endswith(FILES)
+        and not Path(name).exists()
+        and name not in {*running, *stores}
+        and not any(name.startswith(f"{made}/") for made in running)
     ]
 
 

@@ -118,12 +118,12 @@ def fetch_file(pin: Pin) -> Path:
     return target
 
 
-def require_packages(*modules: str) -> None:
-    """UserError where a module of the extra `demo` is missing."""
+def require_packages(*modules: str, extra: str = "demo") -> None:
+    """UserError where a module of the extra is missing."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"not installed: {', '.join(missing)}; run pip install 'prefloop[demo]' "
-            "(in a clone: pip install -e '.[demo]')"
+            f"not installed: {', '.join(missing)}; run pip install 'prefloop[{extra}]' "
+            f"(in a clone: pip install -e '.[{extra}]')"
         )
 
 

@@ -45,6 +45,8 @@ STORES = ("store", "to_labels", "judge_cache")
 
 ROWS = ("sample", "generate", "rank", "label export")
 """Commands whose output is a file of rows, and not a folder."""
+NUMBERS = ("evaluate winrate", "evaluate judge", "evaluate reward-model")
+"""Those whose output is one JSON object."""
 
 
 class Command(Protocol):
@@ -76,7 +78,7 @@ def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
     """Run the stages of a pipeline in order."""
     root = config.output or Path("runs") / config.pipeline.stem
     check_folder(root)
-    stages = read_stages(config.pipeline, root, commands)
+    stages = read_stages(config.pipeline, root, commands, config.seed)
     record = _Record(root / RECORD)
     if config.dry_run:
         from prefloop.recipes.dry_run import tell
@@ -101,8 +103,13 @@ def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
         record.set(stage.name, print_of, "finished")
 
 
-def read_stages(path: Path, root: Path, commands: Mapping[str, Command]) -> list[Stage]:
-    """The stages of a pipeline file, each checked before any of them runs."""
+def read_stages(
+    path: Path, root: Path, commands: Mapping[str, Command], seed: int | None = None
+) -> list[Stage]:
+    """The stages of a pipeline file, each checked before any of them runs.
+
+    `seed` is that of each stage that takes one and gives none.
+    """
     content = read_yaml(path)
     if extra := next((key for key in content if key != "stages"), None):
         raise UserError(f"{path}: unknown key `{extra}`; the file holds `stages`")
@@ -114,7 +121,7 @@ def read_stages(path: Path, root: Path, commands: Mapping[str, Command]) -> list
     for where, item, words in _unrolled(listed, path):
         known = {w: text for w, text in words.items() if w in WORDS or text[2:-1] in outputs}
         names = outputs | {w: str(_fill(text, outputs, where)) for w, text in known.items()}
-        stage = _read_stage(item, where, root, names, outputs, commands)
+        stage = _read_stage(item, where, root, names, outputs, commands, seed)
         if (output := getattr(stage.config, "output", None)) is not None:
             check_folder(Path(output).parent)
             if str(output) in outputs.values():
@@ -155,6 +162,7 @@ def _read_stage(
     names: Mapping[str, str],
     outputs: Mapping[str, str],
     commands: Mapping[str, Command],
+    seed: int | None,
 ) -> Stage:
     if not isinstance(item, dict) or not isinstance(item.get("settings", {}), dict):
         raise UserError(f"{where}: give {{name, command, settings}}")
@@ -172,8 +180,11 @@ def _read_stage(
     config_class = commands[command].config
     given = item.get("settings", {})
     settings = {key: _fill(value, names, where) for key, value in given.items()}
-    if "output" in {field.name for field in fields(config_class)}:
-        ending = ".jsonl" if command in ROWS else ""
+    known = {field.name for field in fields(config_class)}
+    if seed is not None and "seed" in known:
+        settings.setdefault("seed", seed)
+    if "output" in known:
+        ending = ".jsonl" if command in ROWS else ".json" if command in NUMBERS else ""
         settings.setdefault("output", str(root / (name + ending)))
     config: Any = build(config_class, settings, where)
     try:
