@@ -25,9 +25,22 @@ def log_probs(engine, **options):
     return found
 
 
+def one_by_one(engine, **options):
+    """The same from single next tokens: vLLM's adapters fail where it gives those of the prompt."""
+    ask = SamplingParams(max_tokens=1, logprobs=-1, temperature=0.0)
+    found = []
+    for row in rows:
+        ids, answer = row["prompt_ids"], row["answer_ids"]
+        prompts = [{"prompt_token_ids": ids + answer[:n]} for n in range(len(answer))]
+        outs = engine.generate(prompts, ask, use_tqdm=False, **options)
+        pairs = zip(outs, answer, strict=True)
+        found.append(sum(out.outputs[0].logprobs[0][token].logprob for out, token in pairs))
+    return found
+
+
 facts = {"policy": log_probs(LLM(str(folder / "policy"), **common))}
-based = LLM(str(folder / "base"), enable_lora=True, max_lora_rank=8, **common)
-facts["adapter"] = log_probs(based, lora_request=LoRARequest("a", 1, str(folder / "adapter")))
+based = LLM(str(folder / "base"), enable_lora=True, max_lora_rank=8, max_logprobs=-1, **common)
+facts["adapter"] = one_by_one(based, lora_request=LoRARequest("a", 1, str(folder / "adapter")))
 scorer = LLM(str(folder / "reward"), runner="pooling", convert="classify", **common)
 prompts = [{"prompt_token_ids": ids} for ids in json.loads((folder / "rendered.json").read_text())]
 outputs = scorer.encode(
