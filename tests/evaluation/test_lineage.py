@@ -11,8 +11,9 @@ from prefloop.intervals import Interval
 
 def run(directory: Path, command: str, seconds: float, **settings: object) -> Path:
     (directory / "model").mkdir(parents=True)
-    record = {"command": command, "cpu_seconds": seconds, "wall_seconds": 1.0, "tokens": 1}
-    (directory / "run.json").write_text(json.dumps({**record, "peak_memory_gib": 1.0}))
+    record = {"command": command, "status": "finished", "wall_seconds": 1.0, "tokens": 1}
+    record |= {"cpu_seconds": seconds, "peak_memory_gib": 1.0}
+    (directory / "run.json").write_text(json.dumps(record))
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
     return directory
 

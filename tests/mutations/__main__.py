@@ -66,7 +66,7 @@ BUGS = (
     ),
     Bug(
         "reference not frozen",
-        "training/ppo.py",
+        "training/reference.py",
         "return replace(policy, module=frozen_copy(policy.module, plan))",
         "return policy",
         (f"{EXACT}::test_ppo_reports_the_enumerated_kl_and_objective",),

@@ -343,6 +343,7 @@ def test_ppo(variant: str, folders: dict[str, str], tmp_path: Path) -> None:
     # 4. Metrics of the rollout.
     metrics = rollout_metrics(
         rollouts,
+        ref_log_probs,
         scores,
         torch.zeros(len(scores), dtype=torch.bool),
         torch.zeros_like(rollouts.log_probs),
