@@ -85,10 +85,10 @@ def test_rows_have_the_wanted_lengths(tmp_path):
         ("reward-4", "later"),
         ("dpo", "first"),
         ("dpo-lora", "later"),
-        ("memory", "checkpointing"),
-        ("ppo", "later"),
+        pytest.param("memory", "checkpointing", marks=pytest.mark.slow),
+        pytest.param("ppo", "later", marks=pytest.mark.slow),
         ("generate", "later"),
-        ("decode-8", "later"),
+        pytest.param("decode-8", "later", marks=pytest.mark.slow),
     ],
 )
 def test_prefloops_side_takes_turns(name, form, models, rows):
@@ -113,12 +113,15 @@ def test_prefloops_side_takes_turns(name, form, models, rows):
         assert first.get("steps") == (None if work.stops else work.answer[1])
 
 
-@pytest.mark.parametrize("form", ["generate", "generate-batch"])
+@pytest.mark.parametrize(
+    "form", ["generate", pytest.param("generate-batch", marks=pytest.mark.slow)]
+)
 def test_transformers_side_takes_turns(form, models, rows):
     for turn in turns("transformers_side", "decode-8", rows(1), models, "float32", form):
         assert turn["tokens"] == WORKS["decode-8"].answer[1]
 
 
+@pytest.mark.slow
 def test_growths_side_takes_turns(models):
     shape = {"rows": 2, "answers": 3, "prompt": 5, "answer": 4}
     for decode, tokens in ((False, 2 * (5 + 3 * 4)), (True, 2 * 3 * 4)):
