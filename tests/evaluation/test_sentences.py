@@ -66,9 +66,9 @@ def test_each_way_beside_all_others() -> None:
     assert [
         text.split("; ")[0].replace("(judge +1.00 [0.85, 1.15], p < .001)", "()") for text in told
     ] == [
-        "best-of-4 is better than SFT (), better than DPO, worse than PPO and not told apart from "
+        "best-of-4 is better than SFT () and DPO, worse than PPO and not told apart from "
         "KTO, at no more than 0.6 nats",
-        "PPO is better than SFT () and better than best-of-4, DPO and KTO, at 4.1 nats",
+        "PPO is better than SFT (), best-of-4, DPO and KTO, at 4.1 nats",
         "DPO is better than SFT (), worse than best-of-4 and PPO and not told apart from KTO, at "
         "4.1 nats",
         "KTO (3 runs) is better than SFT (), worse than PPO and not told apart from best-of-4 and "

@@ -34,11 +34,10 @@ def _standing(way: Way, against: Sequence[tuple[str, PairVerdict]]) -> str:
     (sft, first), *others = against
     d = first.of(way.name)
     numbers = f"judge {d.mean:+.2f} [{d.low:.2f}, {d.high:.2f}], {in_words(first.p_holm)}"
-    clauses = [f"{_relation(first, way.name)} {sft} ({numbers})"]
-    for relation in RELATIONS:
-        names = [name for name, v in others if _relation(v, way.name) == relation]
-        if names:
-            clauses.append(f"{relation} {_listed(names)}")
+    like = {r: [n for n, v in others if _relation(v, way.name) == r] for r in RELATIONS}
+    relation = _relation(first, way.name)
+    clauses = [f"{relation} {_listed([f'{sft} ({numbers})', *like.pop(relation)])}"]
+    clauses += [f"{other} {_listed(names)}" for other, names in like.items() if names]
     kl = f"{'no more than ' if way.kl_is_bound else ''}{way.vitals.kl.mean:.1f} nats"
     runs = f" ({len(way.runs)} runs)" if way.runs else ""
     said = f"{way.name}{runs} is {_listed(clauses)}, at {kl}"
