@@ -21,8 +21,7 @@ from prefloop.intervals import mean_score
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_reward_model
 from prefloop.models.model import LoadedModel
-from prefloop.models.shared import reference_of
-from prefloop.models.weights import frozen_copy, kept, storage_of
+from prefloop.models.weights import storage_of
 from prefloop.provenance import files_digest
 from prefloop.records import Prompt
 from prefloop.rewards.functions import columns_of, function_judge
@@ -32,6 +31,7 @@ from prefloop.rewards.llm import RubricJudge, rubric_judge
 from prefloop.rewards.scorers import ModelJudge, model_scorer, together, with_template_args
 from prefloop.runs import Run, model_path
 from prefloop.training import checkpoint
+from prefloop.training.reference import as_it_is
 from prefloop.training.rows import Monitored, Prompts, read_monitored
 
 MOST_FAILED = 0.1
@@ -171,7 +171,7 @@ def load_monitor(
             "is; give more"
         )
     score = _by_judge(judge) if judge else _by_spread(config, policy, prompts, rewards)
-    start = reference or _as_it_is(config, policy)
+    start = reference or as_it_is(config, policy)
     return Monitor(config, policy, start, prompts, score, make_engine(config, policy))
 
 
@@ -233,11 +233,3 @@ def _by_spread(
         return Scores(scored.scores, scored.parts["spread"])
 
     return score
-
-
-def _as_it_is(config: Monitored, policy: LoadedModel) -> LoadedModel:
-    """The policy, to stay as it is now: without fresh adapters, or a frozen copy."""
-    if config.lora_rank:
-        return reference_of(policy)
-    plan = kept(storage_of(config), policy.device, trained=False)
-    return replace(policy, module=frozen_copy(policy.module, plan))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prefloop import distributed
-from prefloop.config import DPOConfig, PPOConfig
+from prefloop.config import DPOConfig, PPOConfig, TrainingConfig
 from prefloop.data.batches import TokenBatch
 from prefloop.data.tokenize import Example
 from prefloop.models.heads import sequence_log_probs
@@ -125,6 +125,14 @@ def _log_probs(
     return sums
 
 
+def as_it_is(config: TrainingConfig, policy: LoadedModel) -> LoadedModel:
+    """The policy, to stay as it is now: without its fresh adapters, or a frozen copy."""
+    if config.lora_rank:
+        return reference_of(policy)
+    plan = kept(storage_of(config), policy.device, trained=False)
+    return replace(policy, module=frozen_copy(policy.module, plan))
+
+
 def penalised_from(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None:
     """What KL is measured from: the model that is named, or else a frozen copy of the policy.
 
@@ -135,11 +143,8 @@ def penalised_from(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None
         require_same_ids("--ref-model", reference, policy)
         reference.module.requires_grad_(False)
         return reference
-    if config.lora_rank:
-        return reference_of(policy)
-    if config.kl_coef:
-        plan = kept(storage_of(config), policy.device, trained=False)
-        return replace(policy, module=frozen_copy(policy.module, plan))
+    if config.lora_rank or config.kl_coef:
+        return as_it_is(config, policy)
     if distributed.rank() == 0:
         print(
             "--kl-coef 0: no reference is kept, so no KL is logged; name a --ref-model to see it",
