@@ -8,6 +8,7 @@ import yaml
 
 from prefloop.config import SFTConfig
 from prefloop.errors import UserError
+from prefloop.resume import flaw, seal
 from prefloop.runs import Run, model_path, newest_checkpoint
 
 
@@ -31,6 +32,8 @@ def interrupted_after(folder, steps, saved=()):
         run.log_samples(step, [{"completion": "a"}, {"completion": "b"}])
     for step in saved:
         run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "state.pt").write_bytes(b"abc")
+        seal(run.checkpoint(step))
     return run
 
 
@@ -112,6 +115,60 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path):
     assert newest_checkpoint(run.directory) == run.checkpoint(10)
 
 
+def test_a_checkpoint_knows_size_and_sha256_of_each_of_its_files(tmp_path):
+    interrupted_after(tmp_path, 1, saved=(1,))
+    folder = tmp_path / "run/checkpoints/step-1"
+    of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == {"files": {"state.pt": {"bytes": 3, "sha256": of_abc}}}
+    (folder / "rank").mkdir()
+    (folder / "rank" / "1.bin").write_bytes(b"")
+    assert flaw(folder) == ""  # a file that it does not name means nothing
+    seal(folder)
+    assert flaw(folder) == ""
+    (folder / "rank" / "1.bin").unlink()
+    assert flaw(folder) == "no rank/1.bin"
+
+
+DAMAGED = {  # what happens to the newest checkpoint; what is said of it
+    "flipped": (lambda at: (at / "state.pt").write_bytes(b"abb"), "state.pt has another sha256"),
+    "torn": (lambda at: (at / "state.pt").write_bytes(b"ab"), "state.pt has 2 bytes, not 3"),
+    "file lost": (lambda at: (at / "state.pt").unlink(), "no state.pt"),
+    "no manifest": (lambda at: (at / "manifest.json").unlink(), "no manifest.json"),
+    "torn manifest": (lambda at: (at / "manifest.json").write_text('{"fi'), "cannot be read"),
+    "other manifest": (lambda at: (at / "manifest.json").write_text("[]"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_told_and_passed_over(name, tmp_path, capsys):
+    damage, told = DAMAGED[name]
+    interrupted_after(tmp_path, 3, saved=(1, 2, 3))
+    damage(tmp_path / "run/checkpoints/step-3")
+    damage(tmp_path / "run/checkpoints/step-2")
+    run = Run.open(config(tmp_path), "sft")
+    assert run.resume_from == run.checkpoint(1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert told in said[0]
+    assert "step-3: " in said[0] and said[0].endswith(
+        "; kept as damaged-step-3-1, the run goes on from step-1"
+    )
+    kept = sorted(path.name for path in run.checkpoints.iterdir())
+    assert kept == ["damaged-step-2-1", "damaged-step-3-1", "step-1"]
+
+
+def test_where_none_is_sound_the_run_begins_anew(tmp_path, capsys):
+    """But not over one without a manifest, which may be an earlier version's."""
+    interrupted_after(tmp_path, 3, saved=(2,))
+    (tmp_path / "run/checkpoints/step-2/state.pt").write_bytes(b"")
+    assert Run.open(config(tmp_path), "sft").resume_from is None
+    assert "goes on from the start" in capsys.readouterr().err
+    (tmp_path / "run/checkpoints/step-3").mkdir()
+    with pytest.raises(UserError, match=r"step-3: no manifest.json, so it is torn, or made by an"):
+        Run.open(config(tmp_path), "sft")
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
     interrupted_after(tmp_path, 3)
     run = Run.open(config(tmp_path), "sft")
@@ -128,6 +185,9 @@ def test_a_checkpoint_named_outright(tmp_path):
     run.go_on(5, logged=5)
     assert lines(run)[-1]["step"] == 5
     assert newest_checkpoint(run.directory) == run.checkpoint(5)  # of the branch that goes on
+    (run.checkpoint(5) / "state.pt").write_bytes(b"acc")
+    with pytest.raises(UserError, match=r"step-5: state\.pt has another sha256 .* name another"):
+        Run.open(config(tmp_path, resume=str(run.checkpoint(5))), "sft")
     with pytest.raises(UserError, match="no such checkpoint folder"):
         Run.open(config(tmp_path, resume="absent/step-1"), "sft")
 

@@ -100,6 +100,14 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> None:
             packed.close()
 
 
+def set_aside(path: Path, name: str) -> Path:
+    """Rename to the first free `NAME-N` beside it."""
+    number = 1
+    while (target := path.with_name(f"{name}-{number}")).exists():
+        number += 1
+    return path.rename(target)
+
+
 def cache_dir() -> Path:
     """Where prefloop keeps what can be had again: `$PREFLOOP_CACHE`, or `~/.cache/prefloop`."""
     return Path(os.environ.get("PREFLOOP_CACHE") or "~/.cache/prefloop").expanduser()

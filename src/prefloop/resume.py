@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from prefloop.config import TrainingConfig
 from prefloop.config.resolve import as_dict, default_settings, flag, read_yaml
 from prefloop.errors import UserError
+from prefloop.files import set_aside, write_atomic
+from prefloop.terminal import shown
 
+MANIFEST = "manifest.json"
+"""Of a checkpoint, written after all of its other files: the size and the sha256 of each."""
 FREE_TO_CHANGE = frozenset(
     "output resume track save_every save_minutes keep_checkpoints log_every eval_every device "
     "micro_batch_tokens gradient_checkpointing max_concurrent".split()
@@ -29,6 +38,81 @@ def checkpoint_step(checkpoint: Path) -> int:
     if match is None:
         raise UserError(f"{checkpoint}: not a checkpoint; its folder is named step-N")
     return int(match[1])
+
+
+def seal(folder: Path) -> None:
+    """Puts a checkpoint's files on disk, and then its manifest beside them."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    with ThreadPoolExecutor() as threads:
+        parts = dict(zip([str(p.relative_to(folder)) for p in paths], threads.map(_part, paths),
+                         strict=True))  # fmt: skip
+    write_atomic(folder / MANIFEST, json.dumps({"files": parts}, indent=2) + "\n")
+
+
+def _part(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def flaw(folder: Path) -> str:
+    """What of a checkpoint is not as its manifest says; "" of a sound one."""
+    try:
+        parts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items()
+        with ThreadPoolExecutor() as threads:
+            return next(filter(None, threads.map(lambda part: _flaw(folder, *part), parts)), "")
+    except FileNotFoundError:
+        return f"no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+
+
+def _flaw(folder: Path, name: str, stored: dict[str, object]) -> str:
+    path = folder / name
+    if not path.is_file():
+        return f"no {name}"
+    if (size := path.stat().st_size) != stored["bytes"]:
+        return f"{name} has {size:,} bytes, not {stored['bytes']:,}"
+    return "" if _part(path) == stored else f"{name} has another sha256 than when it was written"
+
+
+def newest_sound(directory: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is as its manifest says, and what is wrong with newer ones.
+
+    UserError where none is sound and one has no manifest: an earlier prefloop wrote none.
+    """
+    damaged = {}
+    for path in checkpoints(directory):
+        wrong = flaw(path)
+        if not wrong:
+            return path, damaged
+        damaged[path] = wrong
+    for path in damaged:
+        if not (path / MANIFEST).exists():
+            raise UserError(
+                f"{path}: no {MANIFEST}, so it is torn, or made by an earlier prefloop; go on with "
+                "that one, or remove it to begin anew"
+            )
+    return None, damaged
+
+
+def pass_over(damaged: Mapping[Path, str], checkpoint: Path | None) -> None:
+    """Tells what is wrong with each, and renames it: what the run writes must not replace it."""
+    for path, wrong in damaged.items():
+        aside = set_aside(path, f"damaged-{path.name}")
+        on = checkpoint.name if checkpoint else "the start"
+        print(
+            shown(f"{path}: {wrong}; kept as {aside.name}, the run goes on from {on}"),
+            file=sys.stderr,
+        )
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Those of a run directory, newest first."""
+    folders = (directory / "checkpoints").glob("step-*")
+    named = [path for path in folders if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(named, key=checkpoint_step, reverse=True)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

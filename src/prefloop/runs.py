@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import time
 import weakref
@@ -31,7 +30,16 @@ from prefloop.config import TrainingConfig
 from prefloop.config.resolve import as_dict
 from prefloop.errors import UserError
 from prefloop.files import check_folder, write_atomic
-from prefloop.resume import checkpoint_step, named_checkpoint, read_record, require_same
+from prefloop.resume import (
+    checkpoint_step,
+    checkpoints,
+    flaw,
+    named_checkpoint,
+    newest_sound,
+    pass_over,
+    read_record,
+    require_same,
+)
 from prefloop.terminal import shown
 from prefloop.tracking import Tracker, open_tracker
 
@@ -91,10 +99,15 @@ class Run:
             checkpoint = newest_checkpoint(directory)
         else:
             checkpoint = named_checkpoint(config, command)
+            if writes and (wrong := flaw(checkpoint)):
+                raise UserError(f"--resume {checkpoint}: {wrong}; name another")
         if previous is None and writes:
             _require_free(directory)
         finished = previous is not None and previous["status"] == "finished"
         finished &= config.resume == "auto"  # a checkpoint named outright is gone on from
+        damaged: dict[Path, str] = {}
+        if writes and not finished and config.resume == "auto":
+            checkpoint, damaged = newest_sound(directory)
         # 2. The trackers' packages must be there before anything is written.
         tracker = None
         if writes and not finished:
@@ -111,6 +124,7 @@ class Run:
             run._unlock = weakref.finalize(run, os.close, lock)
         run.record["status"] = "finished" if finished else "running"
         run.resume_from, run._tracker = checkpoint, tracker
+        pass_over(damaged, checkpoint)
         if finished and writes:
             print(f"{shown(str(directory))}: finished already, nothing to do", flush=True)
         elif writes:
@@ -277,9 +291,7 @@ def is_written(directory: Path) -> bool:
 
 def newest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint with most steps in a run directory."""
-    folder = directory / "checkpoints"
-    folders = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(folders, key=checkpoint_step, default=None)
+    return next(iter(checkpoints(directory)), None)
 
 
 def model_path(path: str) -> str:

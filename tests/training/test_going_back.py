@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from prefloop.errors import UserError
+from prefloop.resume import seal
 from prefloop.runs import newest_checkpoint
 from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 from tests.training.small import (
@@ -218,6 +219,7 @@ def test_a_checkpoint_of_an_earlier_version_is_told(world, whole, tmp_path):
     state = checkpoint(tmp_path / "run", 2)
     state["format"] = 1
     torch.save(state, tmp_path / "run" / "checkpoints" / "step-2" / "state.pt")
+    seal(tmp_path / "run" / "checkpoints" / "step-2")
     with pytest.raises(UserError, match="made by an earlier prefloop"):
         train("sft", world, tmp_path / "run", **SFT)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from prefloop.cli import main
 from prefloop.errors import UserError
+from prefloop.resume import seal
 from tests.training.small import (
     REWARDS,
     assert_same_run,
@@ -157,6 +158,25 @@ def test_a_checkpoint_half_written_does_not_count(world, tmp_path):
     assert_same_run(tmp_path / "whole", again)
 
 
+def test_a_flipped_byte_costs_one_checkpoint(world, tmp_path, capsys):
+    changes = {"batch_size": 2, "save_every": 2}
+    train("sft", world, tmp_path / "whole", **(changes | {"keep_checkpoints": 99}))
+    again = tmp_path / "again"
+    only_checkpoint(tmp_path / "whole", again, 2)
+    shutil.copytree(tmp_path / "whole/checkpoints/step-4", again / "checkpoints/step-4")
+    state = again / "checkpoints/step-4/state.pt"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 4
+    state.write_bytes(data)
+    train("sft", world, again, **changes)
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "sha256" in line]
+    assert said.endswith("; kept as damaged-step-4-1, the run goes on from step-2")
+    assert_same_run(tmp_path / "whole", again)
+    kept = sorted(path.name for path in (again / "checkpoints").iterdir())
+    assert kept == ["damaged-step-4-1", "step-4", "step-5"]
+    assert (again / "checkpoints/damaged-step-4-1/state.pt").read_bytes() == data
+
+
 def test_a_named_checkpoint_is_gone_on_from(world, tmp_path):
     changes = {"batch_size": 2, "save_every": 2, "keep_checkpoints": 99}
     whole = tmp_path / "whole"
@@ -261,9 +281,7 @@ def test_a_function_as_reward_is_found_again(world, tmp_path):
 
 
 def damaged(name, path):
-    if name == "empty":
-        path.write_bytes(b"")
-    elif name == "garbage":
+    if name == "garbage":
         path.write_bytes(b"not a pickle")
     elif name == "a list":
         torch.save([1], path)
@@ -271,10 +289,11 @@ def damaged(name, path):
         state = torch.load(path, weights_only=True)
         models = {"policy": {n: t[:1] for n, t in state["models"]["policy"].items()}}
         torch.save(state | {"models": models}, path)
+    seal(path.parent)
 
 
-@pytest.mark.parametrize("name", ["empty", "garbage", "a list", "other shapes"])
-def test_a_damaged_checkpoint_is_told_in_one_line(name, world, tmp_path):
+@pytest.mark.parametrize("name", ["garbage", "a list", "other shapes"])
+def test_a_checkpoint_that_holds_something_else_is_told_in_one_line(name, world, tmp_path):
     changes = {"batch_size": 3, "save_every": 1, "keep_checkpoints": 9}
     train("sft", world, tmp_path / "whole", **changes)
     only_checkpoint(tmp_path / "whole", tmp_path / "again", 1)

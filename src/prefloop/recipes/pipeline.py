@@ -34,7 +34,7 @@ from prefloop.config import RunConfig
 from prefloop.config.checks import validate
 from prefloop.config.resolve import as_dict, build, nearest, read_yaml
 from prefloop.errors import UserError
-from prefloop.files import check_folder, write_atomic
+from prefloop.files import check_folder, set_aside, write_atomic
 
 RECORD = "pipeline.json"
 NOT_INPUTS = ("output", "resume")
@@ -95,7 +95,8 @@ def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
             print(f"{heading}: nothing changed, skipped", flush=True)
             continue
         if known and known["fingerprint"] != print_of and output is not None and output.exists():
-            print(f"{heading}: changed; the old output is now {_move_aside(output)}", flush=True)
+            aside = set_aside(output, f"{output.name}.old")
+            print(f"{heading}: changed; the old output is now {aside}", flush=True)
         print(f"{heading}: running", flush=True)
         record.set(stage.name, print_of, "started")
         command = commands[stage.command]
@@ -250,14 +251,6 @@ def _input_files(text: str) -> Iterator[Path]:
         else:
             continue
         return
-
-
-def _move_aside(output: Path) -> Path:
-    """Rename an outdated output to the first free `NAME.old-N`."""
-    number = 1
-    while (target := output.with_name(f"{output.name}.old-{number}")).exists():
-        number += 1
-    return output.rename(target)
 
 
 class _Record:

@@ -22,7 +22,7 @@ from prefloop.errors import UserError, first_line
 from prefloop.models import adapters
 from prefloop.models.model import LoadedModel
 from prefloop.provenance import files_digest
-from prefloop.resume import checkpoint_step
+from prefloop.resume import checkpoint_step, seal
 
 FILE = "state.pt"
 FORMAT = 2
@@ -33,9 +33,8 @@ SAMPLE = 64  # elements of a tensor that are looked at one by one
 def save(
     folder: Path, step: int, state: Mapping[str, Any], keep: int, best: int | None = None
 ) -> Path:
-    """Writes checkpoints/step-N through a temporary folder; keeps the newest `keep`.
-
-    What `save_best` wrote of the step `best` goes along.
+    """Writes checkpoints/step-N through a temporary folder, its manifest last; keeps the newest
+    `keep`. What `save_best` wrote of the step `best` goes along.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step}"
@@ -46,12 +45,12 @@ def save(
         _write(temporary / FILE, dict(state))
         if best is not None and best_file(folder, best).exists():
             _link(best_file(folder, best), best_file(temporary, best))
-    except (OSError, RuntimeError) as error:
+        seal(temporary)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{final}: cannot be written ({first_line(error)}); make room, then give the same "
-            "command again"
-        ) from error
+        if isinstance(error, OSError | RuntimeError | UserError):
+            raise _unwritten(final, error) from error
+        raise
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     fsync_folder(folder)
@@ -66,6 +65,13 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _unwritten(path: Path, error: Exception) -> UserError:
+    problem = first_line(error.__cause__ or error)
+    return UserError(
+        f"{path}: cannot be written ({problem}); make room, then give the same command again"
+    )
 
 
 def _link(source: Path, target: Path) -> None:
@@ -91,10 +97,7 @@ def save_best(folder: Path, step: int, state: Mapping[str, Tensor], before: int 
         _write(temporary, dict(state))
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{final}: cannot be written ({first_line(error)}); make room, then give the same "
-            "command again"
-        ) from error
+        raise _unwritten(final, error) from error
     os.replace(temporary, final)
     for old in folder.glob("best-*.pt"):
         if old != final and (before is None or old != best_file(folder, before)):

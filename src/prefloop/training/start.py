@@ -30,10 +30,10 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     if distributed.world() > 1:  # every rank sees the directory as it was before the first writes
         run = Run.open(config, command, writes=False)
         distributed.barrier()
-        if distributed.rank() > 0:
-            return run, device
-    run = Run.open(config, command)
-    run.record["device"] = str(device)
+    if distributed.rank() == 0:
+        run = Run.open(config, command)
+        run.record["device"] = str(device)
+    run.resume_from, *_ = distributed.gather(run.resume_from)  # which the first has found sound
     return run, device
 
 
