@@ -82,7 +82,7 @@ def newest_sound(directory: Path) -> tuple[Path | None, dict[Path, str]]:
 
     UserError where none is sound and one has no manifest: an earlier prefloop wrote none.
     """
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for path in checkpoints(directory):
         wrong = flaw(path)
         if not wrong:
