@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, help without torch."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from prefloop.cli import main
 from prefloop.commands import COMMANDS, Command
 from prefloop.config import DemoConfig
-from prefloop.errors import Terminated, UserError
+from prefloop.errors import AGAIN, Terminated, UserError
 
 HEAVY = ("torch", "transformers", "tyro", "numpy", "yaml", "peft")
 
@@ -123,6 +124,10 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err.endswith("prefloop: terminated\n")
     assert main(["demo"], raising(MemoryError())) == 2
     assert capsys.readouterr().err.startswith("prefloop: out of memory (MemoryError); ")
+    full = OSError(errno.ENOSPC, "No space left on device", "events.1")
+    assert main(["demo"], raising(full)) == 2
+    said = "a file cannot be written or read ([Errno 28] No space left on device: 'events.1')"
+    assert capsys.readouterr().err == f"prefloop: {said}; {AGAIN}\n"
     with pytest.raises(RuntimeError):  # Python prints the traceback and exits with 1
         main(["demo"], raising(RuntimeError("ours")))
 

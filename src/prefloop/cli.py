@@ -18,7 +18,14 @@ from types import FrameType, MappingProxyType
 from prefloop.commands import COMMANDS, Command
 from prefloop.config.resolve import flag, nearest, resolve
 from prefloop.console.help import overview, page
-from prefloop.errors import Terminated, UserError, first_line, out_of_memory
+from prefloop.errors import (
+    AGAIN,
+    Terminated,
+    UserError,
+    disk_error,
+    first_line,
+    out_of_memory,
+)
 from prefloop.terminal import shown
 
 # How long idle threads spin for their next piece of work. Not at all makes decoding take 1.7 times
@@ -55,15 +62,18 @@ def main(
     except KeyboardInterrupt:
         print("prefloop: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        message = f"out of memory ({first_line(error)}); take less at once, or a smaller model"
-        print(shown(f"prefloop: {message}"), file=sys.stderr)
-        return YOURS
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except Exception as error:
+        if out_of_memory(error):
+            message = f"out of memory ({first_line(error)}); take less at once, or a smaller model"
+        elif (failed := disk_error(error)) is not None:
+            message = f"a file cannot be written or read ({first_line(failed)}); {AGAIN}"
+        else:
+            raise
+        print(shown(f"prefloop: {message}"), file=sys.stderr)
+        return YOURS
     finally:
         signal.signal(signal.SIGTERM, before)
 

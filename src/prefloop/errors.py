@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
+AGAIN = "make room, then give the same command again"
+NO_STORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+"""A disk that is full, or that went away."""
+
 
 class UserError(ValueError):
     """The user's mistake, told in one line: what is wrong, where, and how to mend it (exit 2)."""
@@ -16,6 +23,19 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def disk_error(error: BaseException | None) -> BaseException | None:
+    """Of an error and those that led to it, the one by which a disk is full or went away.
+
+    Errors of safetensors are known by their words; torch's hide the one that they came from.
+    """
+    while error is not None:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        if (int(said[1]) if said else getattr(error, "errno", None)) in NO_STORE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class TooLong(UserError):

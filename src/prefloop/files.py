@@ -11,14 +11,14 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from uuid import UUID
 
-from prefloop.errors import UserError, first_line
+from prefloop.errors import AGAIN, UserError, disk_error, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
@@ -51,7 +51,8 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
-            message = f"{path}: cannot be written ({error.strerror}); make room, or give another"
+            mend = AGAIN if disk_error(error) else "give another"
+            message = f"{path}: cannot be written ({error.strerror}); {mend}"
             raise UserError(message) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
@@ -87,6 +88,28 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
     """Write a whole file, or leave what was there."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def append(path: Path, text: str) -> None:
+    """Add whole lines to a file, or leave it as it was; UserError where it cannot be written."""
+    size = None
+    try:
+        with path.open("ab") as file:
+            size = file.tell()
+            file.write(text.encode())
+    except OSError as error:
+        if size is not None:
+            with suppress(OSError):  # then its last line is seen to be cut short
+                os.truncate(path, size)
+        mend = AGAIN if disk_error(error) else "check it, then give the same command again"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {mend}") from error
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take away a last line that a kill cut short."""
+    if path.exists():
+        data = path.read_bytes()
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, object]]) -> None:

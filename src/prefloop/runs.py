@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ from prefloop import provenance
 from prefloop.config import TrainingConfig
 from prefloop.config.resolve import as_dict
 from prefloop.errors import UserError
-from prefloop.files import check_folder, write_atomic
+from prefloop.files import append, check_folder, write_atomic
 from prefloop.resume import (
     checkpoint_step,
     checkpoints,
@@ -118,6 +119,8 @@ class Run:
         if writes and not finished:
             _make_directory(directory)
             lock = _lock(directory)
+            for left in directory.glob(".new-*"):  # by a writer that was killed
+                left.unlink()
         run = cls(directory, previous or _new_record(config, command), writes=writes)
         run._made = made
         if lock is not None:  # let go when the run ends, or is forgotten, or the process dies
@@ -189,6 +192,8 @@ class Run:
         for path in self.checkpoints.glob("step-*"):
             if checkpoint_step(path) > step:
                 shutil.rmtree(path)
+        for path in self.checkpoints.glob(".step-*.tmp"):  # of one that was killed
+            shutil.rmtree(path)
         for path, (text, kept) in self.lines_until(logged).items():
             if kept != text:
                 write_atomic(path, kept)
@@ -226,7 +231,12 @@ class Run:
                 discarded = self._discard()
             if not discarded:
                 stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-                self.finish("interrupted" if stopped else "failed" if error else "finished")
+                try:
+                    self.finish("interrupted" if stopped else "failed" if error else "finished")
+                except UserError as failure:  # no room: the error that came first is told
+                    if error is None:
+                        raise
+                    print(shown(f"prefloop: {failure}"), file=sys.stderr)
         self._let_go()
         if discarded and self._made and not self.directory.is_symlink():
             with contextlib.suppress(OSError):  # something else was put into it meanwhile
@@ -243,8 +253,7 @@ class Run:
         if not self._writes or not rows:
             return
         text = "".join(json.dumps(_plain(r), ensure_ascii=False) + "\n" for r in rows)
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(text)
+        append(self.directory / name, text)
 
     def _save(self) -> None:
         if not self._writes:

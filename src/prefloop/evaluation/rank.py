@@ -23,7 +23,7 @@ from prefloop.evaluation.verdicts import (
     row_of,
     scores_of,
 )
-from prefloop.files import check_writable, write_jsonl
+from prefloop.files import append, check_writable, write_atomic, write_jsonl
 from prefloop.labelling.agreement import copeland
 from prefloop.progress import Progress
 from prefloop.provenance import weights_sha256
@@ -170,8 +170,7 @@ class Journal:
         if note:
             print(shown(note), file=sys.stderr)
         text = "".join(json.dumps(line) + "\n" for line in [digest, *self.scores])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(text, encoding="utf-8")
+        write_atomic(self.path, text)
 
     def _lines(self) -> Iterator[Any]:
         """The lines that were written whole."""
@@ -185,8 +184,7 @@ class Journal:
     def add(self, scores: Sequence[list[float]]) -> None:
         """Keeps the scores of the next rows."""
         self.scores += scores
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in scores))
+        append(self.path, "".join(json.dumps(line) + "\n" for line in scores))
 
     def remove(self) -> None:
         """The output stands."""

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from prefloop.errors import AGAIN, UserError, disk_error, first_line
 from prefloop.models import adapters, shared
 from prefloop.models.model import LoadedModel
 from prefloop.models.weights import stored_types
@@ -65,12 +66,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-    except BaseException:
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (failed := disk_error(error)) is not None:
+            problem = first_line(failed)
+            raise UserError(f"{folder}: cannot be written ({problem}); {AGAIN}") from error
         raise
-    for file in temporary.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

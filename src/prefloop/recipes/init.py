@@ -7,7 +7,7 @@ from pathlib import Path
 from prefloop.config import InitConfig
 from prefloop.config.checks import validate
 from prefloop.errors import UserError
-from prefloop.files import check_writable
+from prefloop.files import check_writable, write_atomic
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -20,5 +20,5 @@ def init(config: InitConfig) -> Path:
     check_writable(config.output)
     text = (TEMPLATES / f"{config.use}.yaml").read_text(encoding="utf-8")
     text = text.replace("prefloop run pipeline.yaml", f"prefloop run {config.output}")
-    config.output.write_text(text, encoding="utf-8")
+    write_atomic(config.output, text)
     return config.output

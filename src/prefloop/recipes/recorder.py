@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prefloop.files import append, drop_cut_line
 from prefloop.generation.protocol import Prompts, RolloutEngine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.model import LoadedModel
@@ -20,6 +21,7 @@ class Recorder:
 
     def __init__(self, engine: RolloutEngine, model: LoadedModel, file: Path) -> None:
         self.engine, self.model, self.file, self.version = engine, model, file, 0
+        drop_cut_line(file)
 
     def generate(
         self,
@@ -37,8 +39,7 @@ class Recorder:
             {"prompt": decode(ids), "completions": [decode(one.tokens) for one in group]}
             for ids, group in zip(prompts, groups, strict=True)
         ]
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"iteration": self.version, "rows": rows}) + "\n")
+        append(self.file, json.dumps({"iteration": self.version, "rows": rows}) + "\n")
         return groups
 
     def sync(self, model: LoadedModel, version: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
 from prefloop.data.tokenize import Example
-from prefloop.errors import UserError, first_line
+from prefloop.errors import AGAIN, UserError, disk_error, first_line
 from prefloop.models import adapters
 from prefloop.models.model import LoadedModel
 from prefloop.provenance import files_digest
@@ -68,10 +68,8 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _unwritten(path: Path, error: Exception) -> UserError:
-    problem = first_line(error.__cause__ or error)
-    return UserError(
-        f"{path}: cannot be written ({problem}); make room, then give the same command again"
-    )
+    problem = first_line(disk_error(error) or error)
+    return UserError(f"{path}: cannot be written ({problem}); {AGAIN}")
 
 
 def _link(source: Path, target: Path) -> None:

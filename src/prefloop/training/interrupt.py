@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from prefloop.errors import Terminated
@@ -40,3 +43,23 @@ class Interrupt:
     def error(terminated: bool) -> KeyboardInterrupt:
         """What ends the run once it is saved."""
         return Terminated() if terminated else KeyboardInterrupt()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within it signals end nothing: those that come are heard when the block is done."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears them
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {n: handler for n, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for again in came:
+            signal.raise_signal(again)

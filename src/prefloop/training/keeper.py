@@ -18,6 +18,7 @@ from prefloop.errors import UserError, first_line, out_of_memory
 from prefloop.runs import Run
 from prefloop.terminal import shown
 from prefloop.training import checkpoint
+from prefloop.training.interrupt import uninterrupted
 from prefloop.training.method import Method
 from prefloop.training.watch import Watch
 
@@ -140,10 +141,11 @@ class Keeper:
         return old or (every > 0 and step % every == 0)
 
     def save(self) -> None:
-        """Writes the checkpoint, once for all ranks."""
-        if distributed.rank() == 0:
-            self._write()
-        distributed.barrier()
+        """Writes the checkpoint, once for all ranks; signals wait until it stands."""
+        with uninterrupted():
+            if distributed.rank() == 0:
+                self._write()
+            distributed.barrier()
 
     def _write(self) -> None:
         assert self.sound is not None
@@ -195,7 +197,8 @@ class Keeper:
         if self.sound is None or self.sound.step <= self.saved:
             return
         try:
-            self._write()
+            with uninterrupted():
+                self._write()
         except UserError as failure:  # no room: the error that came first is told
             print(shown(f"prefloop: {failure}"), file=sys.stderr)
             return

@@ -90,17 +90,17 @@ def train(
             holes.give_back()
             began = time.perf_counter()
         # 4. The result.
-        _finish(method, config, run, done, watch)
+        _export(method, run, done, watch)
     run.finish("finished", steps=done, tokens=tokens)
+    # Checkpoints that were not asked for have served their time once the record says so.
+    if distributed.rank() == 0 and not config.save_every:
+        checkpoint.remove_all(run.checkpoints)
 
 
-def _finish(method: Method[Any], config: TrainingConfig, run: Run, step: int, watch: Watch) -> None:
-    """Writes the result; checkpoints that were not asked for have then served their time."""
+def _export(method: Method[Any], run: Run, step: int, watch: Watch) -> None:
     if distributed.rank() == 0:
         watch.put_best_back(step)
         method.export(run.directory)
-        if not config.save_every:
-            checkpoint.remove_all(run.checkpoints)
     distributed.barrier()
 
 
