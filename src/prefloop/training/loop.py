@@ -91,10 +91,7 @@ def train(
             began = time.perf_counter()
         # 4. The result.
         _export(method, run, done, watch)
-    run.finish("finished", steps=done, tokens=tokens)
-    # Checkpoints that were not asked for have served their time once the record says so.
-    if distributed.rank() == 0 and not config.save_every:
-        checkpoint.remove_all(run.checkpoints)
+        _finish(config, run, done, tokens)
 
 
 def _export(method: Method[Any], run: Run, step: int, watch: Watch) -> None:
@@ -102,6 +99,13 @@ def _export(method: Method[Any], run: Run, step: int, watch: Watch) -> None:
         watch.put_best_back(step)
         method.export(run.directory)
     distributed.barrier()
+
+
+def _finish(config: TrainingConfig, run: Run, done: int, tokens: int) -> None:
+    """Checkpoints that were not asked for have served their time once the record says so."""
+    run.finish("finished", steps=done, tokens=tokens)
+    if distributed.rank() == 0 and not config.save_every:
+        checkpoint.remove_all(run.checkpoints)
 
 
 def _evaluate_before(method: Method[Any], run: Run) -> None:
