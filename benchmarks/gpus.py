@@ -15,7 +15,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.recipes.plan_table import COMMANDS, work_of
 from prefloop.training.bare_models import Role
-from prefloop.training.planning import GIB, SHARE, Plan, full_plan, roles_of
+from prefloop.training.planned_roles import roles_of
+from prefloop.training.planning import GIB, SHARE, Plan, full_plan
 
 CUDA = torch.device("cuda")
 CARDS = (24, 48, 80)

@@ -35,7 +35,8 @@ from prefloop.training import optim
 from prefloop.training.bare_models import weights_of
 from prefloop.training.full_rows import full_row, full_rows
 from prefloop.training.method import Method
-from prefloop.training.planning import full_plan, roles_of
+from prefloop.training.planned_roles import roles_of
+from prefloop.training.planning import full_plan
 from prefloop.training.ppo import PPO
 from prefloop.training.roles import load_beside
 from prefloop.training.rollout import Sampler

@@ -105,7 +105,7 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     **{(command, "truncation"): "the rows say whether any is too long" for command in MODES},
     **{(command, "max_length"): "the rows say whether any is too long" for command in MODES},
 }
-ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.py; tests/outside
+ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.py, _sharded_plan.py
     "bad_rows",
     "chat",
     "command",
@@ -119,6 +119,7 @@ ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.p
     "max_concurrent",
     "memory",
     "micro_batch_tokens",
+    "ranks",
     "template_args",
 }
 TOLD = {  # whose other value here is nothing but told, or required and the same in what is compared

@@ -25,7 +25,8 @@ from prefloop.runs import Run
 from prefloop.training import optim, ppo
 from prefloop.training.full_rows import full_row
 from prefloop.training.method import Method
-from prefloop.training.planning import Plan, full_plan, in_words, roles_of
+from prefloop.training.planned_roles import roles_of
+from prefloop.training.planning import Plan, full_plan, in_words
 from prefloop.training.preference import Preference
 from prefloop.training.reward import Reward
 from prefloop.training.sft import SFT

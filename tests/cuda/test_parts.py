@@ -22,7 +22,8 @@ from prefloop.models.load import load_reward_model
 from prefloop.models.weights import Storage, kept
 from prefloop.recipes.plan_table import work_of
 from prefloop.training.bare_models import weights_of
-from prefloop.training.planning import full_plan, roles_of
+from prefloop.training.planned_roles import roles_of
+from prefloop.training.planning import full_plan
 from prefloop.training.tracing import Ledger
 
 CPU = torch.device("cpu")

@@ -21,6 +21,8 @@ from tests.tiny import tiny_model
 from tests.training.small import CPU
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+BLOCK = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+ALL = {f"model.layers.{n}.{name}" for n in (0, 1) for name in BLOCK}
 ATTENTION = {f"model.layers.{n}.self_attn.{x}_proj" for n in (0, 1) for x in "qv"}
 
 
@@ -37,6 +39,8 @@ def with_adapters(module):
         ((r"model\.layers\.1\..*q_proj",), {"model.layers.1.self_attn.q_proj"}),
         (("0.self_attn.q_proj",), {"model.layers.0.self_attn.q_proj"}),
         (("lm_head",), {"lm_head"}),
+        (("all-linear", "lm_head"), ALL | {"lm_head"}),
+        (("q_proj", "all-linear"), ALL),
     ],
 )
 def test_targets_are_names_or_one_expression(targets, layers, tmp_path):
@@ -74,7 +78,9 @@ def test_names_of_no_layer_are_told_with_what_there_is(options, line, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "lm_head"), (".*embed_tokens",)])
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "lm_head"), (".*embed_tokens",), ("all-linear", "lm_head")]
+)
 def test_an_adapter_on_half_of_a_tied_weight_is_refused(targets, tmp_path):
     base = folder_of(tmp_path / "base", tiny_model("llama", tie_word_embeddings=True))
     with pytest.raises(UserError, match="uses one weight for its embeddings and its head"):

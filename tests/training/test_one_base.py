@@ -12,7 +12,7 @@ from prefloop.data.tokenize import Example
 from prefloop.models import adapters, heads, selftest, shared
 from prefloop.models.load import load_policy, load_reward_model
 from prefloop.rewards.scorers import Scored, together
-from prefloop.training import planning, ppo
+from prefloop.training import planned_roles, planning, ppo
 from prefloop.training.tracing import WEIGHTS, Part
 from tests.models.plain import random_examples
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -146,7 +146,7 @@ def test_the_saved_critic_is_one_adapter(judged, tmp_path):
 def test_the_shared_run_is_planned(judged):
     """The base once, in float32; the reward model and the critic are an adapter and a head each."""
     _, config = built(judged, judged / "planned")
-    roles = planning.roles_of(config, CPU)
+    roles = planned_roles.roles_of(config, CPU)
     assert [role.on for role in roles] == [None, "policy", "policy"]
     parts = planning.full_plan(ppo.WORK, config, roles, CPU).parts
     sizes = {name: parts[Part(name, WEIGHTS)] for name in ("policy", "reward model", "critic")}

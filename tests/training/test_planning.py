@@ -20,7 +20,8 @@ from prefloop.recipes.plan_table import work_of
 from prefloop.training import optim
 from prefloop.training.bare_models import weights_of
 from prefloop.training.full_rows import full_rows
-from prefloop.training.planning import full_plan, largest, longest_micro_batch, plan, roles_of
+from prefloop.training.planned_roles import roles_of
+from prefloop.training.planning import full_plan, largest, longest_micro_batch, plan
 from prefloop.training.start import model_options
 from prefloop.training.tracing import (
     ACTIVATIONS,

@@ -206,6 +206,9 @@ class CheckConfig(Settings):
         str | None, Form(r"\d+(\.\d+)?(Gi?B)?", "give gibibytes, such as 24GB"), OnlyWith("config")
     ] = None
     """Memory of a GPU to plan for, such as 24GB; it need not be there."""
+    ranks: Annotated[int, Above(0), OnlyWith("config")] = 1
+    """Ranks that share the run: each holds its part of weights, gradients and moments, and computes
+    its part of the rows. --memory is one rank's."""
     template_args: Annotated[TemplateArgs, OnlyWith("model")] = "{}"
     """JSON mapping given to the chat template, such as '{"enable_thinking": false}'."""
     data: Annotated[str | tuple[str, ...] | None, OnlyWith("model")] = None

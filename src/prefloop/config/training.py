@@ -129,8 +129,8 @@ class TrainingConfig(Settings):
     lora_alpha: Annotated[float, AtLeast(0), OnlyWith("lora_rank")] = 0.0
     """Scale of the LoRA update (times 1/rank); 0 means 2 x rank."""
     lora_targets: Annotated[tuple[str, ...], OnlyWith("lora_rank")] = (ALL_LINEAR,)
-    """Layers that get adapters: `all-linear` (but the head), names such as q_proj v_proj, or one
-    regular expression of whole names."""
+    """Layers that get adapters: `all-linear` (but the head) and names such as q_proj or lm_head, or
+    one regular expression of whole names."""
     lora_dropout: Annotated[float, Within(0, 1, with_high=False), OnlyWith("lora_rank")] = 0.0
     """Share of an adapter's inputs dropped in training, nowhere else; not in PPO. What is dropped
     depends on how a step is split: --micro-batch-tokens and the processes then change results."""

@@ -51,6 +51,9 @@ def add_lora(
     if module.config.model_type in MAMBA:
         left_out += ["out_proj", "conv1d"]
     chosen = list(targets) != [ALL_LINEAR]
+    if chosen and ALL_LINEAR in targets:  # PEFT knows the word only where it stands alone
+        others = [name for name in targets if name != ALL_LINEAR]
+        targets = list(dict.fromkeys([*_all_linear(module, left_out), *others]))
     if chosen:
         _check_targets(module, targets, left_out)
     _check_saved(module, modules_to_save)
@@ -79,6 +82,16 @@ def add_lora(
     for part in _dropouts(wrapped):
         part.p = 0.0
     return wrapped
+
+
+def _all_linear(module: PreTrainedModel, left_out: Sequence[str]) -> list[str]:
+    """The ends of the names of all linear layers but the heads and what is left out."""
+    heads, ends = head_names(module), []
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | Conv1D) and name not in heads:
+            end = name.rpartition(".")[2]
+            ends.append(name if end.isdigit() else end)
+    return [end for end in ends if end not in left_out]
 
 
 def _check_targets(

@@ -33,7 +33,8 @@ from prefloop.records import RowCounts
 from prefloop.resume import checkpoint_step, read_record
 from prefloop.runs import model_path, newest_checkpoint
 from prefloop.training.bare_models import META, read_config
-from prefloop.training.planning import CPU_CONCURRENT, CPU_TOKENS, full_plan, roles_of
+from prefloop.training.planned_roles import roles_of
+from prefloop.training.planning import CPU_CONCURRENT, CPU_TOKENS, full_plan
 from prefloop.training.planning import in_words as size_in_words
 
 KINDS: dict[str, Kind] = {"sft": "demonstration", "reward": "preference", "ppo": "prompt"}

@@ -27,6 +27,7 @@ from prefloop.recipes.pipeline import Command, read_stages
 from prefloop.resume import read_record
 from prefloop.training import ppo, preference, reward, sft
 from prefloop.training.bare_models import Role
+from prefloop.training.planned_roles import roles_of
 from prefloop.training.planning import (
     CPU_CONCURRENT,
     CPU_TOKENS,
@@ -40,7 +41,6 @@ from prefloop.training.planning import (
     in_words,
     longest_micro_batch,
     most_concurrent,
-    roles_of,
 )
 from prefloop.training.rehearsal import Work
 from prefloop.training.tracing import KINDS, Part
@@ -60,13 +60,14 @@ def check_plan(config: CheckConfig, commands: Mapping[str, Command]) -> None:
     assert config.config is not None
     content = read_yaml(config.config)
     if "stages" not in content:
-        print_plan(read_run(config.config, content, config.command), config.memory)
+        settings = read_run(config.config, content, config.command)
+        print_plan(settings, config.memory, config.ranks)
         return
     starts: dict[str, str] = {}  # by the folders that stages will write
     for stage in read_stages(config.config, Path("runs") / config.config.stem, commands):
         if stage.command in COMMANDS:
             print(f"\n{stage.name} ({stage.command})")
-            print_plan(_begun(stage.config, starts), config.memory)
+            print_plan(_begun(stage.config, starts), config.memory, config.ranks)
             starts[str(stage.config.output)] = stage.config.model
 
 
@@ -80,7 +81,7 @@ def _begun(settings: Any, starts: Mapping[str, str]) -> Any:
             path = starts[path]
         return path
 
-    names = ("model", "ref_model", "reward_model", "value_model")
+    names = ("model", "ref_model", "reward_model", "value_model", "monitor")
     paths = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     changed = {name: begun(path) for name, path in paths.items() if begun(path) != path}
     for name, path in changed.items():
@@ -88,18 +89,24 @@ def _begun(settings: Any, starts: Mapping[str, str]) -> Any:
     return replace(settings, **changed)
 
 
-def print_plan(settings: Any, asked: str | None) -> None:
+def print_plan(settings: Any, asked: str | None, ranks: int = 1) -> None:
     """A table of one run, and what fits `asked` (such as 24GB), or else this machine's device."""
+    if settings.batch_size < ranks:
+        raise UserError(
+            f"--ranks {ranks}: a step has --batch-size {settings.batch_size} rows, too few for one "
+            "each; raise --batch-size, or give fewer ranks"
+        )
+    settings = replace(settings, batch_size=-(-settings.batch_size // ranks))  # a rank's
     device = _device(settings, asked)
     memory = GIB * float(asked.rstrip("GiB")) if asked is not None else free_memory(device)
     room = SHARE[device.type] * memory if memory is not None else None
-    work, roles = work_of(settings), roles_of(settings, device)
+    work, roles = replace(work_of(settings), ranks=ranks), roles_of(settings, device)
     settings = _settled(work, settings, roles, device, room)
     whole = full_plan(work, settings, roles, device)
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room for every column
-    console.print(table(whole))
+    console.print(table(whole, ranks))
     for line in _lines(work, settings, roles, device, room, whole):
         print(line)
 
@@ -153,10 +160,11 @@ def _settled(
     return settings
 
 
-def table(whole: Plan) -> Table:
+def table(whole: Plan, ranks: int) -> Table:
     """GiB by model and part at the peak."""
     kinds = [kind for kind in KINDS if any(part.kind == kind for part in whole.parts)]
-    rows = Table(title=f"GiB of each rank at the peak, in {whole.when}")
+    each = f"each of {ranks} ranks" if ranks > 1 else "each rank"
+    rows = Table(title=f"GiB of {each} at the peak, in {whole.when}")
     rows.add_column("model")
     for kind in (*kinds, "sum"):
         rows.add_column(kind, justify="right")

@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from prefloop.config import TrainingConfig
+from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, lean, shared, weights
 from prefloop.models.attention import varlen
@@ -45,6 +45,7 @@ class Role(NamedTuple):
     packed: bool = True
     varlen: bool = False  # in bfloat16, on a GPU
     regular: bool = True  # all layers are alike
+    count: int = 0  # of weights
     on: str | None = None  # the role whose base it shares
     adapter: LoraConfig | None = None  # of a reward model that does
 
@@ -94,7 +95,8 @@ def make_role(
     flash = flash and (varlen.serves(device) if asked else True)
     stored = _stored_type(path, plan) or getattr(model, "dtype", None) or torch.float32
     role = Role(name, model, plan, stored, scorer, trained, packed, packed and flash)
-    return role._replace(regular=_is_regular(role))
+    regular, count = _layout(role)
+    return role._replace(regular=regular, count=count)
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -142,8 +144,11 @@ def load_bare(
         ours = not role.kept.nf4  # the self-test lets these go in 4 bits
         model.lean = lean.Lean(ours, ours, recompute=role.recomputes(config))
     if role.trained and config.lora_rank:
-        rank = config.lora_rank
-        model.module = adapters.add_lora(module, rank, config.lora_alpha or 2.0 * rank)
+        rank, alpha = config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank
+        targets, saved = config.lora_targets, config.modules_to_save
+        if role.scorer and isinstance(config, PPOConfig):  # a critic has no head that is named
+            targets, saved = (adapters.ALL_LINEAR,), ()
+        model.module = adapters.add_lora(module, rank, alpha, targets, 0.0, saved)
     model.module.train(role.recomputes(config))
     if not role.trained:
         model.module.requires_grad_(False)
@@ -187,8 +192,8 @@ def weights_of(module: nn.Module) -> Iterator[Tensor]:
             yield from (state.state2.absmax, state.state2.code)
 
 
-def _is_regular(role: Role) -> bool:
-    """Whether all decoder layers have parameters of the same shapes."""
+def _layout(role: Role) -> tuple[bool, int]:
+    """Whether all decoder layers have parameters of the same shapes, and all weights' number."""
     layers = role.config.get_text_config().num_hidden_layers
     with META:
         module = _bare(role, role.config)
@@ -196,7 +201,8 @@ def _is_regular(role: Role) -> bool:
     for name, parameter in module.named_parameters():
         if place := LAYER.search(f".{name}"):
             shapes.setdefault(place[1], []).append((LAYER.sub(".", f".{name}"), parameter.shape))
-    return len(shapes) == layers and all(each == shapes["0"] for each in shapes.values())
+    regular = len(shapes) == layers and all(each == shapes["0"] for each in shapes.values())
+    return regular, sum(parameter.numel() for parameter in module.parameters())
 
 
 def _bare(role: Role, config: PretrainedConfig) -> Any:

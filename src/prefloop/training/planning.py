@@ -7,26 +7,25 @@ and what each stage of a step holds at its peak is a straight line in their numb
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from prefloop import distributed, provenance
-from prefloop.config import DPOConfig, PPOConfig, RewardConfig, TrainingConfig
+from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.data.batches import micro_batches, packed_length
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError, first_line
 from prefloop.models.pieces import split_answers
-from prefloop.models.shared import stackable
-from prefloop.runs import Run, model_path
-from prefloop.training.bare_models import Role, make_role, read_config
+from prefloop.runs import Run
+from prefloop.training.bare_models import Role
 from prefloop.training.full_rows import answers_an_iteration, full_row, full_rows, rows_a_step
+from prefloop.training.planned_roles import roles_of
 from prefloop.training.rehearsal import BETWEEN, Rehearsal, Work
-from prefloop.training.roles import CRITIC, FIRST, POLICY, critic_host, shares_base
+from prefloop.training.sharded_plan import shard
 from prefloop.training.tracing import KINDS, Parts
 
 GIB = 2**30
@@ -122,9 +121,15 @@ def plan(
     def rehearse(layers: Mapping[str, int]) -> dict[str, Parts]:
         return Rehearsal(work, config, roles, device, rows, several, layers).run()
 
+    def whole(sections: Mapping[str, Parts]) -> Plan:
+        stages = _whole_stages(sections)
+        if work.ranks > 1:
+            stages = shard(stages, roles, config, device, work.ranks)
+        return Plan(tokens, stages)
+
     depth = {role.name: role.config.get_text_config().num_hidden_layers for role in roles}
     if max(depth.values()) <= FEWEST + 1 or not all(role.regular for role in roles):
-        return Plan(tokens, _whole_stages(rehearse(depth)))
+        return whole(rehearse(depth))
     low = {name: min(layers, FEWEST) for name, layers in depth.items()}
     sections = base = rehearse(low)
     for layers in set(depth.values()):  # roles of one depth grow together
@@ -132,7 +137,7 @@ def plan(
         if further > 0:
             grown = {n: low[n] + (depth[n] == layers) for n in low}
             sections = _on_line(sections, base, rehearse(grown), further)
-    return Plan(tokens, _whole_stages(sections))
+    return whole(sections)
 
 
 def _on_line(
@@ -160,48 +165,6 @@ def _whole_stages(sections: Mapping[str, Parts]) -> dict[str, Parts]:
             fullest[stage] = held
     fullest.pop(BETWEEN, None)
     return fullest
-
-
-# --- What a command holds -----------------------------------------------------------------------
-
-
-def roles_of(
-    config: TrainingConfig,
-    device: torch.device,
-    read: Callable[[str], PretrainedConfig] = read_config,
-) -> list[Role]:
-    """The models of a command, from their configurations, which `read` finds by path."""
-
-    def role(name: str, path: str, **more: bool) -> Role:
-        return make_role(name, path, read(path), config, device, **more)
-
-    if isinstance(config, RewardConfig):
-        return [role("reward model", config.model, scorer=True, trained=True)]
-    roles = [role("policy", config.model, trained=True)]
-    if isinstance(config, DPOConfig) and config.ref_model:
-        roles.append(role("reference", config.ref_model))
-    if isinstance(config, PPOConfig):
-        if config.ref_model:
-            roles.append(role("reference", config.ref_model))
-        elif config.kl_coef and not config.lora_rank:  # a copy of what is trained
-            roles.append(role("reference", config.model)._replace(stored=torch.float32))
-        roles += _beside(config, role)
-    return roles
-
-
-def _beside(config: PPOConfig, role: Callable[..., Role]) -> Iterator[Role]:
-    """Reward models and critic, as training/roles.py loads them where their tokens are alike."""
-    hosts = []
-    for number, path in enumerate(config.reward_models):
-        made = role(f"{FIRST} {number + 1}" if number else FIRST, path, scorer=True)
-        if shares_base(config, path):
-            made = made._replace(on=POLICY, adapter=stackable(model_path(path)))
-        hosts.append(made.on or made.name)
-        yield made
-    if config.advantage == "gae":
-        start = config.value_model or next(iter(config.reward_models), config.model)
-        host = critic_host(config, next(iter(hosts), None))
-        yield role(CRITIC, start, scorer=True, trained=True)._replace(on=host)
 
 
 # --- What fits ----------------------------------------------------------------------------------
@@ -263,8 +226,10 @@ def most_concurrent(
 def settle(work: Work, config: TrainingConfig, run: Run, device: torch.device) -> Any:
     """The settings with numbers in the place of `auto`, which the run records: what fits a GPU.
 
-    A run that goes on takes what it took before.
+    A run that goes on takes what it took before. Says first where no setting of these would fit.
     """
+    if distributed.rank() == 0:
+        _warn_early(work, config, device)
     names = [n for n in ("max_concurrent", "micro_batch_tokens") if getattr(config, n, 1) == 0]
     if not names:
         return config
@@ -278,6 +243,36 @@ def settle(work: Work, config: TrainingConfig, run: Run, device: torch.device) -
         words = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
         print(f"auto: {words}", file=sys.stderr)
     return replace(config, **values)
+
+
+def _warn_early(work: Work, config: TrainingConfig, device: torch.device) -> None:
+    """A line where what stands whatever the rows are is too much, before anything is loaded."""
+    try:
+        roles = roles_of(config, device)
+    except UserError:  # of a model that cannot be read; loading says it
+        return
+    least, free = at_least(config, roles) / work.ranks, free_memory(device)
+    if free is not None and least > SHARE[device.type] * free:
+        print(
+            f"WARNING: the models' weights, gradients and moments alone take {in_words(least)} or "
+            f"more of each rank's memory, and {in_words(free)} are free; prefloop check --config "
+            "says what to change",
+            file=sys.stderr,
+        )
+
+
+def at_least(config: TrainingConfig, roles: Sequence[Role]) -> float:
+    """Bytes that the models, their gradients and their moments take, by the number of weights;
+    without adapters, and as if every weight were kept as linear layers are.
+    """
+    moments = 2 if config.optimizer == "adamw8bit" else 8
+    total = 0.0
+    for role in roles:
+        if role.on is None:
+            each = 0.5 if role.kept.nf4 else role.kept.matrices.itemsize
+            learns = role.trained and not config.lora_rank
+            total += role.count * (2 * each + moments if learns else each)
+    return total
 
 
 def _automatic(name: str, work: Work, config: TrainingConfig, device: torch.device) -> int:
@@ -308,7 +303,7 @@ def free_memory(device: torch.device) -> int | None:
 def does_not_fit(config: TrainingConfig, least: Plan, memory: float) -> str:
     """What to change where not even one row fits."""
     remedies = []
-    if isinstance(config, PPOConfig) and least.fullest == "sampling":
+    if least.fullest == "sampling":
         remedies.append("lower --max-concurrent or --max-new-tokens")
     if not config.lora_rank:
         remedies.append("give --lora-rank 16")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefloop import distributed
 from prefloop.config import DPOConfig, PPOConfig, TrainingConfig
+from prefloop.config.monitoring import MonitorConfig
 from prefloop.data.batches import Segment, TokenBatch, pack, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.generation.cache import GPU_GROWTH, GROWTH, DecodePlan, SlotCache
@@ -28,6 +28,7 @@ from prefloop.models.shared import POLICY
 from prefloop.training import optim
 from prefloop.training.adamw import AdamW
 from prefloop.training.bare_models import Role, WatchedModel, load_bare, own_weights, put_on
+from prefloop.training.full_rows import answers_an_iteration
 from prefloop.training.method import Method
 from prefloop.training.tracing import (
     CACHE,
@@ -44,6 +45,7 @@ from prefloop.training.tracing import (
 
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 PREFILL_TOKENS = 4096  # of Engine
+MONITOR, MONITOR_START = "monitor", "policy as it began"
 BETWEEN = "between"
 """The stage of layers that are neither first nor last: a line's inner points are never its peak."""
 
@@ -57,6 +59,8 @@ class Work:
     """The method of these settings and models (by role), without rows."""
     batch: Callable[[TokenBatch], Any] = lambda batch: batch
     """What the method's `loss` takes, of a packed micro-batch."""
+    ranks: int = 1
+    """How many share the weights, with gradients and moments."""
 
 
 class Rehearsal:
@@ -110,10 +114,15 @@ class Rehearsal:
             # 3. A step; PPO samples and scores while its gradients still stand.
             self._step(method, trained)
             if isinstance(self.config, PPOConfig):
-                self._sample(self.config)
+                slots = min(self.config.max_concurrent, answers_an_iteration(self.config))
+                prompts = -(-slots // self.config.samples_per_prompt)
+                longest = max(len(row.prompt) for row in self.rows)
+                self._sample("sampling", self.config, slots, prompts, longest)
                 self.ledger.enter_stage("scoring")
                 for compute in self._scores(self.config):
                     self._score(compute)
+            if isinstance(self.config, MonitorConfig) and self.config.monitor:
+                self._monitor(self.config)
             del average
         return self.ledger.peaks
 
@@ -227,11 +236,24 @@ class Rehearsal:
             if name.startswith("reward model"):
                 yield partial(answer_scores, model)
 
-    def _sample(self, config: PPOConfig) -> None:
-        """A prefill and the last decode step of `Engine`, every slot full."""
+    def _monitor(self, config: MonitorConfig) -> None:
+        """A measurement of a monitor's: as many answers as are sampled at once, to new prompts."""
+        length, slots = self.config.max_length - config.max_new_tokens, config.max_concurrent
+        self._sample("sampling for the monitor", config, slots, slots, length)
+        self.ledger.enter_stage("scoring for the monitor")
+        if judge := self.models.get(MONITOR):
+            self._score(partial(answer_scores, judge))
+        for name in ("policy", MONITOR_START):
+            if name in self.models:
+                self._score(partial(answer_log_probs, self.models[name]))
+
+    def _sample(
+        self, stage: str, config: MonitorConfig, slots: int, prompts: int, prompt: int
+    ) -> None:
+        """A prefill and the last decode step of `Engine`, every slot full; `prompt`: its tokens."""
         policy, ledger = self.models["policy"], self.ledger
         dtype = torch.bfloat16 if policy.dtype == "bfloat16" else torch.float32
-        ledger.enter_stage("sampling")
+        ledger.enter_stage(stage)
         copies = packed_bytes(policy.module, dtype) if self.device.type == "cpu" else 0
         packed = torch.empty(copies, dtype=torch.uint8)
         ledger.claim(packed, Part("policy", TO_GENERATE))
@@ -241,14 +263,8 @@ class Rehearsal:
             parameter.requires_grad_(not copies)
         computing = nullcontext() if copies else self.mode.one_cast(policy)
         with torch.no_grad(), computing:
-            slots = min(
-                config.max_concurrent,
-                -(-config.batch_size * config.num_minibatches // distributed.world())
-                * config.samples_per_prompt,
-            )
-            prompt = max(len(row.prompt) for row in self.rows)
             if policy.packed:
-                self._decode(policy, slots, prompt, config, dtype)
+                self._decode(policy, slots, prompts, prompt, config, dtype)
             else:
                 ids = torch.zeros(slots, prompt + config.max_new_tokens, dtype=torch.long)
                 policy.base(input_ids=ids, use_cache=True)
@@ -256,7 +272,13 @@ class Rehearsal:
             parameter.requires_grad_(False)
 
     def _decode(
-        self, policy: LoadedModel, slots: int, prompt: int, config: PPOConfig, dtype: torch.dtype
+        self,
+        policy: LoadedModel,
+        slots: int,
+        prompts: int,
+        prompt: int,
+        config: MonitorConfig,
+        dtype: torch.dtype,
     ) -> None:
         def states(places: Tensor, plan: PackedPlan | DecodePlan) -> Tensor:
             return forward_of(policy.base, policy.lean)(torch.zeros_like(places), places, plan)
@@ -265,8 +287,7 @@ class Rehearsal:
         cache = SlotCache(slots, dtype, GROWTH if self.device.type == "cpu" else GPU_GROWTH)
         for length in range(prompt, prompt + config.max_new_tokens + 1):
             cache.reserve(length)
-        count = max(1, PREFILL_TOKENS // prompt)
-        count = min(count, -(-slots // config.samples_per_prompt))
+        count = min(max(1, PREFILL_TOKENS // prompt), prompts)
         segments = [Segment(i * prompt, prompt, -1, 0) for i in range(count)]
         plan = PackedPlan(segments, self.device, keep_cache=True, varlen=policy.varlen)
         states(torch.arange(prompt).repeat(count), plan)

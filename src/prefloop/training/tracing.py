@@ -23,8 +23,10 @@ GPU = torch.device("xpu")
 
 WEIGHTS, CAST, GRADIENTS = "weights", "weights, cast", "gradients"
 OPTIMISER, ACTIVATIONS = "optimiser", "activations"
+GATHERED, GATHERED_GRADIENTS = "weights, gathered", "gradients, gathered"
 CACHE, TO_GENERATE = "KV cache", "weights to generate"
-KINDS = (WEIGHTS, CAST, TO_GENERATE, GRADIENTS, OPTIMISER, ACTIVATIONS, CACHE)
+KINDS = (WEIGHTS, CAST, GATHERED, TO_GENERATE, GRADIENTS, GATHERED_GRADIENTS, OPTIMISER,
+         ACTIVATIONS, CACHE)  # fmt: skip
 """What bytes are held for, in the order of tables."""
 
 

@@ -1,0 +1,93 @@
+"""What each of several ranks holds that share a model, by what one alone would hold.
+
+FSDP2 leaves each rank an equal part of every weight, of its gradient and of its moments. A layer's
+weights are gathered while it computes, and the next one's meanwhile; what belongs to no layer
+(embeddings, head, last norm) stays gathered through the step. Rows and activations are a rank's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from prefloop.config import TrainingConfig
+from prefloop.training.bare_models import LAYER, Role, load_bare
+from prefloop.training.tracing import (
+    CAST,
+    GATHERED,
+    GATHERED_GRADIENTS,
+    GRADIENTS,
+    OPTIMISER,
+    WEIGHTS,
+    Part,
+    Parts,
+)
+
+DIVIDED = {WEIGHTS, GRADIENTS, OPTIMISER}
+
+
+class Units:
+    """Bytes of a role's weights, and of their gradients, in the pieces that are gathered together.
+
+    They travel in the products' type, or in 4 bits.
+    """
+
+    def __init__(self, role: Role, config: TrainingConfig, device: torch.device) -> None:
+        depth = 1 if role.regular else role.config.get_text_config().num_hidden_layers
+        model = load_bare(role, config, depth, device)
+        size: Counter[str] = Counter()
+        gradients: Counter[str] = Counter()
+        for name, parameter in model.module.named_parameters():
+            place = LAYER.search(f".{name}")
+            layer = place[1] if place else ""
+            travels = parameter.numel() * role.kept.products.itemsize
+            size[layer] += min(parameter.nbytes, travels)
+            gradients[layer] += travels if parameter.requires_grad else 0
+        self.rest, self.rest_gradients = size.pop("", 0), gradients.pop("", 0)
+        self.layer, self.layer_gradients = max(size.values()), max(gradients.values())
+
+
+def shard(
+    stages: Mapping[str, Parts],
+    roles: Sequence[Role],
+    config: TrainingConfig,
+    device: torch.device,
+    ranks: int,
+) -> dict[str, Parts]:
+    """The stages of a run on one rank, as each of `ranks` ranks has them."""
+    units = {role.name: Units(role, config, device) for role in roles if role.on is None}
+    trained = list(dict.fromkeys(role.on or role.name for role in roles if role.trained))
+    return {
+        stage: _divided(parts, ranks) | _gathered(stage, units, trained)
+        for stage, parts in stages.items()
+    }
+
+
+def _divided(parts: Parts, ranks: int) -> dict[Part, int]:
+    """A rank's part; of weights nothing is cast beside what is gathered."""
+    return {
+        part: -(-size // ranks) if part.kind in DIVIDED else size
+        for part, size in parts.items()
+        if part.kind != CAST
+    }
+
+
+def _gathered(stage: str, units: Mapping[str, Units], trained: Sequence[str]) -> dict[Part, int]:
+    """What stands whole for a while; one model computes at a time, all that learn in one graph."""
+    if stage == "update":
+        return {}
+    if stage not in ("forward", "backward"):
+        asked = ["policy"] if stage == "sampling" else list(units)
+        name = max(asked, key=lambda name: units[name].rest + 2 * units[name].layer)
+        return {Part(name, GATHERED): units[name].rest + 2 * units[name].layer}
+    largest = max(trained, key=lambda name: units[name].layer)
+    found = {}
+    for name in trained:
+        one, layers = units[name], name == largest
+        found[Part(name, GATHERED)] = one.rest + 2 * one.layer * layers
+        if stage == "backward":
+            whole = one.rest_gradients + one.layer_gradients * layers
+            found[Part(name, GATHERED_GRADIENTS)] = whole
+    return found

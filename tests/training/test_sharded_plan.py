@@ -1,0 +1,167 @@
+"""A plan over ranks: what divides and what does not, by hand; monitors; what is told early."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from prefloop import CheckConfig, UserError, check
+from prefloop.recipes.plan_table import work_of
+from prefloop.training.bare_models import Role
+from prefloop.training.planned_roles import roles_of
+from prefloop.training.planning import at_least, full_plan
+from prefloop.training.tracing import (
+    ACTIVATIONS,
+    CAST,
+    GATHERED,
+    GATHERED_GRADIENTS,
+    GRADIENTS,
+    OPTIMISER,
+    WEIGHTS,
+    Part,
+)
+from tests.tiny import tiny_tokenizer
+from tests.training.small import CPU, train, write_world
+from tests.training.test_planning import (
+    COMMANDS,
+    INNER,
+    VOCABULARY,
+    WIDTH,
+    llama,
+    parameters_of,
+)
+
+LAYERS = 3  # rehearsed as they are
+LAYER = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * INNER + 2 * WIDTH
+REST = VOCABULARY * WIDTH + WIDTH  # tied embeddings and the last norm
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A policy and a scorer."""
+    folder = tmp_path_factory.mktemp("sharded")
+    LlamaForCausalLM(llama(LAYERS)).save_pretrained(folder / "policy")
+    LlamaForSequenceClassification(llama(LAYERS, num_labels=1)).save_pretrained(folder / "scorer")
+    for name in ("policy", "scorer"):
+        tiny_tokenizer(chat=False).save_pretrained(folder / name)
+    return folder
+
+
+def run_of(command, models, **changes):
+    common = {"model": str(models / "policy"), "data": "rows", "output": Path("run")}
+    common |= {"device": "cpu", "dtype": "float32", "max_length": 128, "batch_size": 16}
+    common |= {"micro_batch_tokens": 512}
+    own = {"reward_model": str(models / "scorer"), "max_new_tokens": 32} if command == "ppo" else {}
+    return COMMANDS[command](**common | own | changes)
+
+
+def planned(settings, ranks=1):
+    work, roles = replace(work_of(settings), ranks=ranks), roles_of(settings, CPU)
+    return full_plan(work, settings, roles, CPU)
+
+
+def test_weights_gradients_and_moments_divide_and_activations_do_not(models):
+    """Of four ranks each has a quarter; two layers are gathered, and what belongs to none."""
+    settings = run_of("sft", models)
+    alone, shared = planned(settings), planned(settings, ranks=4)
+    count = parameters_of(LAYERS, WIDTH, INNER, VOCABULARY, WIDTH // 2)
+    assert count == LAYERS * LAYER + REST
+    turns, steps = 2 * 4 * (WIDTH // 4 // 2), 4 * (1 + LAYERS * 9 + 1)
+    held = shared.stages["backward"]
+    assert held[Part("policy", WEIGHTS)] == count + turns // 4
+    assert held[Part("policy", GRADIENTS)] == count
+    assert held[Part("policy", OPTIMISER)] == 2 * count + steps // 4
+    assert held[Part("policy", GATHERED)] == 4 * (REST + 2 * LAYER)
+    assert held[Part("policy", GATHERED_GRADIENTS)] == 4 * (REST + LAYER)
+    acts = Part("policy", ACTIVATIONS)
+    assert held[acts] == alone.stages["backward"][acts] > 0
+    assert not any(part.kind.endswith("gathered") for part in shared.stages["update"])
+
+
+def test_in_bfloat16_no_weight_is_cast_whole_and_half_the_bytes_travel(models):
+    settings = run_of("sft", models, dtype="bfloat16")
+    alone, shared = planned(settings), planned(settings, ranks=2)
+    assert alone.stages["backward"][Part("policy", CAST)] > 0
+    held = shared.stages["backward"]
+    assert Part("policy", CAST) not in held
+    assert held[Part("policy", GATHERED)] == 2 * (REST + 2 * LAYER)
+
+
+def test_of_what_learns_in_one_step_embeddings_and_head_of_both_stay_gathered(models):
+    """The critic has a head of one row in place of the tied one."""
+    stages = planned(run_of("ppo", models), ranks=2).stages
+    held = stages["forward"]
+    assert held[Part("policy", GATHERED)] == 4 * (REST + 2 * LAYER)
+    assert held[Part("critic", GATHERED)] == 4 * (REST + WIDTH)  # the two layers are counted once
+    assert stages["sampling"][Part("policy", GATHERED)] == 4 * (REST + 2 * LAYER)
+
+
+def test_with_adapters_hardly_any_gradient_travels(models):
+    settings = run_of("dpo", models, lora_rank=4)
+    held = planned(settings, ranks=2).stages["backward"]
+    inputs, outputs = 6 * WIDTH + INNER, 3 * WIDTH + WIDTH + 2 * INNER
+    added = 4 * (inputs + outputs)
+    assert held[Part("policy", GATHERED)] == 4 * (REST + 2 * (LAYER + added))
+    assert held[Part("policy", GATHERED_GRADIENTS)] == 4 * added
+
+
+def test_check_divides_weights_and_rows_among_ranks(models, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"command: sft\nmodel: {models / 'policy'}\nmax_length: 128\nbatch_size: 4\n"
+        "micro_batch_tokens: 512\ndtype: float32\n"
+    )
+    check(CheckConfig(config=path, memory="0.5", ranks=2))
+    told = capsys.readouterr().out
+    assert "GiB of each of 2 ranks at the peak" in told and "gathered" in told
+    assert "micro-batches of 256 tokens" in told  # a step's two rows of its own
+    assert "longest micro-batch that fits: 256 tokens" in told
+    with pytest.raises(UserError, match="--ranks 8: a step has --batch-size 4 rows"):
+        check(CheckConfig(config=path, ranks=8))
+
+
+@pytest.mark.parametrize("command", ["sft", pytest.param("ppo", marks=pytest.mark.slow)])
+def test_a_monitors_model_is_planned(command, models):
+    """A scorer of float32 in every stage; of SFT also the policy as it began, and answers."""
+    settings = run_of(command, models, max_new_tokens=32)
+    watched = replace(settings, monitor=str(models / "scorer"), monitor_data="rows")
+    before, after = planned(settings), planned(watched)
+    turns = 2 * 4 * (WIDTH // 4 // 2)
+    scorer = 4 * (LAYERS * LAYER + REST + WIDTH) + turns
+    for held in after.stages.values():
+        assert held[Part("monitor", WEIGHTS)] == scorer
+    start = Part("policy as it began", WEIGHTS)
+    whole = 4 * (LAYERS * LAYER + REST) + turns
+    assert after.parts.get(start) == (whole if command == "sft" else None)
+    assert ("sampling" in before.stages) == (command == "ppo") and "sampling" in after.stages
+    function = replace(watched, monitor="rewards:length")
+    assert not any(part.model == "monitor" for part in planned(function).parts)
+
+
+def test_at_least_by_hand(models):
+    """A million weights trained in float32: 16 bytes each; a frozen one in 4 bits: a half."""
+    settings = run_of("sft", models)
+    role = roles_of(settings, CPU)[0]
+    assert role.count == parameters_of(LAYERS, WIDTH, INNER, VOCABULARY, WIDTH // 2)
+    million = role._replace(count=10**6)
+    frozen = million._replace(trained=False, kept=replace(role.kept, nf4=True))
+    assert isinstance(frozen, Role)
+    assert at_least(settings, [million, frozen, frozen._replace(on="policy")]) == 16.5e6
+    adapters = run_of("sft", models, lora_rank=4)
+    assert at_least(adapters, [million]) == 4e6
+    short = run_of("sft", models, weights="bfloat16", dtype="bfloat16", optimizer="adamw8bit")
+    narrow = million._replace(kept=replace(role.kept, matrices=torch.bfloat16))
+    assert at_least(short, [narrow]) == 6e6
+
+
+def test_too_much_is_told_before_the_models_load(tmp_path, capsys):
+    """The folder holds a configuration of 1.8 10^12 weights and no weights."""
+    write_world(tmp_path)
+    huge = llama(8, hidden_size=2**16, intermediate_size=2**20, num_attention_heads=512)
+    huge.save_pretrained(tmp_path / "huge")
+    with pytest.raises(UserError):
+        train("sft", tmp_path, tmp_path / "run", model=str(tmp_path / "huge"))
+    told = capsys.readouterr().err
+    assert "WARNING: the models' weights, gradients and moments alone take" in told
