@@ -144,8 +144,8 @@ def test_at_least_by_hand(models):
     """A million weights trained in float32: 16 bytes each; a frozen one in 4 bits: a half."""
     settings = run_of("sft", models)
     role = roles_of(settings, CPU)[0]
-    assert role.count == parameters_of(LAYERS, WIDTH, INNER, VOCABULARY, WIDTH // 2)
-    million = role._replace(count=10**6)
+    assert role.numel == parameters_of(LAYERS, WIDTH, INNER, VOCABULARY, WIDTH // 2)
+    million = role._replace(numel=10**6)
     frozen = million._replace(trained=False, kept=replace(role.kept, nf4=True))
     assert isinstance(frozen, Role)
     assert at_least(settings, [million, frozen, frozen._replace(on="policy")]) == 16.5e6

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from prefloop.config import PPOConfig, TrainingConfig
+from prefloop.config.ranges import ALL_LINEAR
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, lean, shared, weights
 from prefloop.models.attention import varlen
@@ -45,7 +46,7 @@ class Role(NamedTuple):
     packed: bool = True
     varlen: bool = False  # in bfloat16, on a GPU
     regular: bool = True  # all layers are alike
-    count: int = 0  # of weights
+    numel: int = 0  # of its weights
     on: str | None = None  # the role whose base it shares
     adapter: LoraConfig | None = None  # of a reward model that does
 
@@ -95,8 +96,8 @@ def make_role(
     flash = flash and (varlen.serves(device) if asked else True)
     stored = _stored_type(path, plan) or getattr(model, "dtype", None) or torch.float32
     role = Role(name, model, plan, stored, scorer, trained, packed, packed and flash)
-    regular, count = _layout(role)
-    return role._replace(regular=regular, count=count)
+    regular, numel = _layout(role)
+    return role._replace(regular=regular, numel=numel)
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -147,7 +148,7 @@ def load_bare(
         rank, alpha = config.lora_rank, config.lora_alpha or 2.0 * config.lora_rank
         targets, saved = config.lora_targets, config.modules_to_save
         if role.scorer and isinstance(config, PPOConfig):  # a critic has no head that is named
-            targets, saved = (adapters.ALL_LINEAR,), ()
+            targets, saved = (ALL_LINEAR,), ()
         model.module = adapters.add_lora(module, rank, alpha, targets, 0.0, saved)
     model.module.train(role.recomputes(config))
     if not role.trained:

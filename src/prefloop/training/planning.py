@@ -271,7 +271,7 @@ def at_least(config: TrainingConfig, roles: Sequence[Role]) -> float:
         if role.on is None:
             each = 0.5 if role.kept.nf4 else role.kept.matrices.itemsize
             learns = role.trained and not config.lora_rank
-            total += role.count * (2 * each + moments if learns else each)
+            total += role.numel * (2 * each + moments if learns else each)
     return total
 
 
