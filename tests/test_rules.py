@@ -58,8 +58,8 @@ data: 1,500, other tools' forms; rewards: 800, judges that are language models;
 900, one table of health with why and what to try;
 training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher and Dr. GRPO;
 3,750, monitors, the best step kept, ends by hacking; 4,150, a reference that moves; 4,230, signals
-that wait until a checkpoint stands; 4,410, plans of ranks that share weights, of monitors, and what is
-too much told before anything loads;
+that wait until a checkpoint stands; 4,410, plans of ranks that share weights and
+of monitors, and what is too much told before anything loads;
 recipes: 1,600, the demo and pipelines; 2,850, four uses on public data, split without leaks, with
 their judges;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of

@@ -2,7 +2,8 @@
 
 FSDP2 leaves each rank an equal part of every weight, of its gradient and of its moments. A layer's
 weights are gathered while it computes, and the next one's meanwhile; what belongs to no layer
-(embeddings, head, last norm) stays gathered through the step. Rows and activations are a rank's.
+(embeddings, head, last norm) stays gathered through the step, and a whole policy while it samples.
+Rows and activations are a rank's own, and with them the copies that autocast makes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from prefloop.config import TrainingConfig
 from prefloop.training.bare_models import LAYER, Role, load_bare
 from prefloop.training.tracing import (
-    CAST,
     GATHERED,
     GATHERED_GRADIENTS,
     GRADIENTS,
@@ -29,10 +29,7 @@ DIVIDED = {WEIGHTS, GRADIENTS, OPTIMISER}
 
 
 class Units:
-    """Bytes of a role's weights, and of their gradients, in the pieces that are gathered together.
-
-    They travel in the products' type, or in 4 bits.
-    """
+    """Bytes of a role's weights, and of their gradients, in the pieces that are gathered together."""
 
     def __init__(self, role: Role, config: TrainingConfig, device: torch.device) -> None:
         depth = 1 if role.regular else role.config.get_text_config().num_hidden_layers
@@ -42,11 +39,12 @@ class Units:
         for name, parameter in model.module.named_parameters():
             place = LAYER.search(f".{name}")
             layer = place[1] if place else ""
-            travels = parameter.numel() * role.kept.products.itemsize
-            size[layer] += min(parameter.nbytes, travels)
-            gradients[layer] += travels if parameter.requires_grad else 0
+            size[layer] += parameter.nbytes
+            gradients[layer] += parameter.nbytes if parameter.requires_grad else 0
+        layers = role.config.get_text_config().num_hidden_layers
         self.rest, self.rest_gradients = size.pop("", 0), gradients.pop("", 0)
         self.layer, self.layer_gradients = max(size.values()), max(gradients.values())
+        self.whole = self.rest + (self.layer * layers if depth == 1 else sum(size.values()))
 
 
 def shard(
@@ -66,11 +64,9 @@ def shard(
 
 
 def _divided(parts: Parts, ranks: int) -> dict[Part, int]:
-    """A rank's part; of weights nothing is cast beside what is gathered."""
+    """A rank's part."""
     return {
-        part: -(-size // ranks) if part.kind in DIVIDED else size
-        for part, size in parts.items()
-        if part.kind != CAST
+        part: -(-size // ranks) if part.kind in DIVIDED else size for part, size in parts.items()
     }
 
 
@@ -78,9 +74,10 @@ def _gathered(stage: str, units: Mapping[str, Units], trained: Sequence[str]) ->
     """What stands whole for a while; one model computes at a time, all that learn in one graph."""
     if stage == "update":
         return {}
+    if stage == "sampling":
+        return {Part("policy", GATHERED): units["policy"].whole}
     if stage not in ("forward", "backward"):
-        asked = ["policy"] if stage == "sampling" else list(units)
-        name = max(asked, key=lambda name: units[name].rest + 2 * units[name].layer)
+        name = max(units, key=lambda name: units[name].rest + 2 * units[name].layer)
         return {Part(name, GATHERED): units[name].rest + 2 * units[name].layer}
     largest = max(trained, key=lambda name: units[name].layer)
     found = {}
