@@ -29,7 +29,7 @@ DIVIDED = {WEIGHTS, GRADIENTS, OPTIMISER}
 
 
 class Units:
-    """Bytes of a role's weights, and of their gradients, in the pieces that are gathered together."""
+    """Bytes of a role's weights, and of their gradients, in the pieces that are gathered as one."""
 
     def __init__(self, role: Role, config: TrainingConfig, device: torch.device) -> None:
         depth = 1 if role.regular else role.config.get_text_config().num_hidden_layers
