@@ -27,7 +27,7 @@ def test_the_migrations_make_the_schema(tmp_path):
     store = open_store(tmp_path)
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection)
-        assert context.get_current_revision() == "0004"
+        assert context.get_current_revision() == "0005"
         assert compare_metadata(context, metadata) == []
 
 

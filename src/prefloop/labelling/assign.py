@@ -14,6 +14,7 @@ from typing import Any
 
 from prefloop.labelling.store import Store, Transaction
 from prefloop.labelling.store.settling import settle
+from prefloop.labelling.store.sums import count
 
 REPEAT_AFTER = 5
 """A task comes back to its labeller after at least this many others."""
@@ -154,6 +155,8 @@ def save_draft(
             raise Refused("stale-lease")
         if held["state"] == "done":
             return
+        if (before := _before(t, held)) is not None:  # it was skipped
+            count(t.sums, before, held, None, -1)
         until = t.now + lease_seconds(held["settings"])
         t.set_assignment(assignment_id, draft=dict(draft), leased_until=until, state="open")
 
@@ -187,7 +190,7 @@ def submit(store: Store, labeller_id: int, assignment_id: int, said: Judgement) 
 
 
 def _write(t: Transaction, held: Mapping[str, Any], said: Judgement) -> None:
-    version, state = held["version"] + 1, held["state"]
+    version, state, before = held["version"] + 1, held["state"], _before(t, held)
     skipped = said.tiers is None
     t.put_annotation(
         held["id"],
@@ -209,7 +212,16 @@ def _write(t: Transaction, held: Mapping[str, Any], said: Judgement) -> None:
         t.give_back(held["task_id"])
     if (new_state == "done") != (state == "done"):
         t.count_done(held["task_id"], 1 if new_state == "done" else -1)
-    settle(t, held["task_id"])
+    settle(t, held["task_id"], held["id"], before)
+
+
+def _before(t: Transaction, held: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the sums by day count of an assignment; None where it is not finished."""
+    if held["state"] not in ("done", "skipped"):
+        return None
+    newest = t.annotation(held["id"], held["version"])
+    assert newest is not None
+    return {**held, **newest}
 
 
 def reopen(store: Store, labeller_id: int, before: int | None = None) -> Assignment | None:

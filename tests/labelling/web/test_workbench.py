@@ -449,7 +449,16 @@ def test_days_are_summed_by_hand(made):
         found = workbench.days_of(t, 1, 30)
         later = workbench.days_of(t, 1, 0)
     assert later == []
-    names = ("labeller", "day", "annotations", "seconds", "shared", "pace_5", "pace_40", "pace_160")
+    names = (
+        "labeller",
+        "point",
+        "annotations",
+        "seconds",
+        "shared",
+        "pace_5",
+        "pace_40",
+        "pace_160",
+    )
     assert [tuple(row[name] for name in names) for row in found] == [
         ("ann", first, 2, 34.0, 2, 1, 2, 2),
         ("ann", first + 1, 1, 200.0, 0, 0, 0, 0),

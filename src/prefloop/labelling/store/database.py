@@ -22,6 +22,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Operati
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefloop.errors import UserError, first_line
+from prefloop.labelling.store import sums
 from prefloop.labelling.store.transaction import Transaction
 
 BUSY_SECONDS = 10.0
@@ -82,7 +83,9 @@ class Store:
     def write(self) -> Iterator[Transaction]:
         """All of what the block does, on disk when it ends, or nothing."""
         with _told_if_unavailable(), self._connection() as connection:
-            yield Transaction(connection, self.clock())
+            t = Transaction(connection, self.clock())
+            yield t
+            sums.write(connection, t.sums)
 
     def close(self) -> None:
         """Give the connections back."""

@@ -11,6 +11,7 @@ from sqlalchemy import Select, and_, exists, func, or_, select
 from prefloop.labelling.store.schema import (
     annotation_rows,
     assignments,
+    day_sums,
     events,
     labellers,
     members,
@@ -253,16 +254,17 @@ def labellers_of(
         .limit(limit)
     )
     people = t.all(shown)
-    here: Select[Any] = (
-        select(assignments.c.labeller_id, assignments.c.state, func.count())
-        .join(tasks, tasks.c.id == assignments.c.task_id)
-        .where(tasks.c.project_id == project_id, assignments.c.state.in_(("done", "skipped")))
-        .where(assignments.c.labeller_id.in_([one["id"] for one in people]))
-        .group_by(assignments.c.labeller_id, assignments.c.state)
+    sums = day_sums.c
+    counts: tuple[Any, ...] = (sums.labeller_id, func.sum(sums.done), func.sum(sums.skipped))
+    here = (
+        select(*counts)
+        .where(sums.project_id == project_id)
+        .where(sums.labeller_id.in_([one["id"] for one in people]))
+        .group_by(sums.labeller_id)
     )
-    counted = {(row[0], row[1]): row[2] for row in t.connection.execute(here)}
+    counted = {row[0]: (int(row[1]), int(row[2])) for row in t.connection.execute(here)}
     return [
-        {**one, **{state: counted.get((one["id"], state), 0) for state in ("done", "skipped")}}
+        {**one, **dict(zip(("done", "skipped"), counted.get(one["id"], (0, 0)), strict=True))}
         for one in people
     ]
 

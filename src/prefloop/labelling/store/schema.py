@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Dialect,
@@ -259,6 +260,23 @@ annotation_rows = Table(  # `annotations` is Python's own name in a module
     Column("project_version", Integer),  # which guidelines the page showed; NULL: not said
     UniqueConstraint("assignment_id", "version"),
     Index(None, "created"),
+)
+PACES = (5, 10, 20, 40, 80, 160)
+"""Seconds that part quick tasks from slow ones."""
+day_sums = Table(  # a labeller's day in a project, of newest versions (labelling.store.sums)
+    "day_sums",
+    metadata,
+    Column("project_id", ForeignKey("projects.id"), primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),  # since 1970, UTC
+    Column("labeller_id", ForeignKey("labellers.id"), primary_key=True),
+    # Of all kinds of tasks; then of real ones alone.
+    *(Column(name, Integer, nullable=False) for name in ("done", "skipped", "real")),
+    # Of real ones that were done on the page.
+    Column("annotations", Integer, nullable=False),
+    Column("milliseconds", BigInteger, nullable=False),
+    Column("shared", Integer, nullable=False),  # with a disagreement
+    Column("agreed", BigInteger, nullable=False),  # 1 - disagreement, in parts of 10^9
+    *(Column(f"pace_{pace}", Integer, nullable=False) for pace in PACES),  # in up to these seconds
 )
 events = Table(  # the audit log
     "events",

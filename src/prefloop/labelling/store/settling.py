@@ -11,7 +11,8 @@ from sqlalchemy import and_, select, update
 
 from prefloop.labelling.agreement import pair_agreement, pair_signs, ranks_of
 from prefloop.labelling.store.schema import annotation_rows, assignments, tasks
-from prefloop.labelling.store.transaction import Transaction, key_of
+from prefloop.labelling.store.sums import count
+from prefloop.labelling.store.transaction import Row, Transaction, key_of
 
 Tiers = Sequence[Sequence[int]]
 
@@ -46,21 +47,30 @@ def put_finished(
         t.connection.execute(update(tasks).where(room).values(need=tasks.c.need + 1))
         t.take(task_id)
         t.count_done(task_id)
-    settle(t, task_id)
+    settle(t, task_id, held, None)
     return True
 
 
-def settle(t: Transaction, task_id: int) -> None:
-    """Write beside a task what its newest annotations say together, for the admin's list."""
+def settle(t: Transaction, task_id: int, changed: int, before: Row | None) -> None:
+    """Write beside a task what its newest annotations say together, and the sums by day.
+
+    `changed` is the assignment that has a new version, `before` what `sums.count` takes of its
+    version before; None where it had none that counts.
+    """
     # The task's row is held first: of two who submit at once the second sees what the first said.
     facts = ("disagreement", "flagged", "adjudicated")
     own = tasks.c.id == task_id
-    row: tuple[Any, ...] = (tasks.c.kind, *(tasks.c[name] for name in facts))
+    names = ("project_id", "kind", *facts)
+    row: tuple[Any, ...] = tuple(tasks.c[name] for name in names)
     task = t.one(select(*row).where(own).with_for_update())
     assert task is not None
     said = annotation_rows.c
     newest = and_(said.assignment_id == assignments.c.id, said.version == assignments.c.version)
-    columns: tuple[Any, ...] = (assignments.c.strategy, said.tiers, said.flags, said.comment)
+    mine, own_said = assignments.c, (said.tiers, said.flags, said.comment, said.seconds)
+    columns: tuple[Any, ...] = (
+        *(mine.id, mine.labeller_id, mine.strategy, mine.state, said.created),
+        *own_said,
+    )
     rows = t.all(
         select(*columns).join(annotation_rows, newest).where(assignments.c.task_id == task_id)
     )
@@ -71,6 +81,11 @@ def settle(t: Transaction, task_id: int) -> None:
         "flagged": sum(bool(r["flags"] or r["comment"]) for r in rows),
         "adjudicated": bool(settled),
     }
+    for r in rows:
+        was = before if r["id"] == changed else r
+        if was is not None:
+            count(t.sums, was, task, task["disagreement"], -1)
+        count(t.sums, r, task, values["disagreement"], 1)
     if any(task[name] != values[name] for name in facts):
         t.connection.execute(update(tasks).where(own).values(**values))
 

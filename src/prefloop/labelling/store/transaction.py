@@ -26,6 +26,7 @@ from prefloop.labelling.store.schema import (
     snapshots,
     tasks,
 )
+from prefloop.labelling.store.sums import Sums
 
 Row = Mapping[str, Any]
 """A row of a result, by column."""
@@ -49,6 +50,7 @@ class Transaction:
     def __init__(self, connection: Connection, now: float) -> None:
         self.connection = connection
         self.now = now
+        self.sums: Sums = {}  # what `Store.write` adds to those by day, last of all
 
     def one(self, query: Any) -> Row | None:
         """The first row of a query."""

@@ -26,22 +26,22 @@ from sqlalchemy import (
 )
 
 from prefloop.labelling.store.schema import (
+    PACES,
     annotation_rows,
     assignments,
+    day_sums,
     labellers,
     prompts,
     responses,
     tasks,
 )
+from prefloop.labelling.store.sums import COLUMNS, DAY
 from prefloop.labelling.store.transaction import Row, Transaction
 
 State = Literal["any", "open", "held", "done", "disputed", "adjudicated"]
 Kind = Literal["any", "real", "gold", "repeat", "practice"]
 SEARCHED = 20_000
 """Tasks that one search looks through before it asks whether to go on."""
-DAY = 86_400.0
-PACES = (5, 10, 20, 40, 80, 160)
-"""Seconds that part quick tasks from slow ones."""
 
 
 @dataclass(frozen=True)
@@ -164,30 +164,60 @@ def task_of(t: Transaction, project_id: int, task_id: int) -> Row | None:
 # --- by day --------------------------------------------------------------------------------------
 
 
-def days_of(t: Transaction, project_id: int, days: int, by: float = DAY) -> Sequence[Row]:
-    """What each labeller did on each of the last days: real tasks, as they are said now.
+def days_of(t: Transaction, project_id: int, points: int, days: int = 1) -> Sequence[Row]:
+    """What each labeller did in each of the last points of so many `days`: real tasks, as they are
+    said now.
 
-    `labeller`, `day` (days since 1970, UTC; or what `by` seconds make), `annotations`, `seconds`
-    (their sum), `shared` and `agreed` (tasks that others did too, and the sum of the pair agreement
-    of all who did them), and how many took up to each of PACES seconds (`pace_5`, ...).
+    `labeller`, `point` (number since 1970, UTC), `annotations`, `seconds` (their sum), `shared` and
+    `agreed` (tasks that others did too, and the sum of the pair agreement of all who did them), and
+    how many took up to each of PACES seconds (`pace_5`, ...).
     """
+    first = (int(t.now // (days * DAY)) - points + 1) * days
+    sums = day_sums.c
+    part = (
+        select(
+            (sums.day // days).label("point"), *(sums[name] for name in ("labeller_id", *COLUMNS))
+        )
+        .where(sums.project_id == project_id, sums.day >= first, sums.annotations > 0)
+        .subquery()
+        .c
+    )
+    columns: tuple[Any, ...] = (
+        *(labellers.c.name.label("labeller"), part.point),
+        func.sum(part.annotations).label("annotations"),
+        (func.sum(part.milliseconds) / 1e3).label("seconds"),
+        func.sum(part.shared).label("shared"),
+        (func.sum(part.agreed) / 1e9).label("agreed"),
+        *(func.sum(part[f"pace_{pace}"]).label(f"pace_{pace}") for pace in PACES),
+    )
+    return t.all(
+        select(*columns)
+        .join(labellers, labellers.c.id == part.labeller_id)
+        .group_by(labellers.c.name, part.point)
+        .order_by(labellers.c.name, part.point)
+    )
+
+
+def hours_of(t: Transaction, project_id: int, points: int, by: float = 3600.0) -> Sequence[Row]:
+    """The same as `days_of` by hours (or `by` seconds): counted, not kept, as they are few."""
     said = annotation_rows.c
     # One expression, not one each time: PostgreSQL groups by what it can tell is the same.
     recent: Select[Any] = (
         select(
-            func.floor(said.created / by).label("day"),
+            func.floor(said.created / by).label("point"),
             *(assignments.c.labeller_id, said.seconds, tasks.c.disagreement),
         )
         .join(assignments, assignments.c.id == said.assignment_id)
         .join(tasks, tasks.c.id == assignments.c.task_id)
-        .where(said.created > t.now - days * by, tasks.c.project_id == project_id)
+        .where(said.created >= (t.now // by - points + 1) * by)
+        .where(tasks.c.project_id == project_id)
         .where(said.version == assignments.c.version, assignments.c.state == "done")
         .where(tasks.c.kind == "real", assignments.c.strategy.not_in(("import", "adjudication")))
     )
     one = recent.subquery().c
     paces = [func.sum(case((one.seconds <= p, 1), else_=0)).label(f"pace_{p}") for p in PACES]
     columns: tuple[Any, ...] = (
-        *(labellers.c.name.label("labeller"), one.day, func.count().label("annotations")),
+        *(labellers.c.name.label("labeller"), one.point, func.count().label("annotations")),
         *(func.sum(one.seconds).label("seconds"), func.count(one.disagreement).label("shared")),
         func.coalesce(func.sum(1.0 - one.disagreement), 0.0).label("agreed"),
         *paces,
@@ -195,8 +225,8 @@ def days_of(t: Transaction, project_id: int, days: int, by: float = DAY) -> Sequ
     return t.all(
         select(*columns)
         .join(labellers, labellers.c.id == one.labeller_id)
-        .group_by(labellers.c.name, one.day)
-        .order_by(labellers.c.name, one.day)
+        .group_by(labellers.c.name, one.point)
+        .order_by(labellers.c.name, one.point)
     )
 
 

@@ -25,6 +25,7 @@ from prefloop.labelling.store.projects import (
     versions_of,
 )
 from prefloop.labelling.store.reading import labellers_named
+from prefloop.labelling.store.schema import PACES
 from prefloop.labelling.web.own import said_at
 from prefloop.labelling.web.tasks import Number, number
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from prefloop.labelling.web.app import Site
 
 Span = Literal["hours", "days", "weeks"]
-SPANS: Mapping[Span, tuple[float, str]] = {
-    "hours": (3600.0, "%m-%d %H:00"), "days": (w.DAY, "%Y-%m-%d"), "weeks": (7 * w.DAY, "%Y-%m-%d")
+SPANS: Mapping[Span, tuple[int, str]] = {
+    "hours": (3600, "%m-%d %H:00"), "days": (86_400, "%Y-%m-%d"), "weeks": (604_800, "%Y-%m-%d")
 }  # fmt: skip
 POINTS = 30
 """Hours, days or weeks of a chart."""
@@ -191,7 +192,11 @@ def _add_charts(app: FastAPI, site: "Site", admin: Any) -> None:
     def charts(request: Request, who: Admin, project: str, span: Span = "days") -> Response:
         by, form = SPANS[span]
         with site.store.read() as t:
-            rows = w.days_of(t, project_of(t, project)["id"], POINTS, by)
+            here = project_of(t, project)["id"]
+            if span == "hours":
+                rows = w.hours_of(t, here, POINTS)
+            else:
+                rows = w.days_of(t, here, POINTS, by // 86_400)
             last = int(t.now // by)
         points = range(last - POINTS + 1, last + 1)
         curves = defaultdict[str, list[Mapping[str, Any]]](list)
@@ -221,8 +226,8 @@ def _curve(rows: Sequence[Mapping[str, Any]], points: Sequence[int]) -> dict[str
     """Annotations, mean seconds and agreement at each point, and over all of them."""
     sums = {n: dict.fromkeys(("annotations", "seconds", "shared", "agreed"), 0.0) for n in points}
     for row in rows:
-        for name in sums.get(int(row["day"]), ()):
-            sums[int(row["day"])][name] += float(row[name])
+        for name in sums.get(int(row["point"]), ()):
+            sums[int(row["point"])][name] += float(row[name])
     total = {name: sum(one[name] for one in sums.values()) for name in next(iter(sums.values()))}
     return {
         "annotations": [int(one["annotations"]) for one in sums.values()],
@@ -245,8 +250,8 @@ def _mean(one: Mapping[str, float], total: str, count: str) -> float | None:
 
 def _paces(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     """How many annotations took how many seconds."""
-    upto = [sum(int(row[f"pace_{p}"]) for row in rows) for p in w.PACES]
+    upto = [sum(int(row[f"pace_{p}"]) for row in rows) for p in PACES]
     every = sum(int(row["annotations"]) for row in rows)
-    names = [f"≤ {p}" for p in w.PACES] + [f"> {w.PACES[-1]}"]
+    names = [f"≤ {p}" for p in PACES] + [f"> {PACES[-1]}"]
     counts = [b - a for a, b in zip([0, *upto], [*upto, every], strict=True)]
     return list(zip(names, counts, strict=True))
