@@ -38,7 +38,7 @@ BUDGETS = {
     "training": 4410,
     "evaluation": 3600,
     "recipes": 2850,
-    "labelling": 4850,
+    "labelling": 5100,
     "console": 800,
     "": 4080,
 }
@@ -52,7 +52,7 @@ evaluation: 1,700, people's verdict on compared models; the comparison's answer:
 length, whole costs; 2,700, the reward model beside the judge;
 3,600, the page of a run, and a comparison's with every answer;
 labelling: 4,850, people's verdict, the admin's workbench (tasks, settings by version, members,
-charts);
+charts); 5,100, sums kept as labels come, with their migration;
 recipes also: the study of overoptimisation, its small model and annotators;
 data: 1,500, other tools' forms; rewards: 800, judges that are language models;
 900, one table of health with why and what to try;

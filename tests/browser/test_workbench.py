@@ -1,9 +1,13 @@
 """The admin's pages, and several projects on the labeller's, as they stand on the screen."""
 
+import json
 import re
 
 import pytest
 
+from prefloop.labelling.assign import Judgement, next_assignment, submit
+from prefloop.labelling.store.projects import put_project
+from prefloop.labelling.store.reading import labellers_named
 from tests.browser.test_labelling import check_accessible, press, ready, told
 from tests.browser.test_page import WIDTHS, screen
 from tests.labelling.small import put, rows
@@ -90,3 +94,109 @@ def test_a_labeller_chooses_between_projects_on_one_page(serve, enter, tmp_path,
     assert page.get_by_role("link").all_inner_texts() == ["main", "pairs"]
     check_accessible(page)
     watched.errors.clear()  # the browser notes the page that is not there
+
+
+def listed(page):
+    """The ids in the list of tasks."""
+    return page.locator("tbody th[scope=row] a").all_inner_texts()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_admin_finds_tasks_and_opens_them(serve, enter, width):
+    """Of three tasks ann has done one, with a flag; the others are in hand."""
+    server = serve(rows(3), need=1)
+    put(server.folder, [rows(1)[0] | {"prompt": "known", "tiers": [[0], [1], [2]]}], gold=True)
+    ann = enter(server, "ann").page
+    ready(ann)
+    first = ann.locator("#prompt").inner_text().strip()
+    press(ann, "f Tab Space Escape 1 2 3 Enter")
+    told(ann, "Submitted")
+    number = {f"prompt {n}": str(n + 1) for n in range(3)}
+    held = sorted({*number.values()} - {number[first]})  # ann's next, and one of the admin's
+    page = enter(server, "boss", **screen(width)).page
+    page.goto(f"{server.url}/admin/tasks?project=main")
+    for label, value, wanted in (
+        ("State", "done", [number[first]]),
+        ("State", "held", held),
+        ("State", "open", []),
+        ("State", "any", ["1", "2", "3", "4"]),
+        ("Kind", "gold", ["4"]),
+    ):
+        page.get_by_label(label).select_option(value)
+        page.get_by_role("button", name="Show").click()
+        assert listed(page) == wanted, value
+    page.get_by_label("Kind").select_option("any")
+    for label, asked in (("Labeller", "ann"), ("Text", "PROMPT 2"), ("Text", "no such text")):
+        page.goto(f"{server.url}/admin/tasks?project=main")
+        page.get_by_label(label).first.fill(asked)
+        page.get_by_role("button", name="Show").click()
+        found = {"ann": [number[first]], "PROMPT 2": ["3"], "no such text": []}[asked]
+        assert listed(page) == found, asked
+    page.goto(f"{server.url}/admin/tasks?project=main")
+    page.get_by_label("with flags or comments").check()
+    page.get_by_role("button", name="Show").click()
+    page.get_by_role("row", name=first).get_by_role("link").click()
+    assert "false" in page.get_by_role("group", name="What labellers said").inner_text()
+    check_accessible(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_admin_sees_charts_and_alarms_chooses_members_and_exports(serve, enter, width):
+    """ann and bob do eleven tasks, bob against ann throughout and against gold; both are told."""
+    server = serve(rows(11, answers=2), need=2)
+    gold = [
+        row | {"prompt": "gold", "tiers": [[k] for k in range(5)]} for row in rows(1, answers=5)
+    ]
+    put(server.folder, gold, gold=True)
+    with server.store.write() as t:
+        projects = t.projects()[0]["settings"] | {"gold_share": 0.5}
+        put_project(t, "main", "ranking", None, projects)
+    with server.store.read() as t:
+        people = labellers_named(t)
+    for name in ("ann", "bob"):
+        while task := next_assignment(server.store, people[name]):
+            tiers = [[i] for i in range(len(task.shown))]
+            said = Judgement(
+                tiers if name == "ann" else tiers[::-1], request_id=f"{name}-{task.id}"
+            )
+            submit(server.store, people[name], task.id, said)
+    watched = enter(server, "boss", **screen(width))
+    page = watched.page
+    page.goto(f"{server.url}/admin?project=main")
+    page.get_by_role("link", name="Charts").click()
+    page.get_by_text("22 annotations of real tasks.").wait_for()
+    chart = page.get_by_role("img", name="Pair agreement on shared tasks")
+    assert chart.locator("rect").count() == 0  # they agree on nothing
+    assert page.get_by_role("img", name="Annotations", exact=True).locator("rect").count() == 1
+    for span in ("30 hours", "30 weeks"):
+        page.get_by_role("link", name=span).click()
+        page.get_by_text("22 annotations of real tasks.").wait_for()
+    assert page.get_by_role("img", name="Annotations: bob").count() == 1
+    page.get_by_role("link", name="Quality").click()
+    alarms = page.get_by_role("row", name=re.compile("^bob .*often against gold")).count()
+    assert (alarms, page.get_by_role("row", name=re.compile("^ann .*against gold")).count()) == (
+        1,
+        0,
+    )
+    page.get_by_role("link", name="Settings").click()
+    page.get_by_label("only these").check()
+    page.get_by_label("bob").check()
+    page.get_by_role("button", name="Save").last.click()
+    page.goto(f"{server.url}/admin?project=main")
+    page.get_by_text("Only its members see this project.").wait_for()
+    page.get_by_label("Form").select_option("dpo")
+    with page.expect_download() as got:
+        page.get_by_role("button", name="Download").click()
+    exported = [json.loads(line) for line in got.value.path().read_text().splitlines()]
+    assert len(exported) == 22
+    assert got.value.suggested_filename == "dpo.jsonl"
+    missing = page.goto(f"{server.url}/admin/tasks?project=nope")
+    assert missing.status == 404
+    page.get_by_text("There is no project nope").wait_for()
+    assert page.get_by_role("link").all_inner_texts() == ["main"]
+    watched.errors.clear()  # the browser notes the page that is not there
+    ann = enter(server, "ann", **screen(width))
+    ann.page.goto(f"{server.url}/?project=main")
+    ann.page.get_by_text("There is no project main").wait_for()
+    ann.errors.clear()

@@ -32,6 +32,20 @@ SELECT t.project_id, t.kind, t.disagreement, a.labeller_id, a.strategy, a.state,
 FROM assignments a JOIN tasks t ON t.id = a.task_id
 JOIN annotations n ON n.assignment_id = a.id AND n.version = a.version
 """
+TASKS = """
+SELECT count(*) tasks, sum(need) needed, sum(done) done, sum(taken - done) held
+FROM tasks WHERE kind = 'real'
+"""
+PERSON = "labellers WHERE active AND role = 'labeller'"
+UNSETTLED = f"""
+SELECT count(*) n FROM tasks WHERE kind = 'real' AND done < need
+AND (SELECT count(*) FROM assignments WHERE task_id = tasks.id AND state IN ('done', 'skipped')
+     AND labeller_id IN (SELECT id FROM {PERSON})) < (SELECT count(*) FROM {PERSON})
+"""
+SKIPPED = """
+SELECT skipped kept, (SELECT count(*) FROM assignments WHERE task_id = tasks.id
+                      AND state = 'skipped') skipped FROM tasks
+"""
 
 
 def counted(store):
@@ -98,7 +112,7 @@ def test_the_sums_are_what_counting_gives(tmp_path, request, kind):
     address = str(tmp_path / "labels.db")
     if kind == "postgresql":
         address = request.getfixturevalue("postgres")("sums")
-    put(tmp_path, rows(12), address=address, need=2, repeat_share=0.2, lease_minutes=600)
+    put(tmp_path, rows(24), address=address, need=2, repeat_share=0.2, lease_minutes=600)
     gold = [
         row | {"prompt": f"gold {n}", "tiers": [[0], [1], [2]]} for n, row in enumerate(rows(3))
     ]
@@ -118,7 +132,7 @@ def test_the_sums_are_what_counting_gives(tmp_path, request, kind):
             refused += 1
         if number % 20 == 0:
             with store.write() as t:
-                put_finished(t, 1 + draw.randrange(12), boss, "adjudication", order(draw, 3))
+                put_finished(t, 1 + draw.randrange(24), boss, "adjudication", order(draw, 3))
         if number % 50 == 25:
             judged = [
                 row | {"tiers": order(draw, 3), "labeller": f"out {number}"} for row in rows(4)
@@ -135,10 +149,11 @@ def test_the_sums_are_what_counting_gives(tmp_path, request, kind):
             assert len(kept_days) == len(all_days) > 4
             for one, other in zip(kept_days, all_days, strict=True):
                 assert one == pytest.approx(other, abs=0.01)
-        done = progress_of(t, 1).done
-        assert done == t.one(text("SELECT sum(done) n FROM tasks WHERE kind = 'real'"))["n"]
-        held = progress_of(t, 1).held
-        assert held == t.one(text("SELECT sum(taken - done) n FROM tasks WHERE kind = 'real'"))["n"]
+        told = progress_of(t, 1)
+        assert [told.tasks, told.needed, told.done, told.held] == list(t.one(text(TASKS)).values())
+        assert told.unsettled == t.one(text(UNSETTLED))["n"] > 0
+        skipped = [row["skipped"] for row in t.all(text(SKIPPED)) if row["kept"] != row["skipped"]]
+        assert skipped == []
         states = Counter((r["labeller_id"], r["state"]) for r in t.all(text(SAID)))
         for one in labellers_of(t, 1, "", 50):
             for state in ("done", "skipped"):

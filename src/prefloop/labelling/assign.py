@@ -14,7 +14,6 @@ from typing import Any
 
 from prefloop.labelling.store import Store, Transaction
 from prefloop.labelling.store.settling import settle
-from prefloop.labelling.store.sums import count
 
 REPEAT_AFTER = 5
 """A task comes back to its labeller after at least this many others."""
@@ -155,10 +154,10 @@ def save_draft(
             raise Refused("stale-lease")
         if held["state"] == "done":
             return
-        if (before := _before(t, held)) is not None:  # it was skipped
-            count(t.sums, before, held, None, -1)
         until = t.now + lease_seconds(held["settings"])
         t.set_assignment(assignment_id, draft=dict(draft), leased_until=until, state="open")
+        if held["state"] == "skipped":  # it no longer is
+            settle(t, held["task_id"], assignment_id, _before(t, held))
 
 
 def submit(store: Store, labeller_id: int, assignment_id: int, said: Judgement) -> int:

@@ -22,7 +22,6 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Operati
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefloop.errors import UserError, first_line
-from prefloop.labelling.store import sums
 from prefloop.labelling.store.transaction import Transaction
 
 BUSY_SECONDS = 10.0
@@ -85,7 +84,7 @@ class Store:
         with _told_if_unavailable(), self._connection() as connection:
             t = Transaction(connection, self.clock())
             yield t
-            sums.write(connection, t.sums)
+            t.sums.write(connection)
 
     def close(self) -> None:
         """Give the connections back."""

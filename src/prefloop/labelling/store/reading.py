@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, and_, exists, func, or_, select
+from sqlalchemy import Select, and_, exists, func, select, text
 
 from prefloop.labelling.store.schema import (
     annotation_rows,
@@ -211,22 +211,29 @@ class Progress:
 
 
 def progress_of(t: Transaction, project_id: int) -> Progress:
-    """Counts over a project's real tasks."""
+    """Counts over a project's real tasks; what is many is kept (labelling.store.sums)."""
+    project = t.one(select(projects).where(projects.c.id == project_id))
+    assert project is not None
     real = and_(tasks.c.project_id == project_id, tasks.c.kind == "real")
-    totals: tuple[Any, ...] = (
-        func.count(),
-        func.coalesce(func.sum(tasks.c.need), 0),
-        func.coalesce(func.sum(tasks.c.done), 0),
-        func.coalesce(func.sum(tasks.c.taken - tasks.c.done), 0),
+    sums = func.coalesce(func.sum(day_sums.c.real), 0)
+    done = select(sums).where(day_sums.c.project_id == project_id)
+    held = (
+        select(func.count())
+        .select_from(assignments)
+        .join(tasks, tasks.c.id == assignments.c.task_id)
+        .where(assignments.c.state == text("'open'"))
+        # A sum is in no index: SQLite would else walk along the project's tasks.
+        .where(tasks.c.project_id + 0 == project_id, tasks.c.kind == "real")
     )
-    counted = t.connection.execute(select(*totals).select_from(tasks).where(real)).one()
     # A task that lacks annotations is settled all the same when no labeller (admins apart, who need
     # not label) is left to whom it could be given.
     member = and_(members.c.project_id == project_id, members.c.labeller_id == labellers.c.id)
-    hidden = select(projects.c.members_only).where(projects.c.id == project_id).scalar_subquery()
-    sees = or_(~hidden, exists().where(member))
-    counts = and_(labellers.c.active, labellers.c.role == "labeller", sees)
-    active = select(func.count()).select_from(labellers).where(counts).scalar_subquery()
+    counts = and_(labellers.c.active, labellers.c.role == "labeller")
+    if project["members_only"]:
+        counts = and_(counts, exists().where(member))
+    active = t.connection.execute(
+        select(func.count()).select_from(labellers).where(counts)
+    ).scalar_one()
     gone = (
         select(func.count())
         .select_from(assignments)
@@ -235,11 +242,14 @@ def progress_of(t: Transaction, project_id: int) -> Progress:
         .where(assignments.c.state.in_(("done", "skipped")))
         .scalar_subquery()
     )
-    open_ = select(func.count()).select_from(tasks).where(real, tasks.c.done < tasks.c.need)
-    nobody = t.connection.execute(select(active)).scalar_one() == 0
-    unsettled = open_ if nobody else open_.where(gone < active)
-    tasks_, needed, done, held = map(int, counted)
-    return Progress(tasks_, needed, done, held, t.connection.execute(unsettled).scalar_one())
+    open_ = and_(real, tasks.c.done < tasks.c.need)
+    most = func.max(tasks.c.done + tasks.c.skipped)
+    unsettled, tried = t.connection.execute(select(func.count(), most).where(open_)).one()
+    if active and (tried or 0) >= active:  # else nobody need be looked up
+        settled = select(func.count()).select_from(tasks).where(open_, gone >= active)
+        unsettled -= t.connection.execute(settled).scalar_one()
+    found = [int(t.connection.execute(query).scalar_one()) for query in (done, held)]
+    return Progress(project["tasks"], project["needed"], *found, unsettled)
 
 
 def labellers_of(

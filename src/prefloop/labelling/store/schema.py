@@ -75,6 +75,8 @@ projects = Table(
     Column("created", Float, nullable=False),
     Column("version", Integer, nullable=False, server_default="1"),  # of guidelines and settings
     Column("members_only", Boolean, nullable=False, server_default=false()),
+    Column("tasks", Integer, nullable=False, server_default="0"),  # real ones
+    Column("needed", Integer, nullable=False, server_default="0"),  # labellers that those need
 )
 snapshots = Table(  # what wrote responses: a policy at one state of its weights
     "snapshots",
@@ -169,6 +171,7 @@ tasks = Table(
     # What the newest annotations say of it together (labelling.store.settling).
     Column("disagreement", Float),  # 1 - mean pair agreement; NULL with fewer than two labellers
     Column("flagged", Integer, nullable=False, server_default="0"),  # with flags or a comment
+    Column("skipped", Integer, nullable=False, server_default="0"),  # by how many
     Column("adjudicated", Boolean, nullable=False, server_default=false()),
     Column("repeat_of", ForeignKey("tasks.id")),
     _to("labeller", nullable=True),  # whom a repeat is for
@@ -194,7 +197,13 @@ Index(
     sqlite_where=text("need IS NULL"),
     postgresql_where=text("need IS NULL"),
 )
-# What the admin's list walks along.
+# What the admin's pages walk along.
+Index(
+    "ix_tasks_lacking",
+    *(tasks.c[_name] for _name in ("project_id", "kind", "done", "skipped")),
+    sqlite_where=text("done < need"),
+    postgresql_where=text("done < need"),
+)
 Index("ix_tasks_project", tasks.c.project_id, tasks.c.id)
 Index(
     "ix_tasks_disputed",

@@ -11,7 +11,6 @@ from sqlalchemy import and_, select, update
 
 from prefloop.labelling.agreement import pair_agreement, pair_signs, ranks_of
 from prefloop.labelling.store.schema import annotation_rows, assignments, tasks
-from prefloop.labelling.store.sums import count
 from prefloop.labelling.store.transaction import Row, Transaction, key_of
 
 Tiers = Sequence[Sequence[int]]
@@ -43,8 +42,10 @@ def put_finished(
     values = {"tiers": said, "all_bad": False, "flags": []}
     t.put_annotation(held, version, **values, comment="", seconds=0.0, request_id=request)
     if counts:
-        room = and_(tasks.c.id == task_id, tasks.c.need == tasks.c.taken)
-        t.connection.execute(update(tasks).where(room).values(need=tasks.c.need + 1))
+        full = and_(tasks.c.id == task_id, tasks.c.need == tasks.c.taken, tasks.c.kind == "real")
+        more = update(tasks).where(full).values(need=tasks.c.need + 1).returning(tasks.c.project_id)
+        for project_id in t.connection.execute(more).scalars():
+            t.sums.count_task(project_id, 0, 1)
         t.take(task_id)
         t.count_done(task_id)
     settle(t, task_id, held, None)
@@ -58,7 +59,7 @@ def settle(t: Transaction, task_id: int, changed: int, before: Row | None) -> No
     version before; None where it had none that counts.
     """
     # The task's row is held first: of two who submit at once the second sees what the first said.
-    facts = ("disagreement", "flagged", "adjudicated")
+    facts = ("disagreement", "flagged", "skipped", "adjudicated")
     own = tasks.c.id == task_id
     names = ("project_id", "kind", *facts)
     row: tuple[Any, ...] = tuple(tasks.c[name] for name in names)
@@ -79,13 +80,14 @@ def settle(t: Transaction, task_id: int, changed: int, before: Row | None) -> No
     values = {
         "disagreement": disagreement(orders) if task["kind"] == "real" else None,
         "flagged": sum(bool(r["flags"] or r["comment"]) for r in rows),
+        "skipped": sum(r["state"] == "skipped" for r in rows),
         "adjudicated": bool(settled),
     }
     for r in rows:
         was = before if r["id"] == changed else r
         if was is not None:
-            count(t.sums, was, task, task["disagreement"], -1)
-        count(t.sums, r, task, values["disagreement"], 1)
+            t.sums.count(was, task, task["disagreement"], -1)
+        t.sums.count(r, task, values["disagreement"], 1)
     if any(task[name] != values[name] for name in facts):
         t.connection.execute(update(tasks).where(own).values(**values))
 

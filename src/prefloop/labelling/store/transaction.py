@@ -50,7 +50,7 @@ class Transaction:
     def __init__(self, connection: Connection, now: float) -> None:
         self.connection = connection
         self.now = now
-        self.sums: Sums = {}  # what `Store.write` adds to those by day, last of all
+        self.sums = Sums()  # written last of all, by `Store.write`
 
     def one(self, query: Any) -> Row | None:
         """The first row of a query."""
@@ -110,8 +110,10 @@ class Transaction:
         same = and_(tasks.c.project_id == project_id, tasks.c.key == key)
         return self.one(select(tasks).where(same))
 
-    def put_task(self, **values: object) -> int:
+    def put_task(self, **values: Any) -> int:
         """A task, nobody's yet unless `values` say otherwise."""
+        if values["kind"] == "real":
+            self.sums.count_task(values["project_id"], 1, values["need"])
         start: dict[str, object] = {"taken": 0, "done": 0, "priority": 0, "draw": 0.0}
         return self.insert(tasks, **{**start, "uncertainty": 0.0, "gap": 0.0, **values})
 

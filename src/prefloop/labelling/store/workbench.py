@@ -210,7 +210,7 @@ def hours_of(t: Transaction, project_id: int, points: int, by: float = 3600.0) -
         .join(assignments, assignments.c.id == said.assignment_id)
         .join(tasks, tasks.c.id == assignments.c.task_id)
         .where(said.created >= (t.now // by - points + 1) * by)
-        .where(tasks.c.project_id == project_id)
+        .where(tasks.c.project_id + 0 == project_id)  # not along the project's tasks
         .where(said.version == assignments.c.version, assignments.c.state == "done")
         .where(tasks.c.kind == "real", assignments.c.strategy.not_in(("import", "adjudication")))
     )

@@ -1,4 +1,4 @@
-"""What each labeller did on each day, summed."""
+"""What each labeller did on each day, and how many tasks a project has, summed."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,6 +10,7 @@ depends_on = None
 
 COUNTS = ("done", "skipped", "real", "annotations", "shared")
 PACES = ("pace_5", "pace_10", "pace_20", "pace_40", "pace_80", "pace_160")
+ADDED = (("projects", "tasks"), ("projects", "needed"), ("tasks", "skipped"))
 FILL = """
 INSERT INTO day_sums (project_id, day, labeller_id, done, skipped, real, annotations, milliseconds,
                       shared, agreed, pace_5, pace_10, pace_20, pace_40, pace_80, pace_160)
@@ -54,8 +55,28 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("project_id", "day", "labeller_id", name="pk_day_sums"),
     )
     op.execute(FILL)
+    for table, column in ADDED:
+        op.add_column(table, sa.Column(column, sa.Integer(), nullable=False, server_default="0"))
+    op.execute(
+        "UPDATE projects SET tasks = (SELECT count(*) FROM tasks WHERE project_id = projects.id "
+        "AND kind = 'real'), needed = (SELECT coalesce(sum(need), 0) FROM tasks "
+        "WHERE project_id = projects.id AND kind = 'real')"
+    )
+    op.execute(
+        "UPDATE tasks SET skipped = (SELECT count(*) FROM assignments WHERE task_id = tasks.id "
+        "AND state = 'skipped') WHERE id IN (SELECT task_id FROM assignments "
+        "WHERE state = 'skipped')"
+    )
+    lacking = sa.text("done < need")
+    op.create_index(
+        "ix_tasks_lacking", "tasks", ["project_id", "kind", "done", "skipped"],
+        sqlite_where=lacking, postgresql_where=lacking,
+    )  # fmt: skip
 
 
 def downgrade() -> None:
     """Take it back."""
+    op.drop_index("ix_tasks_lacking", table_name="tasks")
+    for table, column in ADDED:
+        op.drop_column(table, column)
     op.drop_table("day_sums")
