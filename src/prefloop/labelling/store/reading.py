@@ -248,8 +248,8 @@ def progress_of(t: Transaction, project_id: int) -> Progress:
     if active and (tried or 0) >= active:  # else nobody need be looked up
         settled = select(func.count()).select_from(tasks).where(open_, gone >= active)
         unsettled -= t.connection.execute(settled).scalar_one()
-    found = [int(t.connection.execute(query).scalar_one()) for query in (done, held)]
-    return Progress(project["tasks"], project["needed"], *found, unsettled)
+    counted, leases = (int(t.connection.execute(q).scalar_one()) for q in (done, held))
+    return Progress(project["tasks"], project["needed"], counted, leases, unsettled)
 
 
 def labellers_of(
