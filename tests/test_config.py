@@ -193,6 +193,10 @@ def test_missing_settings_are_named(tmp_path):
             WinrateConfig(answers=Path("a"), baseline=Path("b"), judge="a:b", dtype="bfloat16"),
             "--dtype is read by models, and no --judge is one; leave it out",
         ),
+        (
+            WinrateConfig(answers=Path("a"), baseline=Path("b"), judge="openai:m@http://h", seed=1),
+            "--seed: a pairwise judge gives no scores",
+        ),
         (LabelExportConfig(store="s", output=Path("o"), seed=3), "only with --eval-fraction"),
         (
             LabelExportConfig(store="s", output=Path("o"), form="audit", consensus="majority"),

@@ -268,6 +268,21 @@ def test_the_critic_alone_learns_first(world, tmp_path):
     assert not torch.equal(critics[0], critics[1])
 
 
+def test_the_critics_warm_up_by_default(world, tmp_path):
+    """4 iterations of a long run, an eighth of a short one's; what is given is kept."""
+    ppo = built(world, tmp_path, batch_size=3, ppo_epochs=2)
+    for iterations, changes, wanted in (
+        (100, {}, 4), (32, {}, 4), (23, {}, 2), (7, {}, 0),
+        (100, {"critic_warmup": 0}, 0), (7, {"critic_warmup": 5}, 5),
+    ):  # fmt: skip
+        ppo.config = replace(ppo.config, critic_warmup=None, max_steps=2 * iterations + 1)
+        ppo.config = replace(ppo.config, **changes)
+        assert ppo.critic_warmup == wanted
+    ppo.critic = None
+    ppo.config = replace(ppo.config, critic_warmup=None, max_steps=200)
+    assert ppo.critic_warmup == 0
+
+
 def test_a_warm_up_without_end_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"--critic-warmup 3 leaves no step of 3 to the policy"):
         built(world, tmp_path, batch_size=3, ppo_epochs=1, critic_warmup=3)

@@ -162,12 +162,14 @@ class WinrateConfig(EndpointConfig, InferenceConfig):
     micro_batch_tokens: Annotated[int, Above(0)] = 8192
     """Most tokens in one forward pass of a judge that is a model."""
     seed: Seed = 0
-    """Seed of the bootstrap over prompts."""
+    """Seed of the scores' bootstrap over prompts."""
 
     def problems(self) -> Iterator[str]:
         """See Settings."""
         yield from super().problems()
         yield from unread_by_functions(self, "--judge", (self.judge,))
+        if self.seed and is_endpoint(self.judge) and self.judge_mode == "pairwise":
+            yield "--seed: a pairwise judge gives no scores, whose bootstrap it is of; leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,8 @@ class MonitorConfig(EndpointConfig):
     monitor_steps: Annotated[int, Above(0), OnlyWith("monitor")] = 20
     """Steps between the monitor's measurements; the start and the last step are measured, too."""
     keep_best: Annotated[bool, OnlyWith("monitor")] = False
-    """`model` gets the weights of the step that the monitor scores best; of equals the first."""
+    """`model` gets the weights of the step that the monitor scores best; of equals the first.
+    PPO's `value_model` is that of the last step."""
     stop_on_hacking: Annotated[bool, OnlyWith("monitor")] = False
     """End the run, in good order, when the monitor falls while what is learned from does not."""
     max_new_tokens: Annotated[int, Above(0), OnlyWith("monitor")] = 64

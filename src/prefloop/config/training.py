@@ -290,8 +290,9 @@ class PPOConfig(MonitorConfig, TrainingConfig):
     """Weight of the value loss."""
     value_lr: Annotated[float, AtLeast(0), CRITIC] = 0.0
     """Peak learning rate of the critic; 0 means `lr`."""
-    critic_warmup: Annotated[int, AtLeast(0), CRITIC] = 0
-    """First iterations in which the critic learns alone and the policy stays as it is."""
+    critic_warmup: Annotated[int | None, AtLeast(0), CRITIC] = None
+    """First iterations in which the critic learns alone and the policy stays as it is; by default
+    4, or an eighth of the run's where that is fewer."""
     ppo_epochs: Annotated[int, Above(0)] = 4
     """Passes over each iteration's samples."""
     num_minibatches: Annotated[int, Above(0)] = 1

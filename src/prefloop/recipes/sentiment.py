@@ -83,7 +83,7 @@ class Scale:
     annotators: int = 19  # as many as rated a real sentence, on average
     reward_steps: int = 0
     dpo_steps: int = 0
-    ppo_prompts: int = 8  # an optimiser step's
+    ppo_prompts: int = 32  # an optimiser step's
     ppo_iterations: int = 32
     compared_prompts: int = 250
     max_new_tokens: int = 24
@@ -95,7 +95,7 @@ QUICK = Scale(
     ranked_prompts=12,
     reward_steps=2,
     dpo_steps=2,
-    ppo_prompts=4,
+    ppo_prompts=16,
     ppo_iterations=2,
     compared_prompts=12,
     max_new_tokens=16,
@@ -172,10 +172,7 @@ class Plan:
         )
 
     def ppo(self, name: str, kl_coef: float) -> PPOConfig:
-        """The two PPO runs differ in the KL penalty only.
-
-        The other answers to the prompt are the baseline (RLOO): a critic would double the cost.
-        """
+        """The two PPO runs differ in the KL penalty only; a critic learns beside the policy."""
         passes, minibatches = 2, 2
         return PPOConfig(
             model=self.policy,
@@ -188,10 +185,8 @@ class Plan:
             ppo_epochs=passes,
             num_minibatches=minibatches,
             batch_size=self.scale.ppo_prompts,
-            samples_per_prompt=4,
-            advantage="rloo",
             max_new_tokens=self.scale.max_new_tokens,
-            lr=8e-5,
+            lr=3e-5,
             max_length=128,
         )
 

@@ -46,6 +46,9 @@ from prefloop.training.rollout import Rollouts, RunningScores, Sampler
 from prefloop.training.rows import Prompts, order_of, read_for_ppo
 from prefloop.training.start import model_options, start
 
+CRITIC_WARMUP = 4
+"""Of a run of 32 iterations or more (docs/benchmarks.md, "What makes PPO's critic learn")."""
+
 
 class RolloutBatch(NamedTuple):
     """Sampled answers with what the clipped losses need of their N tokens."""
@@ -104,6 +107,13 @@ class PPO:
         return self.config.ppo_epochs * self.config.num_minibatches
 
     @property
+    def critic_warmup(self) -> int:
+        """First iterations in which the critic learns alone; 0 without one."""
+        if self.config.critic_warmup is None and self.critic:
+            return min(CRITIC_WARMUP, self.total_steps // self.steps_per_iteration // 8)
+        return self.config.critic_warmup or 0
+
+    @property
     def total_steps(self) -> int:
         """Optimiser steps: iterations x passes x minibatches, or `max_steps`."""
         iterations = stream.total_steps(
@@ -119,7 +129,7 @@ class PPO:
         first, within = divmod(start_step, self.steps_per_iteration)
         iterations = math.ceil(self.total_steps / self.steps_per_iteration)
         for iteration in range(first, iterations):
-            self.critic_alone = iteration < self.config.critic_warmup
+            self.critic_alone = iteration < self.critic_warmup
             metrics: dict[str, float] = {}
             samples: list[dict[str, Any]] = []
             if iteration > first or within == 0:
@@ -339,9 +349,9 @@ def build(
     moving = MovingReference(policy, rate) if rate else None
     sampler = Sampler(config, policy, critic, reference, scorer, stops, engine, moving)
     method = PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
-    if config.critic_warmup * method.steps_per_iteration >= method.total_steps:
+    if method.critic_warmup * method.steps_per_iteration >= method.total_steps:
         raise UserError(
-            f"--critic-warmup {config.critic_warmup} leaves no step of {method.total_steps} to the "
+            f"--critic-warmup {method.critic_warmup} leaves no step of {method.total_steps} to the "
             f"policy ({method.steps_per_iteration} an iteration); lower it or train longer"
         )
     return method

@@ -53,7 +53,9 @@ class Watch:
 
     def __init__(self, config: TrainingConfig, run: Run, monitor: Monitor | None) -> None:
         self.run, self.monitor, self.seen = run, monitor, Seen()
-        target = config.kl_target if isinstance(config, PPOConfig) else 0.0
+        ppo = config if isinstance(config, PPOConfig) else None
+        target = ppo.kl_target if ppo else 0.0
+        self.has_critic = ppo is not None and ppo.advantage == "gae"
         self.kl_limit = max(KL.limit, 2 * target)
 
     @property
@@ -134,6 +136,8 @@ class Watch:
 
     def put_best_back(self, step: int) -> None:
         """Gives the policy the weights of the best step, if they are kept; `step` is the last."""
+        if self.monitor and self.has_critic:
+            self.run.note(value_model_step=step)
         best = self.seen.best_step
         if self.monitor and self.keeps_best and best is not None and best != step:
             state = checkpoint.load_best(self.run.checkpoints, best)
