@@ -97,6 +97,7 @@ def learned(
             max_new_tokens=16,
             lr=2e-4,
             kl_coef=0.05,
+            critic_warmup=0,
             dtype=dtype,
             **LORA,
         )

@@ -111,6 +111,7 @@ def iteration(work: Work, scorer: str, reference: str, settings: dict[str, Any])
         ppo_epochs=PPO_EPOCHS,
         max_new_tokens=work.answer[1],
         epochs=10_000,
+        critic_warmup=0,  # every turn is an iteration of both
     )
     method = ppo.build(config, CPU, Run.open(config, "ppo"))
     stops = frozenset(stop_ids(work, method.policy.tokenizer))

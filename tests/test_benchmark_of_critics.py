@@ -7,6 +7,7 @@ from benchmarks import critic
 from benchmarks.critic_tasks import Task
 
 from prefloop.config.checks import problems
+from prefloop.recipes.sentiment import FULL, KL_COEF, Plan
 
 
 @pytest.mark.parametrize("setting", critic.GRID)
@@ -15,7 +16,7 @@ def test_each_setting_is_one_that_ppo_takes(setting, name, tmp_path):
     """Of as many answers an iteration as it says, in 32 iterations."""
     chosen = critic.ppo(Task(name, tmp_path), setting, 3, tmp_path / "run")
     assert list(problems(chosen)) == []
-    wanted = 64 if "64" in setting else 32
+    wanted = 64 if "64" in setting or setting == "chosen" else 32
     assert chosen.batch_size * chosen.num_minibatches * chosen.samples_per_prompt == wanted
     assert chosen.max_steps == 32 * chosen.ppo_epochs * chosen.num_minibatches
     assert chosen.seed == 3
@@ -52,3 +53,12 @@ def test_a_line_says_where_the_run_stands(low, gain, word):
     }
     assert f" | {word} | 20 |" in critic.line(result)
     assert "| – |" in critic.line(result)
+
+
+def test_what_was_chosen_is_what_the_demo_has(tmp_path):
+    """PPO's defaults and the demo's lambda, on SmolLM2 at the demo's rate and size."""
+    chosen = vars(critic.ppo(Task("sentiment", tmp_path), "chosen", 0, tmp_path / "run"))
+    demo = vars(Plan(tmp_path, 0, FULL).ppo("ppo", KL_COEF))
+    differ = {name for name in demo if chosen[name] != demo[name]}
+    assert differ <= {"model", "data", "output", "reward_model", "value_lr", "save_minutes"}
+    assert chosen["value_lr"] == demo["lr"]  # which 0 means

@@ -291,8 +291,7 @@ class PPOConfig(MonitorConfig, TrainingConfig):
     value_lr: Annotated[float, AtLeast(0), CRITIC] = 0.0
     """Peak learning rate of the critic; 0 means `lr`."""
     critic_warmup: Annotated[int | None, AtLeast(0), CRITIC] = None
-    """First iterations in which the critic learns alone and the policy stays as it is; by default
-    4, or an eighth of the run's where that is fewer."""
+    """First iterations in which the critic learns alone: 4, or an eighth of a shorter run's."""
     ppo_epochs: Annotated[int, Above(0)] = 4
     """Passes over each iteration's samples."""
     num_minibatches: Annotated[int, Above(0)] = 1

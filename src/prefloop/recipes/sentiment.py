@@ -172,7 +172,10 @@ class Plan:
         )
 
     def ppo(self, name: str, kl_coef: float) -> PPOConfig:
-        """The two PPO runs differ in the KL penalty only; a critic learns beside the policy."""
+        """The two PPO runs differ in the KL penalty only; a critic learns beside the policy.
+
+        lambda is lower than PPO's default, for answers are short (docs/benchmarks.md).
+        """
         passes, minibatches = 2, 2
         return PPOConfig(
             model=self.policy,
@@ -185,6 +188,7 @@ class Plan:
             ppo_epochs=passes,
             num_minibatches=minibatches,
             batch_size=self.scale.ppo_prompts,
+            gae_lambda=0.9,
             max_new_tokens=self.scale.max_new_tokens,
             lr=3e-5,
             max_length=128,
