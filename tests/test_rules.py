@@ -37,7 +37,7 @@ BUDGETS = {
     "rewards": 1100,
     "training": 4410,
     "evaluation": 3600,
-    "recipes": 2850,
+    "recipes": 2880,
     "labelling": 5100,
     "console": 800,
     "": 4080,
@@ -61,7 +61,7 @@ training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher 
 that wait until a checkpoint stands; 4,410, plans of ranks that share weights and
 of monitors, and what is too much told before anything loads;
 recipes: 1,600, the demo and pipelines; 2,850, four uses on public data, split without leaks, with
-their judges;
+their judges; 2,880, the demo's use as a fifth, whose annotators are a judge;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files; 3,200, no room for an export; 3,225, all
 linear layers and others."""

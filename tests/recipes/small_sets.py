@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefloop.files import write_jsonl
@@ -10,8 +11,13 @@ from prefloop.files import write_jsonl
 THINGS = [f"{a}{b}" for a in ("ba", "ko", "mi", "tu", "re") for b in ("lan", "dor", "sik", "wem")]
 
 
+def letters(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """A judge that hardly ever gives two texts the same score."""
+    return [float(sum(map(ord, text))) for text in completions]
+
+
 def write_sets(folder: Path) -> None:
-    """All that the four uses read: near duplicates are rare, orders follow from the words."""
+    """All that the five uses read: near duplicates are rare, orders follow from the words."""
     draw = random.Random(0)
 
     def words(n: int) -> str:
@@ -58,7 +64,14 @@ def write_sets(folder: Path) -> None:
         satire = number % 2 == 0
         told = "area man shocked" if satire else "mayor opens bridge"
         headlines.append({"text": f"{words(3)} {told} {words(2)}", "sarcastic": satire})
+    sentences = []
+    for number in range(300):
+        liked = number % 2 == 0
+        told = "is fine and moving" if liked else "is dull and stale"
+        ratings = [draw.choice((1, 2, 3) if liked else (-1, -2, -3)) for _ in range(15)]
+        sentences.append({"text": f"{words(5)} {told}, {words(2)}", "ratings": ratings})
     sets = {
+        "movie-ratings": sentences,
         "hh-harmless": harmless,
         "pandalm-human-pairs": pandalm,
         "llmbar-pairs": llmbar,

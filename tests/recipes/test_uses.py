@@ -1,4 +1,4 @@
-"""The four uses as they are shipped, in a quick form: small sets, a tiny model, few steps."""
+"""The five uses as they are shipped, in a quick form: small sets, a tiny model, few steps."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from prefloop import recipes
 from prefloop.commands import COMMANDS
 from prefloop.config import RunConfig
 from prefloop.config.resolve import read_yaml
-from prefloop.recipes import style_data
+from prefloop.recipes import sentiment_data, style_data
 from prefloop.recipes.pipeline import read_stages, run
 from tests.recipes.small_sets import write_sets
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -21,13 +21,22 @@ TRAINED = ON_CPU | {"max_steps": 2, "batch_size": 4}
 QUICK = {
     "sft": TRAINED,
     "sample": ON_CPU | {"max_new_tokens": 6, "max_prompts": 12},
-    "rank": {"judge": "tests.evaluation.test_compare:vowels"},  # a random model shares no word
+    "rank": {"judge": "tests.recipes.small_sets:letters"},  # a random model shares no word
     "reward": TRAINED,
     "dpo": TRAINED,
     "ppo": TRAINED | {"max_new_tokens": 6},
     "compare": ON_CPU | {"max_new_tokens": 6, "max_prompts": 3},
     "evaluate reward-model": ON_CPU,
     "evaluate judge": ON_CPU,
+}
+USUAL = ["SFT", "best-of-4", "PPO", "DPO"]
+STRENGTHS = ("0.03", "0.1", "0.3", "1")
+WAYS = {
+    "sentiment": [
+        *USUAL[:2],
+        *(f"{way} {beta}" for way in ("PPO", "DPO") for beta in STRENGTHS),
+        *("DPO rankings", "DPO again"),
+    ]
 }
 FLUENCY = (
     "prefloop.recipes.scores:fluency"  # needs a model that is fetched; here its place is taken
@@ -45,8 +54,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(use: str, model: Path, folder: Path) -> RunConfig:
     """The shipped pipeline with another model, few steps and few prompts."""
     content = read_yaml(FOLDER / f"{use}.yaml")
-    stages = [stage for stage in content["stages"] if stage["name"] != "model"]
-    for stage in stages:
+    items = [item for item in content["stages"] if item.get("name") != "model"]
+    for stage in [stage for item in items for stage in item.get("stages", [item])]:
         settings = stage["settings"]
         if settings.get("model") == "${model}":
             settings["model"] = str(model)
@@ -54,12 +63,12 @@ def quick(use: str, model: Path, folder: Path) -> RunConfig:
             settings["judge"] = "prefloop.recipes.scores:content"
         settings |= QUICK.get(stage["command"], {})
     path = folder / f"{use}.yaml"
-    path.write_text(yaml.safe_dump({"stages": stages}))
+    path.write_text(yaml.safe_dump({"stages": items}))
     return RunConfig(pipeline=path, output=folder / "out", seed=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use", ["chat", "style", "summary", "translation"])
+@pytest.mark.parametrize("use", ["chat", "sentiment", "style", "summary", "translation"])
 def test_a_use_runs_from_data_to_page(
     use: str,
     model: Path,
@@ -67,16 +76,17 @@ def test_a_use_runs_from_data_to_page(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for package in ("sacrebleu", "rouge_score") if use != "chat" else ():
+    for package in ("sacrebleu", "rouge_score") if use not in ("chat", "sentiment") else ():
         pytest.importorskip(package, reason="comes with the extra `recipes`")
     write_sets(tmp_path / "sets")
     monkeypatch.setenv("PREFLOOP_DATA", str(tmp_path / "sets"))
     monkeypatch.setenv("PREFLOOP_CACHE", str(tmp_path / "cache"))
     style_data.classifier.cache_clear()
+    sentiment_data.gold.cache_clear()
     config = quick(use, model, tmp_path)
     run(config, COMMANDS)
     compared = json.loads((tmp_path / "out" / "compare" / "compare.json").read_text())
-    assert [way["name"] for way in compared["ways"]] == ["SFT", "best-of-4", "PPO", "DPO"]
+    assert [way["name"] for way in compared["ways"]] == WAYS.get(use, USUAL)
     assert (tmp_path / "out" / "compare" / "report.html").exists()
     assert compared["prompts"] == 3
     for stage in read_stages(config.pipeline, tmp_path / "out", COMMANDS, 3):

@@ -1,4 +1,4 @@
-"""The rows of the four uses, made of small sets in the public sets' form."""
+"""The rows of the five uses, made of small sets in the public sets' form."""
 
 import json
 import random

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from prefloop.config import FetchDataConfig
 from prefloop.files import check_folder, write_atomic
-from prefloop.recipes import chat_data, style_data, text_data
+from prefloop.recipes import chat_data, sentiment_data, style_data, text_data
 
 USES: dict[str, Callable[[Path], dict[str, object]]] = {
     "chat": chat_data.write,
+    "sentiment": sentiment_data.write,
     "style": style_data.write,
     "summary": text_data.write_summary,
     "translation": text_data.write_translation,

@@ -17,7 +17,7 @@ import subprocess
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -25,7 +25,7 @@ from urllib.request import urlopen
 
 from prefloop.errors import UserError, first_line
 from prefloop.files import cache_dir, read_rows, write_jsonl
-from prefloop.recipes.fetch import Pin, building, fetch_file, sha256
+from prefloop.recipes.fetch import Pin, building, fetch_file, fetch_movie_ratings, sha256
 
 Row = dict[str, Any]
 HEADLINES = Pin(
@@ -81,6 +81,13 @@ class Kept:
     def facts(self) -> dict[str, object]:
         """What says later which rows these were."""
         return {"file": self.path.name, "rows": len(self.rows), "sha256": sha256(self.path)}
+
+
+def movie_ratings() -> Kept:
+    """10,605 sentences of film reviews, `text`, and `ratings` of 15 to 29 people each, from -4 to
+    4 (Hutto and Gilbert, 2014; MIT).
+    """
+    return kept("movie-ratings", lambda: map(asdict, fetch_movie_ratings()))
 
 
 def harmless_pairs() -> Kept:

@@ -25,12 +25,8 @@ from numpy.typing import NDArray
 from prefloop.data.sampled import samples_of_list
 from prefloop.errors import UserError
 from prefloop.files import cache_dir, read_rows, write_atomic, write_jsonl
-from prefloop.recipes.fetch import (
-    MOVIE_RATINGS,
-    RatedSentence,
-    fetch_movie_ratings,
-    require_packages,
-)
+from prefloop.recipes.fetch import MOVIE_RATINGS, RatedSentence, require_packages
+from prefloop.recipes.public import facts, movie_ratings
 from prefloop.records import Ranking, ranking_to_json
 
 Floats = NDArray[np.float64]
@@ -39,6 +35,7 @@ SPLITS = {"gold": 5000, "sft": 3200, "preference": 1000, "ppo": 900, "evaluation
 SPLIT_SEED = 20140601
 GOLD_VERSION = 2  # raise on any change to what the fitted gold depends on
 RIDGE = 0.75
+PANEL = 19  # annotators: as many as rated a real sentence, on average
 SHORTEST, LONGEST = 7, 15  # words of a sentence that gives a prompt, and of an SFT row
 WORD = re.compile(r"\b\w\w+\b")
 
@@ -105,12 +102,36 @@ def _prompt_words(text: str) -> int:
     return 4 + hashlib.sha256(text.encode()).digest()[0] % 2
 
 
+def write(folder: Path) -> dict[str, object]:
+    """Write the rows of every stage; what there is to know of them."""
+    return {
+        "sets": facts([movie_ratings()]),
+        "rows": write_splits(folder),
+        "human": "the sentences, and 198,810 ratings of them",
+        "simulated": "the order of a model's answers: a regression on the ratings, seen by "
+        f"{PANEL} annotators with real raters' noise",
+    }
+
+
+def rated_sentences() -> list[RatedSentence]:
+    """All of them, from where they are kept."""
+    rows = movie_ratings().rows
+    return [RatedSentence(row["text"], tuple(row["ratings"])) for row in rows]
+
+
+def parts() -> dict[str, list[RatedSentence]]:
+    """The five splits; of fewer sentences than there are in the whole set, each has fewer."""
+    rows = rated_sentences()
+    share = min(1.0, len(rows) / sum(SPLITS.values()))
+    return split(rows, {name: int(size * share) for name, size in SPLITS.items()})
+
+
 def write_splits(folder: Path) -> dict[str, int]:
     """Write sft, preference, ppo and evaluation .jsonl into `folder`; the row counts."""
-    parts = split(fetch_movie_ratings())
-    rows: dict[str, list[dict[str, str]]] = {"sft": demonstrations(parts["sft"])}
+    found = parts()
+    rows: dict[str, list[dict[str, str]]] = {"sft": demonstrations(found["sft"])}
     for name in ("preference", "ppo", "evaluation"):
-        rows[name] = [{"prompt": prompt} for prompt in prompts(parts[name])]
+        rows[name] = [{"prompt": prompt} for prompt in prompts(found[name])]
     for name, part in rows.items():
         write_jsonl(folder / f"{name}.jsonl", part)
     return {name: len(part) for name, part in rows.items()}
@@ -175,9 +196,9 @@ def gold() -> Gold:
     path = cache_dir() / "sentiment" / f"gold-{GOLD_VERSION}-{MOVIE_RATINGS.sha256[:8]}.json"
     if not path.exists():
         require_packages("sklearn")
-        parts = split(fetch_movie_ratings())
-        held_out = [s for name, part in parts.items() if name != "gold" for s in part]
-        write_jsonl(path, [asdict(fit_gold(parts["gold"], held_out))])
+        found = parts()
+        held_out = [s for name, part in found.items() if name != "gold" for s in part]
+        write_jsonl(path, [asdict(fit_gold(found["gold"], held_out))])
     fields = json.loads(path.read_text(encoding="utf-8"))
     return Gold(**fields | {"terms": {gram: tuple(pair) for gram, pair in fields["terms"].items()}})
 
@@ -224,10 +245,36 @@ def annotate(
     Each annotator rates each answer: gold score plus a real rater's residual, rounded to an
     integer in -4..4. Answers whose ratings have the same mean are tied.
     """
-    noisy = np.asarray(scores) + rng.choice(residuals, (annotators, len(scores)))
-    totals = np.clip(np.rint(noisy), -4, 4).astype(int).sum(axis=0)
+    totals = _rated(scores, residuals, annotators, rng).sum(axis=0)
     levels = sorted(set(totals.tolist()), reverse=True)
     return tuple(tuple(np.flatnonzero(totals == level).tolist()) for level in levels)
+
+
+def _rated(
+    scores: Sequence[float], residuals: Floats, annotators: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Whole ratings from -4 to 4 [annotators, answers]."""
+    noisy = np.asarray(scores) + rng.choice(residuals, (annotators, len(scores)))
+    ratings: NDArray[np.int64] = np.clip(np.rint(noisy), -4, 4).astype(np.int64)
+    return ratings
+
+
+def panel(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """The mean rating of each answer by PANEL annotators as in `annotate`, drawn by its text: an
+    answer that comes again is rated as before.
+    """
+    residuals, found = _noise().residuals, []
+    pairs = zip(gold_reward(prompts, completions), prompts, completions, strict=True)
+    for score, prompt, completion in pairs:
+        text = hashlib.sha256(f"{prompt}{completion}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(text))
+        found.append(float(_rated([score], residuals, PANEL, rng).mean()))
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _noise() -> RaterNoise:
+    return measure_noise(rated_sentences())
 
 
 def rank_samples(
