@@ -3,9 +3,9 @@
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `coverage`,
-`gpus`, `gradients`, `growth`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning` and
-`startup` measure prefloop alone, `health` reads runs that are there; `python -m benchmarks.cuda`
-measures what needs a GPU. JSON goes to
+`gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning`
+and `startup` measure prefloop alone, `health` reads runs that are there; `python -m
+benchmarks.cuda` measures what needs a GPU. JSON goes to
 build/benchmarks/.
 """
 
@@ -26,6 +26,7 @@ from benchmarks import (
     gradients,
     growth,
     health,
+    labels,
     log_probs,
     low_bit,
     margins,
@@ -43,6 +44,7 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "gpus": gpus.measure,
     "gradients": gradients.measure,
     "growth": growth.measure,
+    "labels": labels.measure,
     "log-probs": log_probs.measure,
     "low-bit": low_bit.measure,
     "margins": margins.measure,
