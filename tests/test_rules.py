@@ -32,22 +32,22 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 BUDGETS = {
     "losses": 700,
     "data": 1700,
-    "models": 3225,
+    "models": 3230,
     "generation": 1600,
     "rewards": 1100,
-    "training": 4410,
+    "training": 4450,
     "evaluation": 3600,
     "recipes": 2880,
     "labelling": 5100,
     "console": 800,
-    "": 4080,
+    "": 4200,
 }
 """Lines of each folder that are not blank; the last is for the rest. What raised them:
 rest: 2,200, ranges beside settings and one door for rows; 2,650, progress; 2,800, hubs out of reach
 told at once; 3,000, cards and pushed exports; 3,250, judges that rank and are measured, and flags
 told in words; 3,550, people's verdict; 3,800, intervals that hold at few prompts and for several
 runs, settings of monitors; 3,850, pages of runs that go; 3,920, checkpoints that know
-their sha256, disks that are full, told by file;
+their sha256, disks that are full, told by file; 4,080, ranks that tell why they end;
 evaluation: 1,700, people's verdict on compared models; the comparison's answer: all pairs, equal
 length, whole costs; 2,700, the reward model beside the judge;
 3,600, the page of a run, and a comparison's with every answer;
@@ -60,11 +60,12 @@ training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher 
 3,750, monitors, the best step kept, ends by hacking; 4,150, a reference that moves; 4,230, signals
 that wait until a checkpoint stands; 4,410, plans of ranks that share weights and
 of monitors, and what is too much told before anything loads;
+4,450, a damaged cache made again;
 recipes: 1,600, the demo and pipelines; 2,850, four uses on public data, split without leaks, with
 their judges; 2,880, the demo's use as a fifth, whose annotators are a judge;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
-adapters told apart; 2,800, GGUF files; 3,200, no room for an export; 3,225, all
-linear layers and others."""
+adapters told apart; 2,800, GGUF files; 3,200, no room for an export, a broken shard named;
+3,225, all linear layers and others."""
 
 
 def line_count(path):

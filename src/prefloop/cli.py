@@ -11,7 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, MappingProxyType
 
@@ -20,6 +21,7 @@ from prefloop.config.resolve import flag, nearest, resolve
 from prefloop.console.help import overview, page
 from prefloop.errors import (
     AGAIN,
+    RankFailed,
     Terminated,
     UserError,
     disk_error,
@@ -52,16 +54,20 @@ def main(
             stream.reconfigure(errors="replace")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _dispatch(words, commands)
+        with _told_to_other_ranks():
+            return _dispatch(words, commands)
     except UserError as error:
-        print("prefloop: " + shown(" ".join(str(error).split())), file=sys.stderr)
+        _say(" ".join(str(error).split()))
         return YOURS
     except Terminated:
-        print("prefloop: terminated", file=sys.stderr)
+        _say("terminated")
         return TERMINATED
     except KeyboardInterrupt:
-        print("prefloop: interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
+    except RankFailed as error:
+        _say(str(error))
+        return error.code
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
@@ -72,10 +78,31 @@ def main(
             message = f"a file cannot be written or read ({first_line(failed)}); {AGAIN}"
         else:
             raise
-        print(shown(f"prefloop: {message}"), file=sys.stderr)
+        _say(message)
         return YOURS
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _say(message: str) -> None:
+    """One line, of one rank of several."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    rank = "" if alone else f"rank {os.environ.get('RANK', '?')}: "
+    print(shown(f"prefloop: {rank}{message}"), file=sys.stderr)
+
+
+@contextmanager
+def _told_to_other_ranks() -> Iterator[None]:
+    """Each of several ranks hears why another ended."""
+    try:
+        yield
+    except BaseException as error:
+        if "torch.distributed" in sys.modules:
+            from prefloop.peers import lost_rank
+
+            if (failed := lost_rank(error)) is not None:
+                raise failed from error
+        raise
 
 
 def _dispatch(words: list[str], commands: Mapping[str, Command]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,16 +15,22 @@ from torch import Tensor
 from prefloop.errors import UserError
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)
+"""Ranks wait so long for each other: longer than one of them samples or judges alone, and short
+beside a night in which nothing would happen.
+"""
 BUCKET = 25 * 2**20  # bytes: enough to be worth a message, and little beside the gradients
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, patience: timedelta = PATIENCE) -> None:
     """Joins the process group that torchrun announces, if it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)  # rollouts' statistics are summed on the CPU
+        dist.init_process_group(
+            backend, timeout=patience
+        )  # rollouts' statistics are summed on the CPU
         atexit.register(_leave)
 
 

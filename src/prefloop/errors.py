@@ -18,6 +18,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM ended the command (exit 143), as Ctrl-C would have (exit 130)."""
 
 
+class RankFailed(RuntimeError):
+    """Another rank ended this one, told in one line; `code` is the exit code of both."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in main memory; torch is known by its words."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -222,10 +222,13 @@ def test_weights_of_other_shapes(tmp_path):
 
 def test_broken_weights(tmp_path):
     path = Path(folder_of(tmp_path / "m", tiny_model("llama")))
-    (path / "model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(UserError) as error:
-        load_policy(str(path), CPU)
-    assert one_line(error).startswith(f"{path}: Transformers cannot load it as CausalLM")
+    data = (path / "model.safetensors").read_bytes()
+    for broken in (b"\x00" * 100, data[:-1]):  # a shard that was copied in part
+        (path / "model.safetensors").write_bytes(broken)
+        with pytest.raises(UserError) as error:
+            load_policy(str(path), CPU)
+        start = f"{path}: Transformers cannot load it as CausalLM (model.safetensors: "
+        assert one_line(error).startswith(start)
 
 
 def test_broken_config(tmp_path):

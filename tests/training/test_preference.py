@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
@@ -88,6 +89,27 @@ def test_step_one_is_log_2_for_the_weights_in_memory(loss, rank, world, tmp_path
     assert one_step(dpo)[0].item() != pytest.approx(LOG2, abs=5e-5)
 
 
+def mark(cache, key, values):
+    """The file as a run writes it, with other numbers."""
+    save_file({key: values}, cache, {"sha256": sha256(values.numpy().tobytes()).hexdigest()})
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_cache_is_told_and_made_again(damage, world, tmp_path, capsys):
+    model = policy(world)
+    examples = examples_of(world / "pairs.jsonl", model)
+    method(world, model, examples, tmp_path)
+    cache = tmp_path / "cache.safetensors"
+    whole = cache.read_bytes()
+    flipped = whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
+    cache.write_bytes(flipped if damage == "flipped" else whole[:-2])
+    again = method(world, model, examples, tmp_path)
+    said = capsys.readouterr().err
+    assert f"{cache}: " in said and said.endswith("; it is computed again\n")
+    assert cache.read_bytes() == whole
+    assert one_step(again)[0].item() == pytest.approx(LOG2, abs=1e-5)
+
+
 def test_the_cache_is_used_for_the_same_weights_and_for_no_others(world, tmp_path):
     model = policy(world)
     examples = examples_of(world / "pairs.jsonl", model)
@@ -96,7 +118,7 @@ def test_the_cache_is_used_for_the_same_weights_and_for_no_others(world, tmp_pat
     stored = load_file(cache)
     (key,) = stored
     marked = stored[key] + torch.arange(len(stored[key]))  # as no forward pass would give it
-    save_file({key: marked}, cache)
+    mark(cache, key, marked)
     again = method(world, model, examples, tmp_path)
     for number, example in enumerate(examples):
         moved = again.reference.log_probs[id(example)] - first.reference.log_probs[id(example)]
@@ -107,7 +129,7 @@ def test_the_cache_is_used_for_the_same_weights_and_for_no_others(world, tmp_pat
         (model, examples[::-1]),
         (replace(model, dtype="bfloat16"), examples),
     ):
-        save_file({key: marked}, cache)
+        mark(cache, key, marked)
         fresh = method(world, other, rows, tmp_path)
         assert one_step(fresh)[0].item() == pytest.approx(LOG2, abs=1e-2)
         assert key not in load_file(cache)
@@ -122,7 +144,7 @@ def test_a_resumed_run_uses_the_cache(world, tmp_path):
     cache = again / "reference_log_probs.safetensors"
     ((key, value),) = load_file(cache).items()
     shutil.copytree(again, tmp_path / "altered")
-    save_file({key: value - 1000.0}, tmp_path / "altered" / cache.name)
+    mark(tmp_path / "altered" / cache.name, key, value - 1000.0)
     train("dpo", world, tmp_path / "altered", **changes)
     assert lines(tmp_path / "altered")[1]["logps/chosen_shift"] > 900
     train("dpo", world, again, **changes)

@@ -32,7 +32,7 @@ from prefloop.config.ranges import ALL_LINEAR
 from prefloop.data.encoder import PAD
 from prefloop.data.tokenize import same_ids, stop_token_ids
 from prefloop.errors import UserError, first_line
-from prefloop.models import adapters, selftest, shared
+from prefloop.models import adapters, selftest, shared, weights
 from prefloop.models.export import source_dtype
 from prefloop.models.memory import RECOMPUTED, keep_freed_memory
 from prefloop.models.model import SCORE_POSITION, LoadedModel, LoraOptions
@@ -262,7 +262,8 @@ def _from_pretrained(
                 "one that it has, such as Llama, Qwen or Gemma"
             ) from error
         raise UserError(
-            f"{path}: Transformers cannot load it as {_named(kind)} ({first_line(error)})"
+            f"{path}: Transformers cannot load it as {_named(kind)} "
+            f"({weights.broken_file(path) or first_line(error)})"
         ) from error
     missing = [k for k in info["missing_keys"] if not (new_head and k.startswith("score."))]
     if missing or info["mismatched_keys"]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
@@ -71,6 +72,17 @@ def kept(storage: Storage, device: torch.device, trained: bool) -> Kept:
     narrow = weights == "bfloat16" or (weights != "float32" and not trained)
     matrices = products if narrow else torch.float32
     return Kept(products, matrices, weights == "nf4", weights == "bfloat16")
+
+
+def broken_file(folder: str) -> str:
+    """Which safetensors file of a folder cannot be read, and why; "" where all can."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name}: {first_line(error)}"
+    return ""
 
 
 def stored_types(folder: str) -> Counter[torch.dtype]:

@@ -39,6 +39,11 @@ class Interrupt:
         if again:
             raise self.error(self.terminated)
 
+    def heed(self) -> None:
+        """Raises what a signal asked for and no step came to hear of: the result was written."""
+        if self.asked:
+            raise self.error(self.terminated)
+
     @staticmethod
     def error(terminated: bool) -> KeyboardInterrupt:
         """What ends the run once it is saved."""

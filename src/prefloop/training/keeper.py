@@ -15,6 +15,7 @@ import torch
 from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.errors import UserError, first_line, out_of_memory
+from prefloop.peers import patiently
 from prefloop.runs import Run
 from prefloop.terminal import shown
 from prefloop.training import checkpoint
@@ -142,7 +143,7 @@ class Keeper:
 
     def save(self) -> None:
         """Writes the checkpoint, once for all ranks; signals wait until it stands."""
-        with uninterrupted():
+        with uninterrupted(), patiently():
             if distributed.rank() == 0:
                 self._write()
             distributed.barrier()

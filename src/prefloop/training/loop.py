@@ -12,6 +12,7 @@ from typing import Any
 from prefloop import distributed
 from prefloop.config import TrainingConfig
 from prefloop.models.memory import Holes
+from prefloop.peers import patiently
 from prefloop.progress import Progress
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
@@ -90,20 +91,20 @@ def train(
             holes.give_back()
             began = time.perf_counter()
         # 4. The result.
-        _export(method, run, done, watch)
-        _finish(config, run, done, tokens)
+        _finish(method, config, run, done, tokens, watch)
+        interrupt.heed()
 
 
-def _export(method: Method[Any], run: Run, step: int, watch: Watch) -> None:
-    if distributed.rank() == 0:
-        watch.put_best_back(step)
-        method.export(run.directory)
-    distributed.barrier()
-
-
-def _finish(config: TrainingConfig, run: Run, done: int, tokens: int) -> None:
+def _finish(
+    method: Method[Any], config: TrainingConfig, run: Run, step: int, tokens: int, watch: Watch
+) -> None:
     """Checkpoints that were not asked for have served their time once the record says so."""
-    run.finish("finished", steps=done, tokens=tokens)
+    with patiently():
+        if distributed.rank() == 0:
+            watch.put_best_back(step)
+            method.export(run.directory)
+        distributed.barrier()
+    run.finish("finished", steps=step, tokens=tokens)
     if distributed.rank() == 0 and not config.save_every:
         checkpoint.remove_all(run.checkpoints)
 

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import DPOConfig, PPOConfig, TrainingConfig
 from prefloop.data.batches import TokenBatch
 from prefloop.data.tokenize import Example
+from prefloop.errors import first_line
+from prefloop.files import write_atomic
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, require_same_ids
 from prefloop.models.model import LoadedModel
 from prefloop.models.shared import reference_of
 from prefloop.models.weights import frozen_copy, kept, storage_of
+from prefloop.terminal import shown
 from prefloop.training import checkpoint
 
 
@@ -107,10 +111,10 @@ def _log_probs(
         key.update(repr((e.prompt, e.answers, e.answer_masks)).encode())
     name = key.hexdigest()
     sizes = [len(example.answers) for example in examples]
-    if cache.exists():
-        stored = load_file(cache)
-        if name in stored:
-            return stored[name]
+    stored = _stored(cache, name)
+    if not distributed.any_rank(stored is None, model.device):
+        assert stored is not None
+        return stored
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     mine = range(distributed.rank(), len(examples), distributed.world())
     spots = [spot for i in mine for spot in range(starts[i], starts[i + 1])]
@@ -119,10 +123,31 @@ def _log_probs(
     sums[spots] = sequence_log_probs(model, own, config.micro_batch_tokens)
     sums = distributed.sum_tensor(sums).cpu()
     if distributed.rank() == 0:
-        temporary = cache.with_name(f".{cache.name}.tmp")
-        save_file({name: sums}, temporary)
-        temporary.replace(cache)
+        write_atomic(cache, save({name: sums}, {"sha256": _sha256(sums)}))
     return sums
+
+
+def _stored(cache: Path, name: str) -> Tensor | None:
+    """The file's log-probs, if they are those that are asked for, and as they were written."""
+    if not cache.exists():
+        return None
+    try:
+        with safe_open(cache, "pt") as file:
+            if name not in file.keys():  # noqa: SIM118  # of what is no mapping
+                return None
+            sums: Tensor = file.get_tensor(name)
+            if (file.metadata() or {}).get("sha256") == _sha256(sums):
+                return sums
+        wrong = "not the sha256 that it was written with"
+    except (OSError, SafetensorError) as error:
+        wrong = first_line(error)
+    if distributed.rank() == 0:
+        print(shown(f"{cache}: {wrong}; it is computed again"), file=sys.stderr)
+    return None
+
+
+def _sha256(sums: Tensor) -> str:
+    return hashlib.sha256(sums.contiguous().numpy().data).hexdigest()
 
 
 def as_it_is(config: TrainingConfig, policy: LoadedModel) -> LoadedModel:

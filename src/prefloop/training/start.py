@@ -14,6 +14,7 @@ from prefloop.config.ranges import template_arguments
 from prefloop.models.load import pick_device
 from prefloop.models.model import ModelOptions
 from prefloop.models.weights import storage_of
+from prefloop.peers import patiently
 from prefloop.runs import Run
 from prefloop.training.adamw import require_bitsandbytes
 
@@ -30,10 +31,11 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     if distributed.world() > 1:  # every rank sees the directory as it was before the first writes
         run = Run.open(config, command, writes=False)
         distributed.barrier()
-    if distributed.rank() == 0:
-        run = Run.open(config, command)
-        run.record["device"] = str(device)
-    run.resume_from, *_ = distributed.gather(run.resume_from)  # which the first has found sound
+    with patiently():  # a checkpoint may be large
+        if distributed.rank() == 0:
+            run = Run.open(config, command)
+            run.record["device"] = str(device)
+        run.resume_from, *_ = distributed.gather(run.resume_from)  # which is sound
     return run, device
 
 

@@ -113,7 +113,12 @@ def _accumulate(
                 total.detach() if isinstance(total, Tensor) else total
             )
             sizes[name] = sizes.get(name, 0.0) + count
-    values = distributed.sum_mapping({k: float(v) for k, v in terms.items()}, device)
+    own = {k: float(v) for k, v in terms.items()}
+    values = distributed.sum_mapping(own, device)
+    if backward and distributed.world() > 1 and not math.isfinite(sum(values.values())):
+        finite = distributed.gather(all(map(math.isfinite, own.values())))
+        where = ", ".join(str(rank) for rank, sound in enumerate(finite) if not sound)
+        raise NotFinite(f"the loss is {sum(values.values())}, for that of rank {where or '?'}")
     totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()}, device)
     sizes = distributed.sum_mapping(sizes, device)
     losses = {"loss": sum(values.values())}

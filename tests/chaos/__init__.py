@@ -1,0 +1,1 @@
+"""Faults at random moments: kills, signals, full disks, damaged checkpoints."""

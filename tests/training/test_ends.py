@@ -1,0 +1,44 @@
+"""Where one of two ranks comes to an end, the other says which and why, and nothing is lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefloop.runs import newest_checkpoint
+
+ROOT = Path(__file__).parents[2]
+ENDS = {  # how the second rank ends; what the first says, the step that is kept
+    "memory": (
+        "rank 1 failed: out of memory (Tried to allocate 2.00 GiB); lower --micro-",
+        "step-2",
+    ),
+    "killed": ("lost rank 1 without a word: killed, perhaps for memory", "step-2"),
+    "hangs": ("rank 1 did not come to what the others waited for: it hangs", "step-2"),
+    "nan": ("step 3: the loss is nan, for that of rank 1; nothing was saved over the start", None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ENDS)
+def test_a_rank_that_ends_is_named_by_the_first(how, world, tmp_path):
+    told, step = ENDS[how]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ranks = ["--nproc-per-node", "2", "-m", "tests.training.end_on_rank"]
+    done = subprocess.run(
+        [*launcher, *ranks, str(world), str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment | {"ENDS": how},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 1, done.stderr  # the launcher's own
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("prefloop: rank 0: ")]
+    assert line.removeprefix("prefloop: rank 0: ").startswith(told)
+    kept = newest_checkpoint(tmp_path / "run")
+    assert (kept and kept.name) == step
