@@ -22,6 +22,10 @@ import prefloop.training.sft  # noqa: F401
 from prefloop.cli import main
 
 LIMIT = 600  # seconds after which a rank that has not ended hangs
+ALONE, GIVEN = 2, 30
+"""Seconds after which a launcher terminates the ranks that one left behind by failing, and then
+kills them: one that waits to meet the first rank hears no signal.
+"""
 OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 Kill = Callable[["Work"], None]
 
@@ -32,6 +36,7 @@ class Work:
 
     ranks: list[int]
     logs: list[Path]
+    told: bool = False  # whether the ranks left behind were terminated
 
     def cpu(self, rank: int) -> float:
         """Seconds that a rank has computed; nothing depends on how busy the machine is."""
@@ -40,8 +45,13 @@ class Work:
 
     def ended(self, rank: int) -> bool:
         """Whether the rank is done or dead; it stays to be waited for."""
+        return self._status(rank) is not None
+
+    def _status(self, rank: int) -> int | None:
+        """0 of one that ended well, None of one that goes on."""
         flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        return os.waitid(os.P_PID, self.ranks[rank], flags) is not None
+        found = os.waitid(os.P_PID, self.ranks[rank], flags)
+        return None if found is None else found.si_status
 
     def signal(self, ranks: Sequence[int], number: int) -> None:
         """Signals some of the ranks (one that has ended hears nothing)."""
@@ -58,11 +68,19 @@ class Work:
 
     def end(self) -> list[int]:
         """Exit codes of the ranks, negative after a signal; a rank that hangs is an error."""
-        deadline = time.monotonic() + LIMIT
-        while not all(map(self.ended, range(len(self.ranks)))):
-            if time.monotonic() > deadline:
-                self.signal(range(len(self.ranks)), signal.SIGKILL)
+        deadline, left = time.monotonic() + LIMIT, 0.0
+        while live := [rank for rank in range(len(self.ranks)) if not self.ended(rank)]:
+            now = time.monotonic()
+            if now > deadline:
+                self.signal(live, signal.SIGKILL)
                 raise AssertionError(f"a rank hangs: {self.said()}")
+            if any(map(self._status, range(len(self.ranks)))):
+                before, left = left, left or now
+                if before and now - left > GIVEN:
+                    self.signal(live, signal.SIGKILL)
+                elif before and now - left > ALONE and not self.told:
+                    self.told = True
+                    self.signal(live, signal.SIGTERM)
             time.sleep(0.005)
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.ranks]
 

@@ -282,7 +282,7 @@ def test_the_key_goes_into_the_header_and_nowhere_else(
     assert r"wrong key ***" in str(caught.value)
 
 
-def test_replies_are_asked_for_once(tmp_path: Path) -> None:
+def test_replies_are_asked_for_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(by_length) as server:
         rubric(server, tmp_path)(["p"], ["abc"])
         judge = rubric(server, tmp_path)
@@ -292,11 +292,15 @@ def test_replies_are_asked_for_once(tmp_path: Path) -> None:
             judge = rubric(server, tmp_path, **other)
             judge(["p"], ["abc"])
             assert judge.endpoint.usage.requests == 1
-        for path in (tmp_path / "cache").rglob("*.json"):
-            path.write_text("{")  # not written whole
-        judge = rubric(server, tmp_path)
-        assert judge(["p"], ["abc"]) == [3.0]
-        assert judge.endpoint.usage.requests == 1
+        for cut, whole in (('{"', None), ("[[5]]", "[[3]]")):  # not whole; flipped
+            for path in (tmp_path / "cache").rglob("*.json"):
+                text = path.read_text()
+                path.write_text(text.replace(whole, cut) if whole else cut)
+            capsys.readouterr()
+            judge = rubric(server, tmp_path)
+            assert judge(["p"], ["abc"]) == [3.0]
+            assert judge.endpoint.usage.requests == 1
+            assert "is damaged; tried again" in capsys.readouterr().err
 
 
 def prompt_file(

@@ -256,11 +256,24 @@ class Endpoint:
         return self.cache / name[:2] / f"{name}.json"
 
     def _kept(self, prompt: str) -> str | None:
+        path = self._path(prompt)
         try:
-            return str(json.loads(self._path(prompt).read_text(encoding="utf-8"))["reply"])
-        except (OSError, ValueError, LookupError, TypeError):
+            said = json.loads(path.read_text(encoding="utf-8"))
+            reply = str(said["reply"])
+            if said.get("sha256", _sha256(reply)) == _sha256(reply):  # older ones lack it
+                return reply
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError, LookupError, TypeError):
+            pass
+        self._tell(f"{path} is damaged")
+        return None
 
     def _keep(self, prompt: str, reply: str) -> None:
         said = {"judge": str(self), "args": self.args, "prompt": prompt, "reply": reply}
+        said["sha256"] = _sha256(reply)
         write_atomic(self._path(prompt), json.dumps(said))
+
+
+def _sha256(reply: str) -> str:
+    return hashlib.sha256(reply.encode()).hexdigest()
