@@ -105,7 +105,7 @@ def alarms(courses: Sequence[Course]) -> dict[str, dict[str, Any]]:
         table[name] = counts | {
             "false": false,
             "not turned": calm,
-            "false rate": _share(false, calm),
+            "false rate": wilson(false, calm) or None,
         }
     return table
 
@@ -128,9 +128,10 @@ def _when(course: Course, step: int | None) -> str:
     return "in time" if step <= course.seen_at else "late"
 
 
-def _share(count: int, total: int) -> list[float] | None:
+def wilson(count: int, total: int) -> list[float]:
+    """A share with Wilson's 95 % interval; empty where there is nothing to count."""
     if not total:
-        return None
+        return []
     share, square = count / total, NORMAL**2 / total
     middle = (share + square / 2) / (1 + square)
     half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
@@ -141,19 +142,26 @@ def _share(count: int, total: int) -> list[float] | None:
 
 
 def forecast(course: Course) -> float | None:
+    """KL of the turn, by `forecast_of` gold."""
+    return forecast_of(course.kl, course.gold, course.errors, course.peak)
+
+
+def forecast_of(
+    kl: Sequence[float], scores: Sequence[float], errors: Sequence[float], peak: int
+) -> float | None:
     """KL of the turn, from the measurements up to SEEN of the way to it; None where they show none.
 
-    Gao's form for RL (arXiv 2210.10760): gold = R0 + d (α - β log d), d = √KL, fitted by weighted
+    Gao's form for RL (arXiv 2210.10760): score = R0 + d (α - β log d), d = √KL, fitted by weighted
     least squares; it turns at d = exp(α/β - 1).
     """
-    roots = np.sqrt(np.maximum(course.kl, 0.0))
-    early = roots <= SEEN * roots[course.peak]
-    early &= np.arange(len(roots)) <= course.peak
-    d, gold, errors = (np.asarray(x)[early] for x in (roots, course.gold, course.errors))
+    roots = np.sqrt(np.maximum(kl, 0.0))
+    early = roots <= SEEN * roots[peak]
+    early &= np.arange(len(roots)) <= peak
+    d, gold, widths = (np.asarray(x)[early] for x in (roots, scores, errors))
     if len(set(d.tolist())) < 4:
         return None
     logs = np.log(np.where(d > 0, d, 1.0))
-    weights = 1 / np.maximum(errors, 1e-9)
+    weights = 1 / np.maximum(widths, 1e-9)
     columns = np.stack([np.ones_like(d), d, -d * logs], axis=1) * weights[:, None]
     (_, alpha, beta), *_ = np.linalg.lstsq(columns, gold * weights, rcond=None)
     if beta <= 0 or alpha <= 0:

@@ -1,0 +1,164 @@
+"""What the answers of `benchmarks.health_runs` are worth, by gold and by several monitors.
+
+`scores.json` of each run: steps that were measured, and at each of them the scores of the prompts
+kept for gold (`gold`; `plain` without its rule on repetition; `repeated` share of the pairs of
+words) and of the monitor's prompts by each monitor. Monitors are none of them what was optimised:
+
+- `neighbour`: the run's own, the reward model of as many rankings by other annotators;
+- `larger`: the neighbour's of the largest label set;
+- `others`: the mean of the reward models of all other label sets of the size, each in deviations
+  of its scores at the start;
+- `people`: other annotators, who read one answer to each prompt at each measurement, and say what
+  it is worth to them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import health_runs
+from prefloop.evaluation.overoptimisation import Floats
+from prefloop.files import read_rows, write_atomic
+from prefloop.models.load import load_reward_model
+from prefloop.recipes.annotators import common_words, draw_annotators
+from prefloop.recipes.overoptimisation import Study
+from prefloop.recipes.sentiment_data import WORD, gold_reward
+from prefloop.rewards.health import repeated_share
+from prefloop.rewards.scorers import ModelJudge
+
+FILE = "scores.json"
+READERS = 8  # annotators who read what the policy writes, and rank nothing
+MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Answers:
+    """To the same prompts, one each, at each of M measurements."""
+
+    prompts: Sequence[str]
+    completions: Sequence[Sequence[str]]  # [M][prompts]
+    ended: Sequence[Sequence[bool]]
+
+    def by(self, judge: Any) -> Floats:
+        """[M, prompts] scores; the judge is one of prompts, completions and whether they ended."""
+        pairs = zip(self.completions, self.ended, strict=True)
+        return np.array([judge(self.prompts, texts, ended) for texts, ended in pairs])
+
+
+def answers_of(run: Path, kind: str) -> Answers:
+    """Those of a kind, in the order in which they were sampled."""
+    rows = [row for _, row in read_rows(run / health_runs.ANSWERS) if row["kind"] == kind]
+    return Answers(
+        rows[0]["prompts"],
+        [[text for (text,) in row["completions"]] for row in rows],
+        [[ended for (ended,) in row["ended"]] for row in rows],
+    )
+
+
+@functools.cache
+def loaded(source: str) -> ModelJudge:
+    """A reward model of the study; they are small, and each is asked for many runs."""
+    model = load_reward_model(source, torch.device("cpu"))
+    model.module.requires_grad_(False)
+    return ModelJudge(model, MICRO_BATCH_TOKENS)
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """A task's monitors."""
+
+    study: Study
+    task: health_runs.Task
+    numbers: Sequence[int]  # of the label sets that have runs
+
+    def reward_model(self, labels: int, number: int) -> ModelJudge:
+        """Of one label set."""
+        return loaded(str(self.study.folder(labels, number) / "reward"))
+
+    def people(self, answers: Answers) -> Floats:
+        """[M, prompts]: each prompt has one reader, always the same."""
+        rng = np.random.default_rng([self.study.seed, 0, READERS])
+        words, taste = common_words(self.task.sentences), self.study.scale.taste
+        readers = draw_annotators(READERS, words, taste, rng)
+
+        def judge(prompts: Sequence[str], texts: Sequence[str], ended: Any) -> list[float]:
+            likes = [readers[i % READERS].likes(text) for i, text in enumerate(texts)]
+            gold = self.task.gold(prompts, texts)
+            return [g + more for g, more in zip(gold, likes, strict=True)]
+
+        return answers.by(judge)
+
+    def all(self, labels: int, number: int, answers: Answers) -> dict[str, Floats]:
+        """[M, prompts] of each monitor of a run."""
+        neighbour = answers.by(self.reward_model(labels, number ^ 1))
+        largest = max(health_runs.SIZES)
+        each = [
+            answers.by(self.reward_model(labels, other))
+            for other in self.numbers
+            if other != number
+        ]
+        return {
+            "neighbour": neighbour,
+            "larger": answers.by(self.reward_model(largest, number ^ 1)),
+            "others": np.mean([(s - s[0].mean()) / s[0].std() for s in each], axis=0),
+            "people": self.people(answers),
+        }
+
+
+def repeated(prompts: Sequence[str], texts: Sequence[str], ended: Any) -> list[float]:
+    """What gold's rule on repetition looks at."""
+    return [repeated_share(WORD.findall(text.lower()), 2) for text in texts]
+
+
+def score(run: Path, scorers: Scorers, labels: int, number: int, way: str) -> None:
+    """Writes `scores.json` of a run that is done; nothing where it is there."""
+    if (run / FILE).exists():
+        return
+    lines = [row for _, row in read_rows(run / "metrics.jsonl")]
+    measured = [row for row in lines if row.get("monitor/score") is not None]
+    watched, apart = answers_of(run, "monitor"), answers_of(run, "gold")
+    films = scorers.study.root.name == "films"
+    gold = apart.by(lambda prompts, texts, ended: scorers.task.gold(prompts, texts))
+    plain = apart.by(lambda prompts, texts, ended: gold_reward(prompts, texts)) if films else gold
+    monitors = scorers.all(labels, number, watched)
+    own = [row["monitor/score"] for row in measured]
+    if not np.allclose(monitors["neighbour"].mean(axis=1), own, atol=1e-3):
+        raise SystemExit(f"{run}: its answers do not give the scores that its monitor saw")
+    facts = {
+        "task": scorers.study.root.name,
+        "labels": labels,
+        "number": number,
+        "way": way,
+        "steps": [row["step"] for row in measured],
+        "kl": [row["monitor/kl"] for row in measured],
+    }
+    columns = {"gold": gold, "plain": plain, "repeated": apart.by(repeated)}
+    found: Mapping[str, Any] = (
+        facts | _lists(columns.items()) | {"monitors": _lists(monitors.items())}
+    )
+    write_atomic(run / FILE, json.dumps(found) + "\n")
+
+
+def _lists(columns: Iterable[tuple[str, Floats]]) -> dict[str, Any]:
+    return {name: np.round(scores, 6).tolist() for name, scores in columns}
+
+
+def score_all(folder: Path) -> None:
+    """Of all runs below a folder of `benchmarks.health_runs` that are done."""
+    for name, make in health_runs.TASKS.items():
+        runs = [path.parent for path in sorted((folder / name).glob("labels-*/*/cpu.json"))]
+        if not runs:
+            continue
+        keys = [(*map(int, run.parent.name.split("-")[1:]), run.name) for run in runs]
+        numbers = sorted({number for _, number, _ in keys})
+        scorers = Scorers(Study(folder / name, 0, health_runs.SCALE), make(), numbers)
+        for run, (labels, number, way) in zip(runs, keys, strict=True):
+            score(run, scorers, labels, number, way)
