@@ -7,9 +7,9 @@ other annotators, other rankings) and keeps the best step by it. Gold is kept ap
 each measurement other held-out prompts are answered too, and judged when all is over. A run that
 is done is not run again; one that was cut off begins anew.
 
-`films`: openings of sentences of film reviews, gold is that of the study of overoptimisation (its
-rule on repetition can be taken out of the answers that are kept). `headlines`: openings of
-headlines, gold is half the log-odds of satire by a classifier of letters, without any such rule.
+`films`: openings of sentences of film reviews, gold is that of the study of overoptimisation.
+`headlines`: openings of headlines, gold is half the log-odds of satire by a classifier of letters,
+with the same rule on repetition, of letters. The rule can be taken out: the answers are kept.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from prefloop.recipes.annotators import (
 from prefloop.recipes.fetch import fetch_movie_ratings
 from prefloop.recipes.overoptimisation import FULL, Study
 from prefloop.recipes.small_model import Shape, write_small_model
+from prefloop.rewards.health import repeated_share
 from prefloop.training import ppo, reward, sft
 
 SIZES = (100, 400)  # ranked prompts of a label set; an annotator ranks 25
@@ -64,12 +65,24 @@ ANSWERS = "watched.jsonl"  # in a run's directory: all that was sampled
 
 @dataclass(frozen=True)
 class Task:
-    """Sentences to learn from, prompts by use, and a judge that nobody optimises."""
+    """Sentences to learn from, prompts by use, and judges that nobody optimises.
+
+    Gold is `plain`, a classifier, as far as an answer says something new: with r what stood in it
+    before, plain - r (plain + 4), as in the study of overoptimisation. `taught` is what annotators
+    see beside their tastes, of answers that hardly repeat themselves.
+    """
 
     sentences: Sequence[str]
     demonstrations: Sequence[dict[str, str]]
     prompts: dict[str, list[str]]  # preference, ppo, evaluation
-    gold: Judge
+    plain: Judge
+    repeated: Callable[[str], float]
+    taught: Judge
+
+    def gold(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """See Judge."""
+        scores = zip(self.plain(prompts, completions), completions, strict=True)
+        return [plain - self.repeated(text) * (plain + 4.0) for plain, text in scores]
 
 
 def films() -> Task:
@@ -79,6 +92,8 @@ def films() -> Task:
         [s.text for name in ("gold", "sft") for s in parts[name]],
         sentiment_data.demonstrations(parts["sft"]),
         {name: sentiment_data.prompts(parts[name]) for name in ("preference", "ppo", "evaluation")},
+        sentiment_data.gold_reward,
+        lambda text: repeated_share(sentiment_data.WORD.findall(text.lower()), 2),
         gold_judge,
     )
 
@@ -101,6 +116,8 @@ def headlines() -> Task:
             name: list(dict.fromkeys(map(cut, fitting[name])))
             for name in ("preference", "ppo", "evaluation")
         },
+        satire,
+        lambda text: repeated_share(text, 4),
         satire,
     )
 
@@ -199,7 +216,7 @@ def train_reward_model(study: Study, task: Task, labels: int, number: int) -> No
         people = max(1, round(labels / scale.prompts_each))
         annotators = draw_annotators(people, common_words(task.sentences), scale.taste, rng)
         prompts = rng.permutation(sum(1 for _ in read_rows(study.samples)))[:labels].tolist()
-        rank_by_turns(study.samples, rankings, annotators, scale.flips, prompts, task.gold, rng)
+        rank_by_turns(study.samples, rankings, annotators, scale.flips, prompts, task.taught, rng)
     reward.run(study.reward(folder, number))
 
 
@@ -248,12 +265,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.health_runs", description=__doc__)
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=2, help="of label sets of each size")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[0, 1], help="of label sets")
     asked = parser.parse_args()
     task, study = TASKS[asked.task](), Study(asked.output / asked.task, 0, SCALE)
     write_policy(study, task)
     apart = task.prompts["evaluation"][WATCHED : WATCHED + APART]
-    for pair in range(asked.pairs):
+    for pair in asked.pairs:
         sets = [(labels, number) for number in (2 * pair, 2 * pair + 1) for labels in SIZES]
         for labels, number in sets:
             train_reward_model(study, task, labels, number)

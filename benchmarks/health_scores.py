@@ -1,8 +1,8 @@
 """What the answers of `benchmarks.health_runs` are worth, by gold and by several monitors.
 
 `scores.json` of each run: steps that were measured, and at each of them the scores of the prompts
-kept for gold (`gold`; `plain` without its rule on repetition; `repeated` share of the pairs of
-words) and of the monitor's prompts by each monitor. Monitors are none of them what was optimised:
+kept for gold (`gold`; `plain` without its rule on repetition; `repeated`, what the rule looks at)
+and of the monitor's prompts by each monitor. None of them is what was optimised:
 
 - `neighbour`: the run's own, the reward model of as many rankings by other annotators;
 - `larger`: the neighbour's of the largest label set;
@@ -30,8 +30,6 @@ from prefloop.files import read_rows, write_atomic
 from prefloop.models.load import load_reward_model
 from prefloop.recipes.annotators import common_words, draw_annotators
 from prefloop.recipes.overoptimisation import Study
-from prefloop.recipes.sentiment_data import WORD, gold_reward
-from prefloop.rewards.health import repeated_share
 from prefloop.rewards.scorers import ModelJudge
 
 FILE = "scores.json"
@@ -113,11 +111,6 @@ class Scorers:
         }
 
 
-def repeated(prompts: Sequence[str], texts: Sequence[str], ended: Any) -> list[float]:
-    """What gold's rule on repetition looks at."""
-    return [repeated_share(WORD.findall(text.lower()), 2) for text in texts]
-
-
 def score(run: Path, scorers: Scorers, labels: int, number: int, way: str) -> None:
     """Writes `scores.json` of a run that is done; nothing where it is there."""
     if (run / FILE).exists():
@@ -125,9 +118,10 @@ def score(run: Path, scorers: Scorers, labels: int, number: int, way: str) -> No
     lines = [row for _, row in read_rows(run / "metrics.jsonl")]
     measured = [row for row in lines if row.get("monitor/score") is not None]
     watched, apart = answers_of(run, "monitor"), answers_of(run, "gold")
-    films = scorers.study.root.name == "films"
-    gold = apart.by(lambda prompts, texts, ended: scorers.task.gold(prompts, texts))
-    plain = apart.by(lambda prompts, texts, ended: gold_reward(prompts, texts)) if films else gold
+    task = scorers.task
+    plain = apart.by(lambda prompts, texts, ended: task.plain(prompts, texts))
+    repeated = np.array([[task.repeated(text) for text in texts] for texts in apart.completions])
+    gold = plain - repeated * (plain + 4.0)
     monitors = scorers.all(labels, number, watched)
     own = [row["monitor/score"] for row in measured]
     if not np.allclose(monitors["neighbour"].mean(axis=1), own, atol=1e-3):
@@ -140,7 +134,7 @@ def score(run: Path, scorers: Scorers, labels: int, number: int, way: str) -> No
         "steps": [row["step"] for row in measured],
         "kl": [row["monitor/kl"] for row in measured],
     }
-    columns = {"gold": gold, "plain": plain, "repeated": apart.by(repeated)}
+    columns = {"gold": gold, "plain": plain, "repeated": repeated}
     found: Mapping[str, Any] = (
         facts | _lists(columns.items()) | {"monitors": _lists(monitors.items())}
     )

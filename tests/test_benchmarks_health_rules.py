@@ -1,11 +1,15 @@
 """The study of the rules of health, on courses written by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from benchmarks import health_rules as h
+from benchmarks.health_runs import Apart, Task
+from benchmarks.health_scores import answers_of
 
+from prefloop.generation.protocol import Sample
 from prefloop.rewards import health
 
 KL_NAMES = {rule.name: [] for rule in h.RULES}
@@ -129,3 +133,46 @@ def test_forecasts_by_hand():
     assert line["median factor"] == pytest.approx(2.0)
     gao = told["Gao's form of the monitor, half the way"]
     assert (gao["none"], gao["median factor"]) == (2, None)
+
+
+def test_gold_is_the_worst_where_nothing_is_new():
+    """Plain 2 and half of it repeated: 2 - 0.5 * 6; all repeated is -4 whatever plain says."""
+    shares = {"a": 0.0, "b": 0.5, "c": 1.0}
+    task = Task([], [], {}, lambda prompts, texts: [2.0 for _ in texts], shares.__getitem__, None)
+    assert task.gold(["", "", ""], ["a", "b", "c"]) == [2.0, -1.0, -4.0]
+
+
+class Echo:
+    """An engine whose answers are a prompt's number and the version of the weights."""
+
+    def __init__(self):
+        self.version = 0
+
+    def sync(self, model, version):
+        self.version = version
+
+    def generate(self, prompts, n, sampling, seed, numbers=None, on_done=None):
+        numbers = numbers or range(len(prompts))
+        reason = "length" if self.version else "stop"
+        pairs = zip(prompts, numbers, strict=True)
+        return [
+            [Sample(i, j, (*ids, number), (), reason, self.version) for j in range(n)]
+            for i, (ids, number) in enumerate(pairs)
+        ]
+
+
+def test_other_prompts_are_answered_at_each_measurement(tmp_path):
+    """The monitor gets its own answers, as without; rollouts have none of the others'."""
+    model = SimpleNamespace(encoder=SimpleNamespace(decode=lambda ids: "-".join(map(str, ids))))
+    engine = Apart(Echo(), model, tmp_path / "watched.jsonl", [(7,), (8,)])
+    for version in (-1, 3, -1):
+        engine.sync(model, version)
+        n = 2 if version == 3 else 1
+        found = engine.generate([(5,), (6,)], n, None, 0, None if n == 2 else (0, 1))
+        assert [[one.tokens for one in group] for group in found] == [[(5, 0)] * n, [(6, 1)] * n]
+    gold = answers_of(tmp_path, "gold")
+    assert gold.prompts == ["7", "8"]
+    assert gold.completions == [["7-2", "8-3"]] * 2
+    assert gold.ended == [[False, False]] * 2
+    assert answers_of(tmp_path, "monitor").completions == [["5-0", "6-1"]] * 2
+    assert gold.by(lambda prompts, texts, ended: [len(t) for t in texts]).tolist() == [[3, 3]] * 2
