@@ -76,11 +76,6 @@ class Course:
         """[M] gold on the odd prompts."""
         return np.asarray(self.gold[:, 1::2].mean(axis=1))
 
-    def share(self, number: int) -> float:
-        """Of the rise to the peak, what a measurement has."""
-        start, peak = self.means[0], self.means[self.peak]
-        return float((self.means[number] - start) / (peak - start))
-
     def at(self, step: int) -> int:
         """The last measurement up to a step."""
         return max(i for i, s in enumerate(self.steps) if s <= step)
@@ -229,7 +224,7 @@ def earliest(rules: Sequence[health.Rule]) -> Alarm:
 
 def counted(courses: Sequence[Course], alarm: Alarm) -> dict[str, Any]:
     """Alarms in runs that turned (up to the peak; up to where gold shows the turn, which is in
-    time; later; none) and in the others (false); what stopping at the alarm keeps of the rise.
+    time; later; none) and in the others (false); mean gold of all runs, each ended at its alarm.
     """
     turned = [(course, alarm(course)) for course in courses if course.turned]
     calm = [alarm(course) for course in courses if not course.turned]
@@ -246,7 +241,7 @@ def counted(courses: Sequence[Course], alarm: Alarm) -> dict[str, Any]:
         "false rate": wilson(false, len(calm)),
         "lead, steps": median(lead[0] for lead in leads) if leads else None,
         "lead, nats": median(lead[1] for lead in leads) if leads else None,
-        "kept": _stopped(courses, alarm),
+        "gold": _stopped(courses, alarm),
     }
 
 
@@ -272,11 +267,9 @@ def _lead(course: Course, step: int) -> tuple[int, float]:
 
 
 def _stopped(courses: Sequence[Course], alarm: Alarm) -> float:
-    """Median share of the rise to gold's peak that a run has which ends at its alarm, or else at
-    its end.
-    """
+    """Mean gold of runs that end at their alarm, or else at their end."""
     ends = [(c, len(c.steps) - 1 if (s := alarm(c)) is None else c.at(s)) for c in courses]
-    return median(course.share(end) for course, end in ends)
+    return float(np.mean([course.means[end] for course, end in ends]))
 
 
 def better_limit(courses: Sequence[Course], rule: health.Rule) -> tuple[float, float]:
@@ -307,23 +300,24 @@ def kept(course: Course, monitor: str) -> int:
 
 
 def keeping(courses: Sequence[Course], monitor: str, seed: int = 0) -> dict[str, Any]:
-    """Of the runs that turned: gold of the step that is kept as a share of the peak's, and how many
-    are within 5 %.
+    """Of the runs that turned after a rise: gold of all steps that are kept over gold of all peaks,
+    and how many runs are within 5 %.
 
-    The interval draws runs again.
+    The ratio is of sums, for a single run's peak may be close to 0; its interval draws runs again.
     """
-    turned = [course for course in courses if course.turned]
-    ratios = np.array([c.means[kept(c, monitor)] / c.means[c.peak] for c in turned])
-    ends = np.array([c.means[-1] / c.means[c.peak] for c in turned])
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (2000, len(ratios)))
-    low, high = np.quantile(ratios[draws].mean(axis=1), [0.025, 0.975])
-    within = int((ratios >= 0.95).sum())
+    turned = [c for c in courses if c.turned and c.below(0) > ERRORS]
+    golds = np.array([[c.means[i] for i in (kept(c, monitor), c.peak, -1)] for c in turned])
+    draws = np.random.default_rng(seed).integers(0, len(golds), (2000, len(golds)))
+    sums = golds[draws].sum(axis=1)  # [draws, 3]
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    within = int((golds[:, 0] >= 0.95 * golds[:, 1]).sum())
+    total = golds.sum(axis=0)
     return {
+        "turned": sum(c.turned for c in courses),
         "runs": len(turned),
-        "mean": [float(ratios.mean()), float(low), float(high)],
-        "median": float(np.median(ratios)),
+        "of the peak": [float(total[0] / total[1]), float(low), float(high)],
         "within 5 %": [within, *wilson(within, len(turned))],
-        "the end's mean": float(ends.mean()),
+        "the end's": float(total[2] / total[1]),
     }
 
 

@@ -6,8 +6,6 @@ and of the monitor's prompts by each monitor. None of them is what was optimised
 
 - `neighbour`: the run's own, the reward model of as many rankings by other annotators;
 - `larger`: the neighbour's of the largest label set;
-- `others`: the mean of the reward models of all other label sets of the size, each in deviations
-  of its scores at the start;
 - `people`: other annotators, who read one answer to each prompt at each measurement, and say what
   it is worth to them.
 """
@@ -75,7 +73,6 @@ class Scorers:
 
     study: Study
     task: health_runs.Task
-    numbers: Sequence[int]  # of the label sets that have runs
 
     def reward_model(self, labels: int, number: int) -> ModelJudge:
         """Of one label set."""
@@ -96,17 +93,9 @@ class Scorers:
 
     def all(self, labels: int, number: int, answers: Answers) -> dict[str, Floats]:
         """[M, prompts] of each monitor of a run."""
-        neighbour = answers.by(self.reward_model(labels, number ^ 1))
-        largest = max(health_runs.SIZES)
-        each = [
-            answers.by(self.reward_model(labels, other))
-            for other in self.numbers
-            if other != number
-        ]
         return {
-            "neighbour": neighbour,
-            "larger": answers.by(self.reward_model(largest, number ^ 1)),
-            "others": np.mean([(s - s[0].mean()) / s[0].std() for s in each], axis=0),
+            "neighbour": answers.by(self.reward_model(labels, number ^ 1)),
+            "larger": answers.by(self.reward_model(max(health_runs.SIZES), number ^ 1)),
             "people": self.people(answers),
         }
 
@@ -151,8 +140,7 @@ def score_all(folder: Path) -> None:
         runs = [path.parent for path in sorted((folder / name).glob("labels-*/*/cpu.json"))]
         if not runs:
             continue
-        keys = [(*map(int, run.parent.name.split("-")[1:]), run.name) for run in runs]
-        numbers = sorted({number for _, number, _ in keys})
-        scorers = Scorers(Study(folder / name, 0, health_runs.SCALE), make(), numbers)
-        for run, (labels, number, way) in zip(runs, keys, strict=True):
-            score(run, scorers, labels, number, way)
+        scorers = Scorers(Study(folder / name, 0, health_runs.SCALE), make())
+        for run in runs:
+            _, labels, number = run.parent.name.split("-")
+            score(run, scorers, int(labels), int(number), run.name)

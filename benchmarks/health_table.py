@@ -114,7 +114,7 @@ def by_way(courses: Sequence[h.Course]) -> list[dict[str, Any]]:
 def rules(courses: Sequence[h.Course]) -> dict[str, Any]:
     """Each rule with its own threshold, and all of them."""
     heads("rule", "before the peak", "in time", "late", "missed", "hits (95 %)", "false", "(95 %)",
-          "lead, steps", "lead, nats", "kept if stopped")  # fmt: skip
+          "lead, steps", "lead, nats", "gold if stopped")  # fmt: skip
     alarms: dict[str, h.Alarm] = {
         "never stopped": lambda course: None,
         "any": h.earliest(h.RULES),
@@ -127,7 +127,7 @@ def rules(courses: Sequence[h.Course]) -> dict[str, Any]:
         cells = [one[word] for word in ("before", "in time", "late", "missed")]
         row(name, *cells, share(one["hit rate"]), f"{one['false']} of {one['not turned']}",
             share(one["false rate"]), number(one["lead, steps"], 0), number(one["lead, nats"]),
-            f"{one['kept']:.0%}")  # fmt: skip
+            number(one["gold"], 2))  # fmt: skip
     print()
     return found
 
@@ -178,26 +178,17 @@ def thresholds(courses: Sequence[h.Course]) -> list[dict[str, Any]]:
 def best(courses: Sequence[h.Course]) -> dict[str, Any]:
     """`--keep-best` by each monitor."""
     found = {}
-    heads(
-        "task",
-        "monitor",
-        "runs that turned",
-        "kept, mean of the peak (95 %)",
-        "median",
-        "within 5 %",
-        "end",
-    )
-    for task in dict.fromkeys(c.task for c in courses):
-        some = [c for c in courses if c.task == task]
-        if not any(c.turned for c in some):
-            continue
+    heads("task", "monitor", "turned after a rise", "gold kept, of the peak (95 %)", "within 5 %",
+          "the end's, of the peak")  # fmt: skip
+    tasks = dict.fromkeys(c.task for c in courses)
+    for task, of in [*((task, [task]) for task in tasks), ("both", list(tasks))]:
+        some = [c for c in courses if c.task in of]
         for monitor in some[0].monitors:
             one = found[f"{task}, {monitor}"] = h.keeping(some, monitor)
-            mean, low, high = one["mean"]
-            within = one["within 5 %"]
-            cells = [f"{mean:.2f} [{low:.2f}, {high:.2f}]", number(one["median"], 2)]
-            cells += [f"{within[0]}: {share(within[1:])}", number(one["the end's mean"], 2)]
-            row(task, monitor, one["runs"], *cells)
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*one["of the peak"])
+            within = f"{one['within 5 %'][0]}: {share(one['within 5 %'][1:])}"
+            runs = f"{one['runs']} of {one['turned']}"
+            row(task, monitor, runs, ratio, within, number(one["the end's"], 2))
     print()
     return found
 

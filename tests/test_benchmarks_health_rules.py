@@ -38,7 +38,7 @@ def test_a_turn_by_hand():
     assert run.peak == 1
     assert [run.below(i) for i in (2, 3)] == pytest.approx([0.2, 10.0])
     assert run.turned and run.seen_at == 3
-    assert [run.share(i) for i in range(5)] == pytest.approx([0.0, 1.0, 0.95, 0.5, -0.5])
+    assert run.means.tolist() == pytest.approx([0.0, 2.0, 1.9, 1.0, -1.0])
     assert not course(CALM).turned
     assert [run.at(step) for step in (0, 4, 5, 19)] == [0, 0, 1, 3]
 
@@ -59,8 +59,8 @@ def test_alarms_by_hand():
     assert numbers == [1, 1, 1, 1, 1]
     # leads of 0, -7 and -15 steps; KL 1 at the peak and 1, 4 and 16 at the alarms
     assert (found["lead, steps"], found["lead, nats"]) == (-7, -3.0)
-    # kept: 1, 0.95, -0.5, -0.5 and, of the calm ones, 0.5 and 1
-    assert found["kept"] == pytest.approx((0.5 + 0.95) / 2)
+    # gold at step 5, 10, 20 and 20, and of the calm ones at 5 and at the end
+    assert found["gold"] == pytest.approx((2.0 + 1.9 - 1.0 - 1.0 + 1.0 + 2.0) / 6)
     assert h.youden(runs, h.earliest([rule])) == 0.0  # 2 of 4, less 1 of 2
     assert h.first(runs[0], rule, 0.01) == 4
 
@@ -110,9 +110,10 @@ def test_the_step_that_is_kept_by_hand():
     runs = [course(TURNS, monitors={"m": monitor}), course(TURNS, monitors={"m": other})]
     assert [h.kept(run, "m") for run in runs] == [3, 1]
     found = h.keeping([*runs, course(CALM, monitors={"m": monitor[:3]})], "m")
-    assert found["runs"] == 2 and found["mean"][0] == pytest.approx(0.75)
+    assert (found["turned"], found["runs"]) == (2, 2)
+    assert found["of the peak"][0] == pytest.approx((1.0 + 2.0) / (2.0 + 2.0))
     assert found["within 5 %"][0] == 1
-    assert found["the end's mean"] == pytest.approx(-0.5)
+    assert found["the end's"] == pytest.approx(-2.0 / 4.0)
 
 
 def test_forecasts_by_hand():
