@@ -125,7 +125,8 @@ def replay(
     trends: dict[str, Trend] = {}
     seen: dict[str, list[tuple[int, float]]] = {rule.name: [] for rule in RULES}
     start: dict[str, float] = {}
-    best, best_reward, falls, proxies = 0, None, [0.0], []
+    best, best_reward, falls = 0, None, [0.0]
+    proxies: list[float] = []
     for line in lines:
         found: dict[str, list[float]] = {}
         for name, word in health.WATCHED.items():
@@ -148,8 +149,8 @@ def replay(
                 add(found, {rule.name: min(falls[-health.IN_A_ROW :])})
             else:
                 best, best_reward, falls = number, trend.now if trend else None, [0.0]
-        for rule, values in found.items():
-            seen[rule].append((line["step"], max(values) if RISES[rule] else min(values)))
+        for name, values in found.items():
+            seen[name].append((line["step"], max(values) if RISES[name] else min(values)))
     return seen, proxies
 
 
@@ -249,7 +250,7 @@ def youden(courses: Sequence[Course], alarm: Alarm) -> float:
     """Hits in time as a share of the runs that turned, less false alarms as one of the others."""
     told = counted(courses, alarm)
     hits = told["before"] + told["in time"]
-    return hits / max(told["turned"], 1) - told["false"] / max(told["not turned"], 1)
+    return float(hits / max(told["turned"], 1) - told["false"] / max(told["not turned"], 1))
 
 
 def _when(course: Course, step: int | None) -> str:
@@ -287,7 +288,7 @@ def better_limit(courses: Sequence[Course], rule: health.Rule) -> tuple[float, f
 
         return youden(courses, alarm), -abs(limit - rule.limit)
 
-    best = max(tried, key=worth)
+    best: float = max(tried, key=worth)
     return best, worth(best)[0]
 
 

@@ -8,7 +8,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from benchmarks import health_rules as h
 from benchmarks.health_scores import score_all
@@ -85,30 +88,22 @@ def by_way(courses: Sequence[h.Course]) -> list[dict[str, Any]]:
     found = []
     for task, way in dict.fromkeys((c.task, c.way) for c in courses):
         some = [c for c in courses if (c.task, c.way) == (task, way)]
-        means = [[c.means[i] for c in some] for i in (0, -1)]
-        peaks = [c.means[c.peak] for c in some]
-        facts = {
-            "task": task,
-            "way": way,
-            "runs": len(some),
-            "turned": sum(c.turned for c in some),
-            "peak kl": h.median(c.kl[c.peak] for c in some),
-            "end kl": h.median(c.kl[-1] for c in some),
-            "gold": [sum(x) / len(x) for x in (means[0], peaks, means[1])],
-        }
-        found.append(facts)
-        golds = ", ".join(f"{x:.2f}" for x in facts["gold"])
-        row(
-            task,
-            way,
-            len(some),
-            facts["turned"],
-            number(facts["peak kl"]),
-            number(facts["end kl"]),
-            golds,
-        )
+        ends = [np.mean([c.means[i] for c in some]) for i in (0, -1)]
+        kl = [
+            median(c.kl[i] for c, i in zip(some, at, strict=True)) for at in _peaks_and_ends(some)
+        ]
+        gold = [float(ends[0]), float(np.mean([c.means[c.peak] for c in some])), float(ends[1])]
+        turned = sum(c.turned for c in some)
+        shown = ", ".join(f"{x:.2f}" for x in gold)
+        row(task, way, len(some), turned, number(kl[0]), number(kl[1]), shown)
+        facts = {"task": task, "way": way, "runs": len(some), "turned": turned}
+        found.append(facts | {"peak kl": kl[0], "end kl": kl[1], "gold": gold})
     print()
     return found
+
+
+def _peaks_and_ends(courses: Sequence[h.Course]) -> tuple[list[int], list[int]]:
+    return [c.peak for c in courses], [-1 for _ in courses]
 
 
 def rules(courses: Sequence[h.Course]) -> dict[str, Any]:
