@@ -4,9 +4,8 @@ Every side is a process of its own, peers in venvs of their own that are made he
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `coverage`,
 `gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning`
-and `startup` measure prefloop alone, `health` reads runs that are there; `python -m
-benchmarks.cuda` measures what needs a GPU. JSON goes to
-build/benchmarks/.
+and `startup` measure prefloop alone, `scaling` simulates many GPUs, `health` reads runs that are
+there; `python -m benchmarks.cuda` measures what needs a GPU. JSON goes to build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from benchmarks import (
     margins,
     optimizers,
     planning,
+    scaling,
     startup,
 )
 from benchmarks.compare import compare
@@ -50,6 +50,7 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "margins": margins.measure,
     "optimizers": optimizers.measure,
     "planning": planning.measure,
+    "scaling": scaling.measure,
     "startup": startup.measure,
 }
 

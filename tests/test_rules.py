@@ -37,7 +37,7 @@ BUDGETS = {
     "rewards": 1100,
     "training": 4450,
     "evaluation": 3600,
-    "recipes": 2880,
+    "recipes": 2915,
     "labelling": 5100,
     "console": 800,
     "": 4200,
@@ -62,7 +62,8 @@ that wait until a checkpoint stands; 4,410, plans of ranks that share weights an
 of monitors, and what is too much told before anything loads;
 4,450, a damaged cache made again;
 recipes: 1,600, the demo and pipelines; 2,850, four uses on public data, split without leaks, with
-their judges; 2,880, the demo's use as a fifth, whose annotators are a judge;
+their judges; 2,880, the demo's use as a fifth, whose annotators are a judge; 2,915, stages in
+several processes;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files; 3,200, no room for an export, a broken shard named;
 3,225, all linear layers and others."""

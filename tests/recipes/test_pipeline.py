@@ -1,15 +1,21 @@
 """Pipelines: stages in order, what has not changed is skipped, outdated output is moved aside."""
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
 
-from prefloop.config import RunConfig
+from prefloop.cli import main
+from prefloop.config import RunConfig, SFTConfig
 from prefloop.config.ranges import Seed
 from prefloop.errors import UserError
 from prefloop.recipes.pipeline import Stage, fingerprint, run
+from tests.training.small import write_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,63 @@ def test_changed_contents_run_what_depends_on_them(go, copier):
     assert copier.calls == ["one", "two", "one", "two"]
     assert Path("runs/p/two/copy").read_text() == "b05"
     assert Path("runs/p/two.old-1/copy").read_text() == "a05"
+
+
+TRAINS = """
+stages:
+  - {name: one, command: sft, ranks: 4, settings: {model: m, data: d}}
+  - {name: two, command: copy, settings: {data: rows.txt}}
+"""
+
+
+def test_torchrun_starts_a_stage_that_has_ranks(go, copier, tmp_path):
+    Path("p.yaml").write_text(TRAINS)
+    commands = {"copy": Command(CopyConfig, copier), "sft": Command(SFTConfig, copier)}
+    asked = []
+
+    def start(command, config, settings, program):
+        asked.append((command, config.model, settings, list(program)))
+        config.output.mkdir(parents=True)
+
+    for _ in range(2):  # the second time it is skipped
+        run(RunConfig(pipeline=Path("p.yaml")), commands, start)
+    [(command, model, settings, program)] = asked
+    assert (command, model, settings) == ("sft", "m", Path("runs/p/stages/one.yaml"))
+    found = get_args_parser().parse_args([*program[3:], "sft"])
+    assert program[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert (found.nproc_per_node, found.standalone, found.module) == ("4", True, True)
+    assert (found.training_script, found.training_script_args) == ("prefloop", ["sft"])
+    assert copier.calls == ["two"]
+
+    def fails(*_):
+        raise RuntimeError("`prefloop sft` failed with exit code 1, and says why above")
+
+    Path("p.yaml").write_text(TRAINS.replace("data: d", "data: e"))
+    with pytest.raises(UserError, match=r"^one: .* says why above; once that is mended"):
+        run(RunConfig(pipeline=Path("p.yaml")), commands, fails)
+
+
+@pytest.mark.parametrize("bad", ["two, command: copy, ranks: 2", "two, command: sft, ranks: 0"])
+def test_only_what_trains_has_ranks(go, copier, bad):
+    Path("p.yaml").write_text(f"stages: [{{name: {bad}, settings: {{model: m, data: d}}}}]")
+    commands = {"copy": Command(CopyConfig, copier), "sft": Command(SFTConfig, copier)}
+    with pytest.raises(UserError, match=r"`ranks` is .; give the number"):
+        run(RunConfig(pipeline=Path("p.yaml")), commands)
+
+
+@pytest.mark.slow
+def test_a_stage_trains_on_two_ranks_and_goes_on_to_the_next(tmp_path, monkeypatch):
+    write_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rows = {"data": "sft.jsonl", "device": "cpu", "max_steps": 2, "batch_size": 2}
+    stages = [
+        {"name": "a", "command": "sft", "ranks": 2, "settings": rows | {"model": "model"}},
+        {"name": "b", "command": "sft", "settings": rows | {"model": "${a}"}},
+    ]
+    Path("p.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    assert main(["run", "p.yaml"]) == 0
+    for name in "ab":
+        assert json.loads(Path(f"runs/p/{name}/run.json").read_text())["steps"] == 2
 
 
 @pytest.mark.parametrize(

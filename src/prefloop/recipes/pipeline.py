@@ -12,7 +12,8 @@ A stage's output is its setting `output`, or a folder (a file NAME.jsonl, where 
 rows) of its name under the pipeline's output;
 `${name}` in a later stage's settings stands for it. A stage is skipped when it has finished with
 the same settings and the same contents of the files they name; it resumes when it was interrupted;
-when settings or contents changed, its old output is moved aside and it starts anew.
+when settings or contents changed, its old output is moved aside and it starts anew. With `ranks: N`
+a stage that trains runs in N processes, one a GPU.
 
 An item with `rounds` and `stages` of its own repeats them: in round R, `sample` is the stage
 `sample-R`, `${round}` is R, and `${policy}` is the output of the last stage of the round before, in
@@ -25,16 +26,18 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefloop.config import RunConfig
+from prefloop.config import RunConfig, TrainingConfig
 from prefloop.config.checks import validate
 from prefloop.config.resolve import as_dict, build, nearest, read_yaml
 from prefloop.errors import UserError
 from prefloop.files import check_folder, set_aside, write_atomic
+from prefloop.recipes.apart import AGAIN, run_apart
 
 RECORD = "pipeline.json"
 NOT_INPUTS = ("output", "resume")
@@ -72,10 +75,16 @@ class Stage:
     name: str
     command: str
     config: Any
+    ranks: int = 1
+    """Processes that share it, which torchrun starts."""
 
 
-def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
-    """Run the stages of a pipeline in order."""
+Start = Callable[[str, Any, Path, Sequence[str]], None]
+"""See run_apart."""
+
+
+def run(config: RunConfig, commands: Mapping[str, Command], start: Start = run_apart) -> None:
+    """Run the stages of a pipeline in order; `start` those that have ranks."""
     root = config.output or Path("runs") / config.pipeline.stem
     check_folder(root)
     stages = read_stages(config.pipeline, root, commands, config.seed)
@@ -99,9 +108,22 @@ def run(config: RunConfig, commands: Mapping[str, Command]) -> None:
             print(f"{heading}: changed; the old output is now {aside}", flush=True)
         print(f"{heading}: running", flush=True)
         record.set(stage.name, print_of, "started")
-        command = commands[stage.command]
-        command.show(command.function(stage.config))
+        if stage.ranks > 1:
+            _run_on_ranks(stage, root / "stages" / f"{stage.name}.yaml", start)
+        else:
+            command = commands[stage.command]
+            command.show(command.function(stage.config))
         record.set(stage.name, print_of, "finished")
+
+
+def _run_on_ranks(stage: Stage, settings: Path, start: Start) -> None:
+    """The stage's command, started by torchrun on this machine."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    program = (*torchrun, f"--nproc-per-node={stage.ranks}", "-m", "prefloop")
+    try:
+        start(stage.command, stage.config, settings, program)
+    except RuntimeError as error:  # torchrun has one exit code for all that goes wrong
+        raise UserError(f"{stage.name}: {error}; once that is mended, {AGAIN}") from error
 
 
 def read_stages(
@@ -168,8 +190,8 @@ def _read_stage(
     if not isinstance(item, dict) or not isinstance(item.get("settings", {}), dict):
         raise UserError(f"{where}: give {{name, command, settings}}")
     for key in item:
-        if key not in ("name", "command", "settings"):
-            raise UserError(f"{where}: unknown key `{key}`; give name, command and settings")
+        if key not in ("name", "command", "settings", "ranks"):
+            raise UserError(f"{where}: unknown key `{key}`; give name, command, settings or ranks")
     name, command = str(item.get("name", "")), str(item.get("command", ""))
     where = f"{where} ({name})"
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name in outputs:
@@ -179,6 +201,16 @@ def _read_stage(
         remedy = nearest(command, listed) or f"; choose from {', '.join(listed)}"
         raise UserError(f"{where}: no command `{command}`{remedy}")
     config_class = commands[command].config
+    ranks = item.get("ranks", 1)
+    if (
+        type(ranks) is not int
+        or ranks < 1
+        or (ranks > 1 and not issubclass(config_class, TrainingConfig))
+    ):
+        raise UserError(
+            f"{where}: `ranks` is {ranks!r}; give the number of processes, 1 or more, to a stage "
+            "that trains (sft, reward, dpo, ppo)"
+        )
     given = item.get("settings", {})
     settings = {key: _fill(value, names, where) for key, value in given.items()}
     known = {field.name for field in fields(config_class)}
@@ -192,7 +224,7 @@ def _read_stage(
         validate(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return Stage(name, command, config)
+    return Stage(name, command, config, ranks)
 
 
 def _fill(value: object, outputs: Mapping[str, str], where: str) -> object:
