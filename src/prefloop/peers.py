@@ -60,6 +60,8 @@ def lost_rank(error: BaseException, grace: float = GRACE) -> RankFailed | None:
             return None
         ends = _ends(store, grace)
     except RuntimeError:  # the store went with the process that held it
+        if broke is None:
+            return None
         return RankFailed("lost rank 0, which kept what the ranks tell each other; see its words")
     told = {rank: (why, code) for rank, (why, code) in ends.items() if why}
     # A launcher terminates all ranks when one fails: why that one did is told first.

@@ -37,7 +37,7 @@ def main() -> int:
     folder: Path = given.folder.absolute()
     journal = folder / "trials.jsonl"
     world = _world(folder)
-    done = [json.loads(line) for line in journal.open()] if journal.exists() else []
+    done = list(map(json.loads, journal.read_text().splitlines())) if journal.exists() else []
     until = time.monotonic() + 60 * given.minutes
     wholes: dict[str, Whole] = {}
     for kind in KINDS:
