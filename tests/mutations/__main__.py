@@ -206,6 +206,13 @@ BUGS = (
         ("tests/evaluation/test_judges_templates.py",),
     ),
     Bug(
+        "a damaged checkpoint is gone on from",
+        "resume.py",
+        "        if not wrong:\n            return path, damaged",
+        "        if path:\n            return path, damaged",
+        ("tests/test_runs.py",),
+    ),
+    Bug(
         "a setting that came later counts as changed",
         "resume.py",
         "default_settings(config) | read_yaml",
