@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from prefloop.errors import UserError
 
@@ -106,7 +107,9 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Sums gradients over ranks, several at a time in one flat tensor of at most BUCKET bytes.
 
     A rank without a gradient that others have adds zeros; what no rank has stays None, as on one.
+    Those of divided weights are sums already (see models/sharding.py).
     """
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if world() == 1 or not parameters:
         return
     has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)

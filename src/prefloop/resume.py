@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 """Of a checkpoint, written after all of its other files: the size and the sha256 of each."""
 FREE_TO_CHANGE = frozenset(
     "output resume track save_every save_minutes keep_checkpoints log_every eval_every device "
-    "micro_batch_tokens gradient_checkpointing max_concurrent".split()
+    "micro_batch_tokens gradient_checkpointing max_concurrent shard mesh".split()
 )
 """Settings that may differ when a run goes on: they change rounding at most."""
 APPLIED = frozenset(

@@ -1,7 +1,7 @@
 """One rank of several: runs cases, and tells of the first error in a file of its own.
 
 `python -m tests.training.on_rank WORLD OUTPUT JOB...` with torchrun's variables set. A job is the
-name of a case, or JSON: settings of a run (`command`, `to`), or `copy`: [from, to, step].
+name of a case, or JSON: settings of a run (`command` or `case`, `to`), or `copy`: [from, to, step].
 """
 
 import json
@@ -26,6 +26,8 @@ def work(world: Path, output: Path, job: str) -> None:
             only_checkpoint(output / source, output / target, step)
         return distributed.barrier()
     to = asked.pop("to")
+    if "case" in asked:
+        return run_case(asked.pop("case"), world, output / to, **asked)
     try:
         train(asked.pop("command"), world, output / to, **asked)
     except UserError as error:

@@ -60,6 +60,8 @@ CHANGES = {  # every setting but output: another value, {world} standing for the
     "max_grad_norm": 1e-3,
     "dtype": "bfloat16",
     "share_base": "never",
+    "shard": "full",
+    "mesh": "2x1",
     "weights": "nf4",
     "device": "cuda:63",
     "lora_rank": 2,
@@ -167,7 +169,13 @@ ELSEWHERE = {  # changes no number: the test that finds its effect
     "template_args": "training/test_template_args.py::test_training_takes_and_records_them",
     "max_concurrent": "training/test_settings.py::test_max_concurrent_bounds_what_is_decoded",
 }
-TOLD = {"device", "resume", "weights"}  # whose other value here is nothing but told
+TOLD = {
+    "device",
+    "resume",
+    "weights",
+    "shard",
+    "mesh",
+}  # whose other value here is nothing but told
 SHARED = {f.name for f in fields(CONFIGS["sft"])} - {"train_on"}
 
 

@@ -23,7 +23,6 @@ from prefloop.config.ranges import (
     Form,
     OnlyWith,
     Seed,
-    Settings,
     TemplateArgs,
     Weights,
     Within,
@@ -31,6 +30,7 @@ from prefloop.config.ranges import (
     no_room,
     target_problems,
 )
+from prefloop.config.ranks import RanksConfig
 from prefloop.config.resolve import OrAuto, flag
 
 BadRows = Literal["error", "drop"]
@@ -59,7 +59,7 @@ CRITIC = OnlyWith("advantage", "gae")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Settings):
+class TrainingConfig(RanksConfig):
     """What all four training commands share."""
 
     model: str

@@ -48,7 +48,7 @@ GROUPS = (
         "where it is computed, and in which types",
         (
             *("device", "dtype", "weights", "micro_batch_tokens", "gradient_checkpointing"),
-            *("max_concurrent",),
+            *("max_concurrent", "shard", "mesh"),
         ),
     ),
     Group(

@@ -27,6 +27,7 @@ from prefloop.models.attention.plan import PackedPlan
 from prefloop.models.heads import logits
 from prefloop.models.lean import Forward, forward_of
 from prefloop.models.model import LoadedModel
+from prefloop.models.sharding import gathered
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # as Transformers' models call theirs
 
@@ -71,7 +72,7 @@ class Engine:
             Drawn, sampling, seed, numbers or range(len(prompts)), self.model.device, on_tokens
         )
         loop = self._packed if self.model.packed else self._padless
-        with self._inference() as live:
+        with gathered(self.model) as model, self._inference(model) as live:
             for sample in loop(live, prompts, n, new_drawn):
                 samples[sample.prompt_index, sample.sample_index] = sample
                 if on_done is not None:
@@ -91,14 +92,14 @@ class Engine:
             self.model.check_length(len(prompt) + sampling.max_new_tokens)
 
     @contextmanager
-    def _inference(self) -> Iterator[Live]:
+    def _inference(self, model: LoadedModel) -> Iterator[Live]:
         """The model in evaluation mode without gradients, its mode put back afterwards.
 
         One autocast around it all, so that each weight is cast once and not once a step; autocast
         keeps the casts only of parameters that require a gradient, so those that it casts do
         meanwhile.
         """
-        model, module, training = self.model, self.model.module, self.model.module.training
+        module, training = model.module, model.module.training
         enabled = model.dtype == "bfloat16"
         module.eval()
         cast: list[nn.Parameter] = []

@@ -7,41 +7,113 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
+from prefloop import distributed
 from prefloop.errors import AGAIN, UserError, disk_error, first_line
 from prefloop.models import adapters, shared
 from prefloop.models.model import LoadedModel
+from prefloop.models.sharding import Sharded, gathered, on_first
 from prefloop.models.weights import stored_types
 from prefloop.runs import model_path
 
+FILE_BYTES = 2**31
+"""Of weights that are gathered from several ranks: what the first rank holds at once."""
 KEPT = (torch.float32, torch.bfloat16, torch.float16)
 """Types that an export keeps; others become float32."""
 
 
-def export_model(model: LoadedModel, folder: Path) -> None:
+def export_model(model: LoadedModel, folder: Path, file_bytes: int = FILE_BYTES) -> None:
     """Saves weights and tokenizer for Transformers, vLLM, TRL and lm-eval as they are.
 
     LoRA gives a PEFT adapter folder, on the whole weights that lie below; where training began from
     an adapter that had to be merged, whole weights with both merged. Whole weights are cast to the
     type that the model's own folder came in, adapters stay float32.
     """
+    if model.sharded is not None:
+        _export_divided(model, model.sharded, folder, file_bytes)
+        return
     with whole_folder(folder) as temporary:
         save_model(model, temporary, model.source_dtype)
 
 
-def save_model(model: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Puts weights, cast to `dtype` unless they are an adapter's, and the rest into a folder."""
+def _export_divided(model: LoadedModel, sharded: Sharded, folder: Path, file_bytes: int) -> None:
+    """The same by the first rank, to which all ranks' slices go: all of an adapter's, of whole
+    weights those of one file at a time. All ranks call it.
+    """
+    module = model.module
+    with whole_folder(folder) if distributed.rank() == 0 else nullcontext() as temporary:
+        if not isinstance(module, PeftModel) and _stored_by_name(sharded.bare):
+            _write_in_files(model, temporary, file_bytes)
+            if temporary is not None:
+                bare = replace(model, module=sharded.bare, sharded=None)
+                save_model(bare, temporary, model.source_dtype, weights=False)
+            return
+        own = {n for n, p in module.named_parameters() if p.requires_grad or "lora_" in n}
+        merges = isinstance(module, PeftModel) and model.adapters is None and _begun(model)
+        every = merges or not isinstance(module, PeftModel)
+        with gathered(model, lambda name: every or name in own) as there:
+            if temporary is not None:
+                save_model(there, temporary, model.source_dtype)
+
+
+def _begun(model: LoadedModel) -> bool:
+    return adapters.is_adapter_folder(model_path(model.source))
+
+
+def _stored_by_name(module: Any) -> bool:
+    """Whether Transformers stores the weights under the names that the model has for them."""
+    state = module.state_dict()
+    stored = revert_weight_conversion(module, dict(state))
+    return stored.keys() == state.keys() and all(stored[n] is state[n] for n in state)
+
+
+def _write_in_files(model: LoadedModel, folder: Path | None, file_bytes: int) -> None:
+    """Whole weights in files of at most so many bytes (or one weight), with an index of several."""
+    module, each = model.module, model.source_dtype.itemsize
+    buffers = dict(module.named_buffers())
+    tensors = {name: p.detach() for name, p in module.named_parameters()}  # tied ones once
+    tensors |= {n: t for n, t in module.state_dict().items() if n in buffers}
+    files: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        held = sum(x.numel() for x in files[-1].values())
+        if files[-1] and each * (held + tensor.numel()) > file_bytes:
+            files.append({})
+        files[-1][name] = tensor
+    names = [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
+    names = ["model.safetensors"] if len(files) == 1 else names
+    for file, part in zip(names, files, strict=True):
+        weights = on_first(part)
+        if folder is not None:
+            for name, w in weights.items():
+                kind = model.source_dtype if w.is_floating_point() else w.dtype
+                weights[name] = w.to(kind).contiguous()
+            save_file(weights, folder / file, {"format": "pt"})
+    if folder is not None and len(files) > 1:
+        where = {name: file for file, part in zip(names, files, strict=True) for name in part}
+        total = sum(each * t.numel() for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def save_model(model: LoadedModel, folder: Path, dtype: torch.dtype, weights: bool = True) -> None:
+    """Puts weights, cast to `dtype` unless they are an adapter's, and the rest into a folder; the
+    rest alone without `weights`.
+    """
     module: Any = model.module
     stacked = model.adapters not in (None, (shared.POLICY,))
-    begun = isinstance(module, PeftModel) and adapters.is_adapter_folder(model_path(model.source))
+    begun = isinstance(module, PeftModel) and _begun(model)
     with _own_dropout(model), adapters.quiet():
         if begun and model.adapters is None:
             module = copy.deepcopy(module).float().merge_and_unload()
@@ -49,6 +121,11 @@ def save_model(model: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
             shared.save_adapters(model, folder)
         elif isinstance(module, PeftModel):
             module.save_pretrained(str(folder), selected_adapters=[shared.POLICY])
+        elif not weights:
+            module.config.architectures = [type(module).__name__]
+            module.config.save_pretrained(str(folder))
+            if module.can_generate():
+                module.generation_config.save_pretrained(str(folder))
         else:
             module.save_pretrained(str(folder), state_dict=_cast(module, dtype))
         if model.is_scorer:  # with an adapter too: its pad token, its mean score

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.batches import TokenBatch, pack, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.attention.plan import plan_of
@@ -18,10 +18,12 @@ from prefloop.models.lean import Linear, forward_of
 from prefloop.models.memory import RECOMPUTED
 from prefloop.models.pieces import split_answers
 from prefloop.models.precision import autocast
+from prefloop.models.sharding import in_step
 
 if TYPE_CHECKING:
     from prefloop.models.model import LoadedModel
 
+T = TypeVar("T")
 LOGIT_BYTES = 1 << 30  # logits kept for the backward pass; beyond, chunks recompute theirs
 CHUNK_BYTES = 1 << 26  # float32 logits held at once otherwise: near a cache's size
 GPU_CHUNK_BYTES = 1 << 29  # where each of a chunk's kernels should have much to do
@@ -63,8 +65,23 @@ def answer_log_probs(model: LoadedModel, batch: TokenBatch, temperature: float =
 
     In nats, float32 [N]. The head runs on the rows that predict a loss token only, in chunks.
     """
-    hidden = hidden_states(model, batch)[batch.source_index]
-    return head_log_probs(model, hidden, batch.target_ids, temperature)
+
+    def compute() -> Tensor:
+        hidden = hidden_states(model, batch)[batch.source_index]
+        return head_log_probs(model, hidden, batch.target_ids, temperature)
+
+    return _pass(model, compute)
+
+
+def _pass(model: LoadedModel, compute: Callable[[], T]) -> T:
+    """A forward pass; with all ranks where the model is divided among them."""
+    return compute() if model.sharded is None else model.sharded.run(compute)
+
+
+def smallest_pass(model: LoadedModel) -> Tensor:
+    """One number of a sequence of two tokens, by all weights that training would read."""
+    batch = pack([Example((0,), ((0,),), ((True,),))]).to(model.device)
+    return answer_scores(model, batch) if model.is_scorer else answer_log_probs(model, batch)
 
 
 @torch.no_grad()
@@ -76,9 +93,11 @@ def sequence_log_probs(
 ) -> Tensor:
     """log pi(y|x) of all A answers in their order: nats, float32 [A]."""
     sums, most, padded = [torch.zeros(0, device=model.device)], micro_batch_tokens, not model.packed
-    for batch in to_batches(split_answers(examples, most, padded), most, model.device, padded):
-        tokens = answer_log_probs(model, batch, temperature)
-        sums.append(segment_sum(tokens, batch.target_answer, batch.answers))
+    pieces = split_answers(examples, most, padded)
+    with in_step([model]):
+        for batch in to_batches(pieces, most, model.device, padded):
+            tokens = answer_log_probs(model, batch, temperature)
+            sums.append(segment_sum(tokens, batch.target_answer, batch.answers))
     return torch.cat(sums)
 
 
@@ -217,19 +236,27 @@ def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:
     The model's encoder says what that is (see LoadedModel.score_position).
     A trained reward model's scores are around the mean score of its training answers.
     """
-    return scalar_head(model, hidden_states(model, batch)[batch.last_index]) - score_mean(model)
+    return _scores_at(model, batch, batch.last_index)
 
 
 def token_values(model: LoadedModel, batch: TokenBatch) -> Tensor:
     """Values [N] of the states before each answer token, in float32, around the same mean."""
-    return scalar_head(model, hidden_states(model, batch)[batch.source_index]) - score_mean(model)
+    return _scores_at(model, batch, batch.source_index)
+
+
+def _scores_at(model: LoadedModel, batch: TokenBatch, rows: Tensor) -> Tensor:
+    """Scores at some rows of the stream."""
+
+    def compute() -> Tensor:
+        return scalar_head(model, hidden_states(model, batch)[rows]) - score_mean(model)
+
+    return _pass(model, compute)
 
 
 def values_with_last(model: LoadedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Values [N] as `token_values`, and [B] of the states after each answer's last token."""
-    hidden, mean = hidden_states(model, batch), score_mean(model)
     rows = torch.cat([batch.source_index, batch.last_index])
-    values = scalar_head(model, hidden[rows]) - mean
+    values = _scores_at(model, batch, rows)
     return values[: len(batch.source_index)], values[len(batch.source_index) :]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from prefloop.models import adapters
 from prefloop.models.lean import Lean
 from prefloop.models.precision import Products, autocast
 from prefloop.models.weights import Storage
+
+if TYPE_CHECKING:
+    from prefloop.models.sharding import Sharded
 
 SCORE_POSITION = "prefloop_score_position"
 """Key of a scorer's config: `rendered` or `stop`."""
@@ -44,6 +47,7 @@ class LoadedModel:
     own_head: nn.Module | None = None  # a scorer's
     own_config: PretrainedConfig | None = None  # a scorer's
     source_dtype: torch.dtype = torch.float32  # in which its folder came and is exported
+    sharded: Sharded | None = None  # where its weights are divided among ranks
 
     @property
     def hf(self) -> PreTrainedModel:

@@ -66,8 +66,10 @@ def in_pieces(
     device = batch.input_ids.device
     numbers = []
     for piece in (pack(group).to(device) for group in pieces):
-        if len(pieces) > 1 and torch.is_grad_enabled():
-            numbers.append(checkpoint(compute, model, piece, **RECOMPUTED))
-        else:
+        if len(pieces) == 1 or not torch.is_grad_enabled():
             numbers.append(compute(model, piece))
+        elif model.sharded is not None:
+            numbers.append(model.sharded.recomputed(compute, model, piece))
+        else:
+            numbers.append(checkpoint(compute, model, piece, **RECOMPUTED))
     return torch.cat(numbers)

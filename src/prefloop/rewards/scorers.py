@@ -20,6 +20,7 @@ from prefloop.models.heads import answer_scores
 from prefloop.models.load import unread_arguments
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
+from prefloop.models.sharding import in_step
 from prefloop.records import Message, Prompt, Sampled, Text
 from prefloop.rewards.functions import Columns, FunctionJudge, columns_of
 from prefloop.rewards.judges import Judge
@@ -103,7 +104,7 @@ def scores_of(
     scores: list[float] = []
     padded = not model.packed
     pieces = split_answers(examples, micro_batch_tokens, padded)
-    with torch.no_grad():
+    with torch.no_grad(), in_step([model]):
         for batch in to_batches(pieces, micro_batch_tokens, model.device, padded):
             scores += answer_scores(model, batch).tolist()
     return scores

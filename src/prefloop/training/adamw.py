@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from prefloop.models.sharding import local
 from prefloop.models.weights import bitsandbytes
+from prefloop.training.slices import Stored, read
 
 CHUNK = 2**22
 """Elements that are updated at once where an update needs float32 copies."""
@@ -94,13 +97,15 @@ class AdamW(torch.optim.Optimizer):
             if whole:
                 states = [self.state[p] for p in whole]
                 steps = [state["step"] for state in states]
-                first, second = ([state[name] for state in states] for name in MOMENTS)
-                _adamw(whole, [p.grad for p in whole], first, second, steps, group)
+                first, second = ([local(state[name]) for state in states] for name in MOMENTS)
+                grads = [local(p.grad) for p in whole]
+                _adamw([local(p) for p in whole], grads, first, second, steps, group)
         self.steps += 1
 
     def start(self, p: Tensor) -> None:
         """Moments of zero."""
-        p.data = p.data.contiguous()  # for what goes through it in chunks
+        if not isinstance(p, DTensor):
+            p.data = p.data.contiguous()  # for what goes through it in chunks
         eight = self.bits == 8 and p.numel() >= FEWEST
         kind = torch.uint8 if eight else torch.promote_types(p.dtype, torch.float32)
         state = self.state[p]
@@ -116,9 +121,9 @@ class AdamW(torch.optim.Optimizer):
         """The same in float32 copies of CHUNK elements, so that no more of them stand at once."""
         state = self.state[p]
         assert p.grad is not None
-        weights, grad = p.detach().view(-1), p.grad.reshape(-1)
-        moments = [state[name].view(-1) for name in MOMENTS]
-        for part in _parts(p.numel()):
+        weights, grad = local(p.detach()).view(-1), local(p.grad).reshape(-1)
+        moments = [local(state[name]).view(-1) for name in MOMENTS]
+        for part in _parts(len(weights)):
             exact, first, second = weights[part].float(), *(m[part] for m in moments)
             slope = grad[part].to(exact.dtype)
             if "scale" in state:
@@ -160,12 +165,17 @@ class AdamW(torch.optim.Optimizer):
         """Puts it back; unlike torch's, moments keep their type whatever the parameter's is."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         parameters = [p for group in self.param_groups for p in group["params"]]
+        divided = []
         for number, kept in state_dict["state"].items():
             p = parameters[number]
-            self.state[p] = {
-                name: value.to(p.device) if isinstance(value, Tensor) else value
-                for name, value in kept.items()
-            }
+            for name, value in kept.items():
+                if name in MOMENTS and (isinstance(p, DTensor) or isinstance(value, Stored)):
+                    self.state[p][name] = torch.zeros_like(p, dtype=value.dtype)
+                    divided.append((self.state[p][name], value))
+                else:
+                    whole = isinstance(value, Tensor)
+                    self.state[p][name] = value.to(p.device) if whole else value
+        read(divided)
         self.steps = int(state_dict["steps"])
 
 

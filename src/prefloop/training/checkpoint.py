@@ -21,8 +21,10 @@ from prefloop.data.tokenize import Example
 from prefloop.errors import AGAIN, UserError, disk_error, first_line
 from prefloop.models import adapters
 from prefloop.models.model import LoadedModel
+from prefloop.models.sharding import whole
 from prefloop.provenance import files_digest
 from prefloop.resume import checkpoint_step, seal
+from prefloop.training import slices
 
 FILE = "state.pt"
 FORMAT = 2
@@ -31,7 +33,12 @@ SAMPLE = 64  # elements of a tensor that are looked at one by one
 
 
 def save(
-    folder: Path, step: int, state: Mapping[str, Any], keep: int, best: int | None = None
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    keep: int,
+    best: int | None = None,
+    written: Path | None = None,
 ) -> Path:
     """Writes checkpoints/step-N through a temporary folder, its manifest last; keeps the newest
     `keep`. What `save_best` wrote of the step `best` goes along.
@@ -43,6 +50,8 @@ def save(
     temporary.mkdir()
     try:
         _write(temporary / FILE, dict(state))
+        if written is not None:  # by all ranks
+            os.replace(written, temporary / slices.FOLDER)
         if best is not None and best_file(folder, best).exists():
             _link(best_file(folder, best), best_file(temporary, best))
         seal(temporary)
@@ -130,7 +139,7 @@ def load(path: Path) -> dict[str, Any]:
     state = _read(path / FILE)
     if not isinstance(state, dict) or "step" not in state:
         raise UserError(f"{path}: not a checkpoint of prefloop; remove it or name another")
-    return state
+    return slices.put_in(state, path / slices.FOLDER)  # type: ignore[no-any-return]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -200,7 +209,7 @@ def weights_digest(model: LoadedModel, tensors: Sequence[Tensor]) -> str:
         return ""
     files = _files(model.source)
     digest = hashlib.sha256(files.encode())
-    for part in map(_summary, tensors) if files else tensors:
+    for part in map(_summary, map(whole, tensors)) if files else map(whole, tensors):
         digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -249,9 +258,7 @@ def load_trainable_state(
     shapes = {name: p.shape for name, p in trained.items()}
     if shapes != {name: tensor.shape for name, tensor in state.items()}:
         raise ValueError("made with another model or other LoRA settings")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])
+    slices.read((parameter, state[name]) for name, parameter in trained.items())
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

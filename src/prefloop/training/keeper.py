@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig
@@ -18,7 +19,7 @@ from prefloop.errors import UserError, first_line, out_of_memory
 from prefloop.peers import patiently
 from prefloop.runs import Run
 from prefloop.terminal import shown
-from prefloop.training import checkpoint
+from prefloop.training import checkpoint, slices
 from prefloop.training.interrupt import uninterrupted
 from prefloop.training.method import Method
 from prefloop.training.watch import Watch
@@ -72,6 +73,8 @@ class Keeper:
 
     def resume(self) -> tuple[int, int, Owed | None]:
         """Puts the run's checkpoint back; returns steps and tokens done, and what is owed."""
+        if distributed.world() > 1:
+            _ = self.method.fingerprint  # of slices no rank can tell it alone
         path = self.run.resume_from
         if path is None:
             self.watch.load_state_dict(None)
@@ -142,15 +145,22 @@ class Keeper:
         return old or (every > 0 and step % every == 0)
 
     def save(self) -> None:
-        """Writes the checkpoint, once for all ranks; signals wait until it stands."""
+        """Writes the checkpoint, once for all ranks, each its slices of what is divided; signals
+        wait until it stands.
+        """
         with uninterrupted(), patiently():
+            state, divided = self._state()
+            written = self.run.checkpoints / f".{slices.FOLDER}.tmp" if divided else None
+            if written is not None:
+                slices.write(written, divided)
             if distributed.rank() == 0:
-                self._write()
+                self._write(state, written)
             distributed.barrier()
 
-    def _write(self) -> None:
+    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is written by the first rank, and by all."""
         assert self.sound is not None
-        sound = self.sound
+        sound, divided = self.sound, dict[str, Tensor]()
         state = {
             "format": checkpoint.FORMAT,
             "step": sound.step,
@@ -166,8 +176,13 @@ class Keeper:
             "tokens": sound.tokens,
             "owed": None if sound.owed is None else asdict(sound.owed),
         }
+        return slices.take_out(state, divided), divided
+
+    def _write(self, state: dict[str, Any], written: Path | None = None) -> None:
+        assert self.sound is not None
+        sound = self.sound
         folder, keep = self.run.checkpoints, self.config.keep_checkpoints
-        checkpoint.save(folder, sound.step, state, keep, sound.watch["best_step"])
+        checkpoint.save(folder, sound.step, state, keep, sound.watch["best_step"], written)
         self.saved, self.saved_at = sound.step, time.monotonic()
 
     def __enter__(self) -> Keeper:
@@ -197,9 +212,12 @@ class Keeper:
     def _rescue(self) -> None:
         if self.sound is None or self.sound.step <= self.saved:
             return
+        state, divided = self._state()
+        if divided:  # of which the other ranks hold the rest
+            return
         try:
             with uninterrupted():
-                self._write()
+                self._write(state)
         except UserError as failure:  # no room: the error that came first is told
             print(shown(f"prefloop: {failure}"), file=sys.stderr)
             return

@@ -19,6 +19,7 @@ from prefloop.losses.preference import kto_loss
 from prefloop.models.export import export_model
 from prefloop.models.heads import answer_log_probs
 from prefloop.models.model import LoadedModel
+from prefloop.models.sharding import in_step
 from prefloop.training import checkpoint, rows
 from prefloop.training.full_rows import SMALLEST
 from prefloop.training.method import LossSums, Step
@@ -115,9 +116,10 @@ class KTO:
         """max(0, mean log-ratio of all ranks' mismatched answers) (section 4.1)."""
         total = {"sum": 0.0, "count": 0.0}
         device, most = self.policy.device, self.config.micro_batch_tokens
-        for batch in to_batches(partners, most, device, not self.policy.packed):
-            total["sum"] += float((self._log_probs(batch) - self.reference.of(batch)).sum())
-            total["count"] += batch.answers
+        with in_step([self.policy]):
+            for batch in to_batches(partners, most, device, not self.policy.packed):
+                total["sum"] += float((self._log_probs(batch) - self.reference.of(batch)).sum())
+                total["count"] += batch.answers
         total = distributed.sum_mapping(total, device)
         return max(0.0, total["sum"] / total["count"])
 

@@ -99,8 +99,9 @@ def _finish(
     method: Method[Any], config: TrainingConfig, run: Run, step: int, tokens: int, watch: Watch
 ) -> None:
     """Checkpoints that were not asked for have served their time once the record says so."""
+    divided = any(model.sharded is not None for model in method.trained.values())
     with patiently():
-        if distributed.rank() == 0:
+        if divided or distributed.rank() == 0:
             watch.put_best_back(step)
             method.export(run.directory)
         distributed.barrier()

@@ -170,6 +170,11 @@ def load_monitor(
             f"--monitor-data {config.monitor_data}: one prompt says nothing of how sure a score "
             "is; give more"
         )
+    if len(prompts.examples) < distributed.world():
+        raise UserError(
+            f"--monitor-data {config.monitor_data}: {len(prompts.examples)} prompts for "
+            f"{distributed.world()} processes; give at least one each"
+        )
     score = _by_judge(judge) if judge else _by_spread(config, policy, prompts, rewards)
     start = reference or as_it_is(config, policy)
     return Monitor(config, policy, start, prompts, score, make_engine(config, policy))

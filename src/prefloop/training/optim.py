@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prefloop.config import TrainingConfig
+from prefloop.models.sharding import local, square_sums
 from prefloop.training.adamw import AdamW
 
 
@@ -69,9 +71,15 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tenso
     """
     bound = max_norm if max_norm > 0 else math.inf
     grads = [p.grad for p in parameters if p.grad is not None]
+    if any(isinstance(grad, DTensor) for grad in grads):
+        norm: Tensor = square_sums(grads).sqrt()
+        factor = (bound / (norm + 1e-6)).clamp(max=1.0)  # as torch's own has it
+        for grad in grads:
+            local(grad).mul_(factor.to(grad.dtype))
+        return norm
     if all(grad.dtype == torch.float32 for grad in grads):
         return nn.utils.clip_grad_norm_(parameters, bound)
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     nn.utils.clip_grads_with_norm_(parameters, bound, norm)
     return norm

@@ -44,7 +44,7 @@ from prefloop.training.rehearsal import Work
 from prefloop.training.roles import load_beside
 from prefloop.training.rollout import Rollouts, RunningScores, Sampler
 from prefloop.training.rows import Prompts, order_of, read_for_ppo
-from prefloop.training.start import model_options, start
+from prefloop.training.start import divide, model_options, start
 
 CRITIC_WARMUP = 4
 """Of a run of 32 iterations or more (docs/benchmarks.md, "What makes PPO's critic learn")."""
@@ -344,6 +344,7 @@ def build(
     else:
         judge = rubric_judge(config.judge, config) if config.judge else functions
         scorer = text_scorer(judge, stops)
+    divide(config, [policy, critic, reference, *rewards])
     fixed = [model for model in (policy, reference, *rewards) if model]
     rate, engine = config.ema_reference, make_engine(config, policy)
     moving = MovingReference(policy, rate) if rate else None

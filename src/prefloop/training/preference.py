@@ -32,7 +32,7 @@ from prefloop.training.method import LossSums, Step
 from prefloop.training.monitor import load_monitor
 from prefloop.training.reference import MakeReference, NoReference, Reference, References
 from prefloop.training.rehearsal import Work
-from prefloop.training.start import model_options, start
+from prefloop.training.start import divide, model_options, start
 from prefloop.training.step import evaluate
 
 
@@ -280,5 +280,6 @@ def run(config: DPOConfig, make_engine: MakeEngine = in_process) -> Run:
         method = KTO if config.loss == "kto" else Preference
         planning.announce(work(config), config, run, device, examples)
         monitor = load_monitor(config, policy, run, make_engine)
+        divide(config, [policy, monitor.start if monitor else None])
         loop.train(method(config, policy, examples, held_out, cache), config, run, monitor)
     return run

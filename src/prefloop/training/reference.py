@@ -24,10 +24,12 @@ from prefloop.files import write_atomic
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, require_same_ids
 from prefloop.models.model import LoadedModel
+from prefloop.models.sharding import local, put
 from prefloop.models.shared import reference_of
 from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.terminal import shown
-from prefloop.training import checkpoint
+from prefloop.training import checkpoint, slices
+from prefloop.training.start import divide
 
 
 class References(Protocol):
@@ -92,6 +94,8 @@ class Reference:
             require_same_ids("--ref-model", model, policy)
         self.digest = checkpoint.weights_digest(model, list(model.hf.state_dict().values()))
         """Of its weights."""
+        if model is not policy:
+            divide(config, [model])
         sums = _log_probs(config, model, examples, cache, self.digest)
         parts = sums.split([len(example.answers) for example in examples])
         self.log_probs = {id(e): part for e, part in zip(examples, parts, strict=True)}
@@ -197,22 +201,23 @@ class MovingReference:
     def follow(self) -> None:
         """Moves towards the policy as it is now; tensors that were handed out stay as they were."""
         for name, p in self.policy.named_trainable().items():
-            self.average[name] = self.average[name].lerp(p.float(), self.rate)
+            moved = self.average[name].clone()
+            local(moved).lerp_(local(p).float(), self.rate)
+            self.average[name] = moved
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within it, the policy has the averaged weights."""
         named = self.policy.named_trainable()
-        own = {name: p.data for name, p in named.items()}
+        own = {name: p.detach().clone() for name, p in named.items()}
         try:
             for name, p in named.items():
-                p.data = self.average[name].to(p.dtype)
+                put(p, self.average[name])
             yield
         finally:
             for name, p in named.items():
-                p.data = own[name]
+                put(p, own[name])
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Takes a checkpoint's average."""
-        for name, before in self.average.items():
-            self.average[name] = average[name].to(before.device)
+        slices.read((own, average[name]) for name, own in self.average.items())

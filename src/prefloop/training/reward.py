@@ -22,12 +22,13 @@ from prefloop.models.heads import answer_scores, score_mean
 from prefloop.models.load import load_scorer
 from prefloop.models.model import SCORE_POSITION, LoadedModel
 from prefloop.models.pieces import in_pieces, split_answers
+from prefloop.models.sharding import in_step
 from prefloop.runs import Run
 from prefloop.training import checkpoint, loop, planning, rows
 from prefloop.training.full_rows import SMALLEST
 from prefloop.training.method import LossSums, Step
 from prefloop.training.rehearsal import Work
-from prefloop.training.start import model_options, start
+from prefloop.training.start import divide, model_options, start
 from prefloop.training.step import evaluate
 
 LEARN_FROM_TIES = ("rao-kupper", "davidson")  # losses to which ties are pairs, too
@@ -134,8 +135,9 @@ class Reward:
         most, padded = self.config.micro_batch_tokens, not self.scorer.packed
         device, pieces = self.scorer.device, split_answers(self.examples[::stride], most, padded)
         scores = []
-        for batch in to_batches(pieces, most, device, padded):
-            scores.append(answer_scores(self.scorer, batch))
+        with in_step([self.scorer]):
+            for batch in to_batches(pieces, most, device, padded):
+                scores.append(answer_scores(self.scorer, batch))
         return torch.cat(scores)
 
 
@@ -164,5 +166,6 @@ def run(config: RewardConfig) -> Run:
             config, "preference", scorer, run, "answer", ties, refused, margins
         )
         planning.announce(WORK, config, run, device, examples)
+        divide(config, [scorer])
         loop.train(Reward(config, scorer, examples, held_out), config, run)
     return run

@@ -24,6 +24,7 @@ from prefloop.losses.kl import k1
 from prefloop.models.heads import answer_log_probs, values_with_last
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
+from prefloop.models.sharding import in_step
 from prefloop.records import text_to_json
 from prefloop.rewards.health import distinct_n
 from prefloop.rewards.scorers import Scorer
@@ -250,15 +251,16 @@ class Sampler:
         def batches() -> Iterable[TokenBatch]:
             return to_batches(split_answers(examples, most, wide), most, device, wide)
 
-        for batch in batches():
-            new.append(answer_log_probs(self.policy, batch, config.temperature))
-            if self.reference:
-                old.append(answer_log_probs(self.reference, batch, config.temperature))
-            if self.critic:
-                values.append(values_with_last(self.critic, batch))
+        with in_step(models):
+            for batch in batches():
+                new.append(answer_log_probs(self.policy, batch, config.temperature))
+                if self.reference:
+                    old.append(answer_log_probs(self.reference, batch, config.temperature))
+                if self.critic:
+                    values.append(values_with_last(self.critic, batch))
         moved: list[Tensor] = []
         if self.moving:
-            with self.moving.in_place():
+            with self.moving.in_place(), in_step([self.policy]):
                 moved += [answer_log_probs(self.policy, b, config.temperature) for b in batches()]
         log_probs = padded(torch.cat(new).cpu(), examples)
         start, follows = (padded(torch.cat(x).cpu(), examples) if x else None for x in (old, moved))

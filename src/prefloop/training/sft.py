@@ -24,7 +24,7 @@ from prefloop.training.full_rows import SMALLEST
 from prefloop.training.method import LossSums, Step
 from prefloop.training.monitor import load_monitor
 from prefloop.training.rehearsal import Work
-from prefloop.training.start import model_options, start
+from prefloop.training.start import divide, model_options, start
 from prefloop.training.step import evaluate
 
 
@@ -100,5 +100,6 @@ def run(config: SFTConfig, make_engine: MakeEngine = in_process) -> Run:
         )
         planning.announce(WORK, config, run, device, examples)
         monitor = load_monitor(config, policy, run, make_engine)
+        divide(config, [policy, monitor.start if monitor else None])
         loop.train(SFT(config, policy, examples, held_out), config, run, monitor)
     return run

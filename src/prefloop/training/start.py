@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -11,8 +13,10 @@ from prefloop import distributed
 from prefloop.config import TrainingConfig
 from prefloop.config.checks import validate
 from prefloop.config.ranges import template_arguments
+from prefloop.models.heads import smallest_pass
 from prefloop.models.load import pick_device
-from prefloop.models.model import ModelOptions
+from prefloop.models.model import LoadedModel, ModelOptions
+from prefloop.models.sharding import mesh_shape, shard, whole_because
 from prefloop.models.weights import storage_of
 from prefloop.peers import patiently
 from prefloop.runs import Run
@@ -25,6 +29,7 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
     require_bitsandbytes(config.optimizer)
     device = pick_device(distributed.local_device(config.device))
     distributed.start(device)
+    mesh_shape(config)
     torch.manual_seed(config.seed)
     random.seed(config.seed)  # ours take none of these two; a user's reward function may
     np.random.seed(config.seed % 2**32)
@@ -37,6 +42,16 @@ def start(config: TrainingConfig, command: str) -> tuple[Run, torch.device]:
             run.record["device"] = str(device)
         run.resume_from, *_ = distributed.gather(run.resume_from)  # which is sound
     return run, device
+
+
+def divide(config: TrainingConfig, models: Iterable[LoadedModel | None]) -> None:
+    """Divides the run's models among its processes, as the settings ask."""
+    shape, there = mesh_shape(config), [model for model in models if model is not None]
+    if shape is not None:
+        shard(there, shape, smallest_pass)
+        return
+    if distributed.world() > 1 and config.shard == "auto" and distributed.rank() == 0:
+        print(f"{whole_because(config)}: each process keeps its models whole", file=sys.stderr)
 
 
 def model_options(config: TrainingConfig) -> ModelOptions:

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from prefloop import distributed
 from prefloop.config import TrainingConfig
 from prefloop.models.adapters import adapter_dropout
+from prefloop.models.sharding import in_step
 from prefloop.training import optim
 from prefloop.training.keeper import NotFinite
-from prefloop.training.method import Batch, Method
+from prefloop.training.method import Batch, LossSums, Method
+
+NOTHING = LossSums({}, {})
 
 
 class Outcome(NamedTuple):
@@ -92,7 +95,7 @@ def _total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def _accumulate(
     method: Method[Batch],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     counts: Mapping[str, float],
     device: torch.device,
     backward: bool = True,
@@ -101,11 +104,16 @@ def _accumulate(
     terms: dict[str, Tensor | float] = {}
     sums: dict[str, Tensor | float] = {}
     sizes: dict[str, float] = {}
-    for batch in batches:
-        out = method.loss(batch.to(device))
+    models, rounds = list(method.trained.values()), len(batches)
+    if any(model.sharded is not None for model in models):
+        rounds = max(distributed.gather(rounds))  # of which each rank takes part in all
+    for number in range(rounds):
+        with in_step(models) as others:
+            out = method.loss(batches[number].to(device)) if number < len(batches) else NOTHING
         divided = {name: total / max(counts[name], 1.0) for name, total in out.terms.items()}
         if backward:
-            torch.stack(list(divided.values())).sum().backward()
+            weightless = (0.0 * other.sum() for other in others)
+            torch.stack([*divided.values(), *weightless]).sum().backward()
         for name, part in divided.items():
             terms[name] = terms.get(name, 0.0) + part.detach()
         for name, (total, count) in out.metrics.items():

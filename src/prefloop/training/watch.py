@@ -11,6 +11,7 @@ from typing import Any
 from prefloop import distributed
 from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.errors import UserError
+from prefloop.models.sharding import on_first
 from prefloop.rewards.health import (
     GAMED,
     IN_A_ROW,
@@ -109,9 +110,11 @@ class Watch:
         """Takes the step for the best if it is, and else says whether the monitor has fallen."""
         seen, trend = self.seen, self.seen.trends.get("score")
         if score > seen.best_score:
-            if self.monitor and self.keeps_best and distributed.rank() == 0:
-                state = checkpoint.trainable_state(self.monitor.policy.named_trainable())
-                checkpoint.save_best(self.run.checkpoints, step, state, seen.best_step)
+            if self.monitor and self.keeps_best:
+                trained = self.monitor.policy.named_trainable()
+                state = on_first(checkpoint.trainable_state(trained))
+                if distributed.rank() == 0:
+                    checkpoint.save_best(self.run.checkpoints, step, state, seen.best_step)
             seen.best_step, seen.best_score, seen.best_scores = step, score, scores
             seen.best_reward, seen.below = trend.now if trend else None, 0
             self.run.note(best_step=step)
