@@ -3,9 +3,10 @@
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `coverage`,
-`gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`, `optimizers`, `planning`
-and `startup` measure prefloop alone, `scaling` simulates many GPUs, `health` reads runs that are
-there; `python -m benchmarks.cuda` measures what needs a GPU. JSON goes to build/benchmarks/.
+`gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`, `optimizers`, `paint`,
+`planning` and `startup` measure prefloop alone, `scaling` simulates many GPUs, `health` reads runs
+that are there; `python -m benchmarks.cuda` measures what needs a GPU. JSON goes to
+build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks import (
     low_bit,
     margins,
     optimizers,
+    paint,
     planning,
     scaling,
     startup,
@@ -49,6 +51,7 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "low-bit": low_bit.measure,
     "margins": margins.measure,
     "optimizers": optimizers.measure,
+    "paint": paint.measure,
     "planning": planning.measure,
     "scaling": scaling.measure,
     "startup": startup.measure,

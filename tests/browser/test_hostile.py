@@ -1,5 +1,8 @@
 """500 strings that hostile models might write, in a real browser: nothing runs, nothing leaves."""
 
+import pytest
+
+from tests.browser.test_page import screen
 from tests.labelling.small import rows
 from tests.labelling.web.hostile import RUN, hostile_strings
 
@@ -46,12 +49,14 @@ def check_inert(watched, server, scripts):
     assert [url for url in watched.asked if not url.startswith(server.url + "/")] == []
 
 
-def test_500_strings_are_inert(serve, enter):
+@pytest.mark.parametrize(("width", "every"), [(390, 9), (1280, 1), (1920, 9)])
+def test_500_strings_are_inert(serve, enter, width, every):
+    """All at one width, each ninth at the others."""
     server = serve(rows(1))
-    strings = hostile_strings()
+    strings = hostile_strings()[::every]
     groups = [strings[at : at + 9] for at in range(0, len(strings), 9)]
     put_strings(server.store, groups)
-    watched = enter(server, "boss")
+    watched = enter(server, "boss", **screen(width))
     page = watched.page
     seen = set()
     for _ in groups:

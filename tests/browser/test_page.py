@@ -2,8 +2,11 @@
 
 import pytest
 
+from prefloop.config.labelling import LabelBackupConfig, LabelExportConfig
+from prefloop.files import read_rows
+from prefloop.labelling import backup, export
 from tests.browser.test_labelling import check_accessible, drag, press, ready, stored, told
-from tests.labelling.small import put, rows
+from tests.labelling.small import open_store, put, rows
 
 WIDTHS = [390, 1280, 1920]
 LONG = "\n\n".join(f"Paragraph {n}. " + "Tea is made with care. " * 12 for n in range(20))
@@ -193,26 +196,31 @@ def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, 
         assert lefts[0] == lefts[2] < lefts[1] == lefts[3]
 
 
-@pytest.mark.parametrize(
-    ("mode", "title", "scale", "keys", "said"),
-    [
-        ("ranking", "Rank the answers", "1 = best", "2", "Answer A: place 2."),
-        ("pairwise", "Choose the better answer", "Which answer is better", "2", "B is better"),
-        ("rating", "Rate the answers", "7 = excellent", "6", "Answer A: 6 of 7."),
-    ],
-)
-def test_each_mode_has_its_title_scale_and_voice(serve, enter, mode, title, scale, keys, said):
-    page = enter(serve(rows(1), mode=mode), "ann").page
-    ready(page, 2 if mode == "pairwise" else 3)
-    assert page.get_by_role("heading", level=1).inner_text() == title
-    assert page.title() == title
-    assert scale in page.locator("#scale").inner_text()
-    press(page, keys)
-    told(page, said)
-    press(page, "c")
-    told(page, "unsure")
-    press(page, "Enter")
-    told(page, "Submitted" if mode == "pairwise" else "every answer first")
+MODES = {
+    "ranking": ("Rank the answers", "1 = best", "2", "Answer A: place 2."),
+    "pairwise": ("Choose the better answer", "Which answer is better", "2", "B is better"),
+    "rating": ("Rate the answers", "7 = excellent", "6", "Answer A: 6 of 7."),
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_each_mode_has_its_title_scale_and_voice(serve, enter, tmp_path, width):
+    server = serve(rows(1), project="ranking")
+    for mode in ("pairwise", "rating"):
+        put(tmp_path, rows(1), project=mode, mode=mode)
+    page = enter(server, "ann", **screen(width)).page
+    for mode, (title, scale, keys, said) in MODES.items():
+        page.goto(f"{server.url}/?project={mode}")
+        ready(page, 2 if mode == "pairwise" else 3)
+        assert page.get_by_role("heading", level=1).inner_text() == title
+        assert page.title() == title
+        assert scale in page.locator("#scale").inner_text()
+        press(page, keys)
+        told(page, said)
+        press(page, "c")
+        told(page, "unsure")
+        press(page, "Enter")
+        told(page, "Submitted" if mode == "pairwise" else "every answer first")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -295,9 +303,10 @@ def test_axe_finds_nothing_in_any_mode(serve, enter, tmp_path, locale, scheme):
     server = serve(data, mode="rating")
     for mode in ("pairwise", "ranking"):
         put(tmp_path, data, project=mode, mode=mode)
-    page = enter(server, "ann", locale=locale, color_scheme=scheme, **screen(390)).page
+    page = enter(server, "ann", locale=locale, color_scheme=scheme, **screen(360)).page
     for _ in range(3):
         ready(page, 2)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
         press(page, "f")
         page.locator("#flag-boxes input").nth(5).check()
         press(page, "Escape 1 c v")
@@ -311,3 +320,30 @@ def test_axe_finds_nothing_in_any_mode(serve, enter, tmp_path, locale, scheme):
     page.locator("#controls").wait_for(state="hidden")
     page.goto(server.url + "/mine")
     check_accessible(page)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_how_strong_and_how_sure_becomes_a_margin_and_a_backup_keeps_it(serve, enter, width):
+    """`slightly` and `fairly sure` are 1/3 and 1/2 (docs/labelling.md): 1/6. The store is copied
+    while it is served; served in its place, the copy shows the labeller the same work."""
+    server = serve(rows(2, answers=2), mode="pairwise")
+    page = enter(server, "ann", **screen(width)).page
+    ready(page, 2)
+    press(page, "1 d c c")
+    told(page, "fairly sure")
+    press(page, "Enter")
+    told(page, "Submitted")
+    copied, margins = server.folder / "copy", server.folder / "margins.jsonl"
+    copied.mkdir()
+    store = str(server.folder / "labels.db")
+    backup.run(LabelBackupConfig(store=store, output=str(copied / "labels.db")))
+    export.run(LabelExportConfig(store=store, output=margins, form="dpo", label_margins=True))
+    ((_, row),) = read_rows(margins)
+    assert row["margin"] == pytest.approx(1 / 6)
+    port = server.port
+    server.stop()
+    server.store.close()
+    server.store = open_store(copied)
+    server.start(port)
+    page.goto(f"{server.url}/mine")
+    assert page.locator("td:first-of-type").all_inner_texts()[0].startswith("A > B")

@@ -79,7 +79,7 @@ def check_whole(page, width):
 
 
 @pytest.mark.parametrize(
-    ("width", "scheme"), [*zip(WIDTHS, ("light", "dark", "light"), strict=True)]
+    ("width", "scheme"), [*zip((360, *WIDTHS), ("dark", "light", "dark", "light"), strict=True)]
 )
 def test_hostile_answers_are_found_sorted_and_inert(opened, width, scheme):
     page = opened(page_of(), width, scheme)
@@ -136,7 +136,7 @@ def test_the_readers_theme_goes_before_the_systems_and_paper_is_light(opened):
 
 
 @pytest.mark.parametrize(
-    ("width", "scheme"), [*zip(WIDTHS, ("dark", "light", "dark"), strict=True)]
+    ("width", "scheme"), [*zip((360, *WIDTHS), ("light", "dark", "light", "dark"), strict=True)]
 )
 def test_the_page_of_runs_fits(opened, tmp_path, width, scheme):
     found = json.loads(json.dumps({"name": ATTACKS[0], "step": 2, "text": ATTACKS[4]}))

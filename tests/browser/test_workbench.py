@@ -2,26 +2,32 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from benchmarks import paint
 
 from prefloop.labelling.assign import Judgement, next_assignment, submit
 from prefloop.labelling.store.projects import put_project
 from prefloop.labelling.store.reading import labellers_named
+from prefloop.labelling.web import app
 from tests.browser.test_labelling import check_accessible, press, ready, told
 from tests.browser.test_page import WIDTHS, screen
 from tests.labelling.small import put, rows
 
-LOCALES = {390: "ko-KR", 1280: "en-GB", 1920: "ko-KR"}
-SCHEMES = {390: "dark", 1280: "light", 1920: "dark"}
+LOCALES = {360: "en-GB", 390: "ko-KR", 1280: "en-GB", 1920: "ko-KR"}
+SCHEMES = {360: "light", 390: "dark", 1280: "light", 1920: "dark"}
+# Bytes of a page with all that it loads and asks for, uncompressed.
+SIZE = """["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind))
+  .reduce((sum, entry) => sum + entry.decodedBodySize, 0)"""
 PAGES = (
     *("", "/tasks", "/tasks?state=disputed", "/task?id=1", "/quality"),
     *("/charts", "/charts?span=weeks", "/settings"),
 )
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_admins_pages_fit_and_axe_finds_nothing(serve, enter, tmp_path, width):
+@pytest.mark.parametrize("width", LOCALES)
+def test_all_pages_fit_are_light_and_axe_finds_nothing(serve, enter, tmp_path, width):
     (tmp_path / "rules.md").write_text("Prefer **true** answers.\n" * 30)
     server = serve(rows(2), need=2, guidelines=tmp_path / "rules.md")
     for name, keys in (("ann", "1 2 3"), ("bob", "3 2 1")):
@@ -33,12 +39,14 @@ def test_the_admins_pages_fit_and_axe_finds_nothing(serve, enter, tmp_path, widt
     page = enter(
         server, "boss", locale=LOCALES[width], color_scheme=SCHEMES[width], **screen(width)
     ).page
-    for path in PAGES:
-        page.goto(f"{server.url}/admin{path}{'&' if '?' in path else '?'}project=main")
+    paths = [f"/admin{path}{'&' if '?' in path else '?'}project=main" for path in PAGES]
+    for path in (*paths, "/", "/mine", "/guidelines?project=main&version=1"):
+        page.goto(server.url + path)
         check_accessible(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
-        painted = "performance.getEntriesByName('first-contentful-paint').length"
+        painted = "() => performance.getEntriesByName('first-contentful-paint').length > 0"
         page.wait_for_function(painted)
+        assert 8_000 < page.evaluate(SIZE) < 100_000, path
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -200,3 +208,17 @@ def test_an_admin_sees_charts_and_alarms_chooses_members_and_exports(serve, ente
     ann.page.goto(f"{server.url}/?project=main")
     ann.page.get_by_text("There is no project main").wait_for()
     ann.errors.clear()
+
+
+def test_the_benchmark_of_paint_sees_what_a_page_loads(serve, browser):
+    """The labelling page is its HTML, the script, the style, a task and more; `/mine` has no script."""
+    server = serve(rows(1))
+    seen = {
+        path: paint.look(browser, server.url, path, paint.SCREENS["phone"])
+        for path in ("/", "/mine")
+    }
+    static = Path(app.__file__).with_name("static")
+    style, script = ((static / name).stat().st_size for name in ("style.css", "label.js"))
+    assert style + script < seen["/"][1] < 100_000
+    assert style < seen["/mine"][1] < style + script
+    assert all(ms > 0 for ms, _ in seen.values())
