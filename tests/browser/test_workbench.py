@@ -211,7 +211,7 @@ def test_an_admin_sees_charts_and_alarms_chooses_members_and_exports(serve, ente
 
 
 def test_the_benchmark_of_paint_sees_what_a_page_loads(serve, browser):
-    """The labelling page is its HTML, the script, the style, a task and more; `/mine` has no script."""
+    """The labelling page has the style and the script, `/mine` the style alone."""
     server = serve(rows(1))
     seen = {
         path: paint.look(browser, server.url, path, paint.SCREENS["phone"])
