@@ -161,8 +161,10 @@ def read_records(
             f"{address}: a labelling store gives preferences and prompts; give a file of {kind}s"
         )
     path, project = split_address(address)
+    before = counts.used
     with closing(Store(path, must_exist=True)) as store:
         decided = decisions(store, project, "labeller", (), counts, margins)
+    counts.used = before  # who makes examples of the records counts those
     if kind == "preference":
         return [decision.ranking for decision in decided]
     rows = [(d.ranking.where, row) for d in decided for row in form_rows("kto", d, counts)]
