@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 0
 # Two workers of one thread each: tiny models gain nothing from more. Nothing is fetched in tests.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: setup fmt check test test-oldest slow clients bench cuda demo
+.PHONY: setup fmt check test test-oldest slow clients vllm bench cuda demo
 
 setup: $(READY)
 
@@ -36,7 +36,7 @@ check: setup
 	$(BIN)/python -m pytest -q tests/test_rules.py
 
 test: setup
-	$(PYTEST) -m "not slow and not clients"
+	$(PYTEST) -m "not slow and not clients and not vllm"
 
 # The oldest torch and Transformers that pyproject.toml admits, in an environment of their own.
 OLDEST := .venv-oldest
@@ -53,10 +53,14 @@ test-oldest: $(OLDEST)/.ready
 	$(subst $(BIN),$(OLDEST)/bin,$(PYTEST)) -m "not slow" $(CORE)
 
 slow: setup
-	$(PYTEST) -m "slow and not clients"
+	$(PYTEST) -m "slow and not clients and not vllm"
 
 clients: setup  # several GB of other programs, under build/clients
 	$(BIN)/python -m pytest -q -s -m clients tests/clients
+
+vllm: setup  # a vLLM server under build/clients (3.4 GB), and SmolLM2 in prefloop's cache
+	$(BIN)/prefloop fetch-model
+	$(BIN)/python -m pytest -q -s -m vllm tests/rollouts
 
 bench: setup
 	$(BIN)/python -m benchmarks $(WORK) $(ARGS)

@@ -26,6 +26,7 @@ from prefloop.records import RowCounts
 from prefloop.rewards.health import RULES, Vitals
 from prefloop.rewards.health import signs as found_signs
 from tests.labelling.small import compare_folder
+from tests.rollouts.stand_in import serving
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.small import REWARDS, train, write_rows, write_world
 
@@ -224,10 +225,12 @@ def test_the_glossary_lists_what_is_logged(tmp_path):
         ),
     ]
     found = set()
-    for number, (command, changes) in enumerate(runs):
-        output = tmp_path / f"run-{number}"
-        train(command, tmp_path, output, max_steps=1, **changes)
-        found |= logged(output)
+    with serving(tmp_path / "model") as (server,):
+        runs[-1][1].update(rollout_engine=server.url, importance_cap=2.0)
+        for number, (command, changes) in enumerate(runs):
+            output = tmp_path / f"run-{number}"
+            train(command, tmp_path, output, max_steps=1, **changes)
+            found |= logged(output)
     names = marked("glossary.md", "metrics")
     assert len(names) == len(set(names))
     assert set(names) == found

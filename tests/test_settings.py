@@ -106,6 +106,9 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     **{(command, "max_length"): "the rows say whether any is too long" for command in MODES},
 }
 ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.py, _sharded_plan.py
+    "rollout_engine",  # these: tests/rollouts
+    "rollout_patience",
+    "rollout_timeout",
     "bad_rows",
     "chat",
     "command",

@@ -22,9 +22,10 @@ MANIFEST = "manifest.json"
 """Of a checkpoint, written after all of its other files: the size and the sha256 of each."""
 FREE_TO_CHANGE = frozenset(
     "output resume track save_every save_minutes keep_checkpoints log_every eval_every device "
-    "micro_batch_tokens gradient_checkpointing max_concurrent shard mesh".split()
+    "micro_batch_tokens gradient_checkpointing max_concurrent shard mesh rollout_engine "
+    "rollout_timeout rollout_patience rollout_folder".split()
 )
-"""Settings that may differ when a run goes on: they change rounding at most."""
+"""Settings that may differ when a run goes on: they change rounding at most, or who draws."""
 APPLIED = frozenset(
     "epochs max_steps lr value_lr lr_schedule lr_floor warmup weight_decay adam_beta1 adam_beta2 "
     "adam_eps max_grad_norm eval_data stop_on_hacking".split()

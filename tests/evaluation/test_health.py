@@ -75,6 +75,7 @@ CALM = {
     "distinct_2": (0.8, 0.7),
     "clipped": (0.1, 0.1),
     "ratio": (1.0, 1.02),
+    "gap": (0.01, 0.02),
     "explained": (-3.0, 0.4),
     "chosen": (0.0, -4.0),
 }
@@ -86,6 +87,7 @@ WORSE = {  # the rule, the metric's present, what is told
     "distinct-2": ("distinct_2", 0.5, "0.80 → 0.50, below 0.7"),
     "clipping": ("clipped", 0.4, "40% > 30%"),
     "ratio": ("ratio", 1.15, "1.15, not within 0.1 of 1"),
+    "sampler gap": ("gap", 0.2, "0.20 > 0.1 nats a token"),
     "critic": ("explained", -0.2, "explained variance -0.20 < 0"),
     "chosen sinks": ("chosen", -11.0, "log-ratio -11.0 < -10 nats"),
 }

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from prefloop.config import DPOConfig, PPOConfig
 from prefloop.data.tokenize import Example
+from prefloop.generation.engine import in_process
+from prefloop.generation.protocol import MakeEngine
 from prefloop.models.load import load_policy
 from prefloop.runs import Run
 from prefloop.training import loop, ppo
@@ -18,6 +20,7 @@ from prefloop.training.preference import Preference
 from prefloop.training.start import start
 from tests.oracle import world as w
 from tests.oracle.world import World, kl, world
+from tests.rollouts.copies import Copied
 
 pytestmark = pytest.mark.timeout(900)
 SLOW = {"marks": pytest.mark.slow}
@@ -60,7 +63,13 @@ def reached(here: World, run: Run, beta: float, every: int) -> Reached:
     return result
 
 
-def learn_ppo(folder: Path, beta: float, stopping: bool = False, **settings: Any) -> Reached:
+def learn_ppo(
+    folder: Path,
+    beta: float,
+    stopping: bool = False,
+    make_engine: MakeEngine = in_process,
+    **settings: Any,
+) -> Reached:
     every = settings["max_steps"] // 4
     config = PPOConfig(
         **w.ppo_settings(w.save_reference(folder / "ref", stopping), folder, stopping, beta, 32),
@@ -73,7 +82,7 @@ def learn_ppo(folder: Path, beta: float, stopping: bool = False, **settings: Any
         **LEARNING,
         **settings,
     )
-    return reached(world(stopping), ppo.run(config), beta, every)
+    return reached(world(stopping), ppo.run(config, make_engine), beta, every)
 
 
 def rankings(here: World, count: int) -> list[Example]:
@@ -135,6 +144,15 @@ def test_dpo(beta: float, steps: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ppo_where_answers_may_stop(tmp_path: Path) -> None:
     result = learn_ppo(tmp_path, 0.5, stopping=True, max_steps=800)
+    assert result.share >= 0.95, result
+    assert 0.75 <= result.kl_share <= 1.25, result
+
+
+@pytest.mark.slow
+def test_answers_one_iteration_old(tmp_path: Path) -> None:
+    """Sampled while the iteration before trains, and corrected by importance weights."""
+    more = {"rollout_engine": "http://127.0.0.1:1", "rollout_ahead": True, "importance_cap": 2.0}
+    result = learn_ppo(tmp_path, 0.5, make_engine=Copied, max_steps=800, **more)
     assert result.share >= 0.95, result
     assert 0.75 <= result.kl_share <= 1.25, result
 

@@ -167,6 +167,12 @@ ELSEWHERE = {  # changes no number: the test that finds its effect
     "bad_rows": "outside/test_several_bad_rows.py::test_training_drops_counts_and_lists_bad_rows",
     "chat": "outside/test_strings_for_a_chat_model.py::test_sft_takes_turns",
     "template_args": "training/test_template_args.py::test_training_takes_and_records_them",
+    "rollout_engine": "rollouts/test_commands.py::test_ppo_learns_from_servers",
+    "rollout_folder": "rollouts/test_commands.py::test_ppo_learns_from_servers",
+    "rollout_ahead": "rollouts/test_ahead.py::test_a_monitor_waits_for_what_is_being_sampled",
+    "rollout_timeout": "rollouts/test_remote.py::test_a_server_that_stays_silent_is_left_out",
+    "rollout_patience": "rollouts/test_remote.py::test_nobody_there_ends_the_command",
+    "importance_cap": "rollouts/test_commands.py::test_importance_weights_scale_the_gradient",
     "max_concurrent": "training/test_settings.py::test_max_concurrent_bounds_what_is_decoded",
 }
 TOLD = {

@@ -3,4 +3,5 @@
 from prefloop.config.inference import *  # noqa: F403
 from prefloop.config.judging import *  # noqa: F403
 from prefloop.config.monitoring import *  # noqa: F403
+from prefloop.config.rollouts import *  # noqa: F403
 from prefloop.config.training import *  # noqa: F403

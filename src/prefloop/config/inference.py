@@ -22,6 +22,7 @@ from prefloop.config.ranges import (
     Within,
     no_room,
 )
+from prefloop.config.rollouts import RolloutConfig
 from prefloop.config.training import BadRows, Truncation
 
 
@@ -65,7 +66,7 @@ class PolicyConfig(InferenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptsConfig(Settings):
+class PromptsConfig(RolloutConfig):
     """What the commands that answer many prompts share."""
 
     chat: bool = False

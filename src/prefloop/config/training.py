@@ -32,6 +32,7 @@ from prefloop.config.ranges import (
 )
 from prefloop.config.ranks import RanksConfig
 from prefloop.config.resolve import OrAuto, flag
+from prefloop.config.rollouts import TrainedRolloutConfig
 
 BadRows = Literal["error", "drop"]
 Truncation = Literal["error", "drop", "left", "right"]
@@ -237,7 +238,7 @@ class DPOConfig(MonitorConfig, TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(MonitorConfig, TrainingConfig):
+class PPOConfig(TrainedRolloutConfig, MonitorConfig, TrainingConfig):
     """PPO on prompts, against a reward model, a Python function or an LLM judge."""
 
     reward_model: str | tuple[str, ...] | None = None
@@ -271,8 +272,7 @@ class PPOConfig(MonitorConfig, TrainingConfig):
     kl_target: Annotated[float, AtLeast(0)] = 0.0
     """Adapt beta to hold this KL to the reference (nats an answer); 0 keeps beta fixed."""
     kl_horizon: Annotated[float, Above(0), OnlyWith("kl_target")] = 10000.0
-    """With --kl-target: episodes (answers) over which beta moves by at most 20 %; no single
-    iteration moves it further."""
+    """Episodes (answers) over which beta moves by at most 20 %; no iteration moves it further."""
     gamma: Annotated[float, Within(0, 1), CRITIC] = 1.0
     """Discount."""
     gae_lambda: Annotated[float, Within(0, 1), CRITIC] = 0.95

@@ -34,8 +34,8 @@ from prefloop.evaluation.report import render
 from prefloop.evaluation.sentences import sentences
 from prefloop.evaluation.verdicts import gold_scores
 from prefloop.files import check_folder, write_atomic, write_jsonl
-from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine
+from prefloop.generation.remote import engine_for
 from prefloop.generation.sampler import Sampling
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import is_scorer_folder, load_policy, pick_device
@@ -65,7 +65,7 @@ class Task:
 
 
 def compare(
-    config: CompareConfig, notes: tuple[str, ...] = (), make_engine: MakeEngine = in_process
+    config: CompareConfig, notes: tuple[str, ...] = (), make_engine: MakeEngine = engine_for
 ) -> Comparison:
     """Sample, judge and measure; writes report.html (with `notes`), compare.json, answers.jsonl."""
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.

@@ -16,8 +16,8 @@ from prefloop.data.formats import as_chat
 from prefloop.data.tokenize import stop_token_ids, tokenize
 from prefloop.errors import UserError
 from prefloop.files import check_writable, write_jsonl
-from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine, Sample
+from prefloop.generation.remote import engine_for
 from prefloop.generation.sampler import Sampling
 from prefloop.models.load import load_policy, pick_device
 from prefloop.models.model import LoadedModel
@@ -29,7 +29,7 @@ from prefloop.runs import model_path
 from prefloop.terminal import shown
 
 
-def sample(config: SampleConfig, make_engine: MakeEngine = in_process) -> Path:
+def sample(config: SampleConfig, make_engine: MakeEngine = engine_for) -> Path:
     """Writes n answers to each prompt into --output, one row a prompt, ready to be ranked.
 
     Of a labelling store, the prompts that have no answers yet.
@@ -64,7 +64,7 @@ def sample(config: SampleConfig, make_engine: MakeEngine = in_process) -> Path:
     return config.output
 
 
-def generate(config: GenerateConfig, make_engine: MakeEngine = in_process) -> Path | None:
+def generate(config: GenerateConfig, make_engine: MakeEngine = engine_for) -> Path | None:
     """Prints an answer to each prompt, or writes them into --output."""
     validate(config)
     if config.output is not None:

@@ -154,6 +154,22 @@ def policy_loss(
     return PolicyLoss(loss, count, clipfrac, approxkl, ratio_sum)
 
 
+def importance_weights(
+    log_probs: Float[Tensor, "*shape"], sampler_log_probs: Float[Tensor, "*shape"], cap: float
+) -> Float32[Tensor, "*shape"]:
+    """min(pi_old / mu, cap) of each token: pi_old as the trainer computes it, mu what it was drawn
+    from.
+
+    Truncated importance weights (Ionides 2008; the rho of IMPALA, arXiv 1802.01561, section 4.1).
+    They multiply the clipped loss as pi_prox / pi_behav does in the decoupled objective of arXiv
+    2110.00641, section 3.
+
+    >>> importance_weights(torch.tensor([0.7, 0.1]).log(), torch.tensor([0.1, 0.2]).log(), 2.0)
+    tensor([2.0000, 0.5000])
+    """
+    return (log_probs.float() - sampler_log_probs.float()).exp().clamp(max=cap)
+
+
 def value_loss(
     values: Float[Tensor, " N"],
     old_values: Float[Tensor, " N"],

@@ -5,34 +5,26 @@ The API key is read from `PREFLOOP_JUDGE_API_KEY`; it goes into the request's he
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.client
 import json
 import os
 import queue
-import random
-import ssl
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefloop.errors import UserError, first_line
+from prefloop.errors import UserError
 from prefloop.files import write_atomic
+from prefloop.http_json import Again, Denied, Refused, delay, exchange
 from prefloop.progress import Progress
 from prefloop.terminal import shown
 
 KEY = "PREFLOOP_JUDGE_API_KEY"
+KEYLESS = f"give its API key in {KEY}"
 TRIES = 8
-LONGEST = 60.0  # seconds between two tries, unless the endpoint asks for more
-LONGEST_ASKED = 600.0
-AGAIN = (408, 409, 425, 429)  # and all from 500 on
-THIS_ONE = (400, 413, 422)  # what is wrong is this request: too long, or not allowed
 Messages = list[dict[str, str]]
 Read = Callable[[str], float | None]
 """What a reply says; None where it cannot be read."""
@@ -58,25 +50,6 @@ class Usage:
         )
 
 
-class Refused(Exception):
-    """One request will get no reply that can be read; others may."""
-
-
-class Again(Exception):
-    """The endpoint is busy, broken or away: the request is worth another try."""
-
-    def __init__(self, why: str, after: float = 0.0) -> None:
-        super().__init__(why)
-        self.after = after
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: the key is for this address."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
 @dataclass
 class Endpoint:
     """Where a language model is asked, and how."""
@@ -93,8 +66,7 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self._key = os.environ.get(KEY, "").strip()
-        self._open = urllib.request.build_opener(_Stay).open
-        self._lock, self._random = threading.Lock(), random.Random()
+        self._lock = threading.Lock()
         self._told: set[str] = set()
 
     def ask(self, prompts: Sequence[str], read: Read, reminder: str) -> list[float | None]:
@@ -174,14 +146,12 @@ class Endpoint:
             try:
                 return self._post(messages)
             except Again as error:
-                why = str(error)
-                spread = self._random.uniform(0.75, 1.25)
-                delay = max(error.after, min(self.backoff * 2**number * spread, LONGEST))
+                why, after = str(error), error.after
             if number + 1 < TRIES:
                 self._tell(why)
                 with self._lock:
                     self.usage.retries += 1
-                if over.wait(delay):
+                if over.wait(delay(number, self.backoff, after)):
                     break
         raise UserError(
             f"{self}: {why}, {TRIES} times; see whether it runs, and give the command again: "
@@ -190,25 +160,15 @@ class Endpoint:
 
     def _post(self, messages: Messages) -> str:
         body = {"model": self.model, "messages": messages, **self.args}
-        headers = {"Content-Type": "application/json", "User-Agent": "prefloop"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), headers
-        )
         try:
-            with self._open(request, timeout=self.timeout) as response:
-                content = json.loads(response.read())
+            content = exchange(f"{self.url}/chat/completions", body, self.timeout, self._key)
             reply = content["choices"][0]["message"]["content"] or ""
             cost = content.get("usage") or {}
             tokens = [int(cost.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except urllib.error.HTTPError as error:
-            raise self._status(error) from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, ssl.SSLCertVerificationError):
-                raise UserError(f"{self}: {first_line(reason)}; mend its certificate") from None
-            raise Again(f"no reply ({first_line(reason)})") from None
+        except Denied as error:
+            remedy = {401: KEYLESS, 403: KEYLESS, 0: "mend its certificate"}.get(error.status)
+            remedy = remedy or "mend the URL or the model's name"
+            raise UserError(f"{self}: {error}; {remedy}") from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Again(f"a malformed reply ({type(error).__name__}: {error})") from None
         if not isinstance(reply, str):
@@ -218,27 +178,6 @@ class Endpoint:
             self.usage.prompt_tokens += tokens[0]
             self.usage.completion_tokens += tokens[1]
         return reply
-
-    def _status(self, error: urllib.error.HTTPError) -> Exception:
-        """What a status other than 200 means."""
-        try:
-            text = error.read(4000).decode(errors="replace")
-        except (OSError, http.client.HTTPException):
-            text = ""
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            text = str(json.loads(text)["error"]["message"])
-        text = text.replace(self._key, "***") if self._key else text
-        why = f"status {error.code} ({' '.join(text.split())[:200] or error.reason})"
-        if error.code in AGAIN or error.code >= 500:
-            after = error.headers.get("Retry-After", "")
-            seconds = float(after) if after.isdecimal() else 0.0
-            return Again(why, min(seconds, LONGEST_ASKED))
-        if error.code in THIS_ONE:
-            return Refused(why)
-        remedy = "mend the URL or the model's name"
-        if error.code in (401, 403):
-            remedy = f"give its API key in {KEY}"
-        return UserError(f"{self}: {why}; {remedy}")
 
     def _tell(self, why: str) -> None:
         """Each kind of trouble once."""

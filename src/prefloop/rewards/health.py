@@ -129,6 +129,14 @@ RATIO = Rule(
     "sampler and trainer differ (`val/sampler_gap`)",
     "lower `--lr` or `--ppo-epochs`",
 )
+GAP = Rule(
+    "sampler gap",
+    0.1,
+    "log-probs of sampler and trainer differ by more than {limit:g} nats a token",
+    "the answers are not the policy's: their server has other weights, or another temperature's "
+    "log-probs",
+    "see docs/rollouts.md, What may differ; give `--importance-cap 2`",
+)
 CRITIC = Rule(
     "critic",
     0.0,
@@ -146,7 +154,7 @@ CHOSEN = Rule(
 )
 RULES = (
     *(GAMED, JUDGE, KL, TRUNCATION, DISTINCT, REPETITION, LENGTH),
-    *(ENTROPY, CLIPPING, RATIO, CRITIC, CHOSEN),
+    *(ENTROPY, CLIPPING, RATIO, GAP, CRITIC, CHOSEN),
 )
 """All of them; docs/health.md says why each threshold is what it is."""
 IN_A_ROW = 2  # measurements that must find the monitor below its best
@@ -277,6 +285,7 @@ WATCHED = {
     "distinct_2": "distinct_2",
     "policy/clipfrac_avg": "clipped",
     "val/ratio": "ratio",
+    "val/sampler_gap": "gap",
     "val/explained_variance": "explained",
     "logps/chosen_shift": "chosen",
 }
@@ -296,6 +305,8 @@ def training_signs(trends: Mapping[str, Trend], kl_limit: float = KL.limit) -> l
         fired.append(CLIPPING.sign(f"{now['clipped']:.0%} > {CLIPPING.limit:.0%}"))
     if abs(now.get("ratio", 1.0) - 1) > RATIO.limit:
         fired.append(RATIO.sign(f"{now['ratio']:.2f}, not within {RATIO.limit:g} of 1"))
+    if now.get("gap", 0.0) > GAP.limit:
+        fired.append(GAP.sign(f"{now['gap']:.2f} > {GAP.limit:g} nats a token"))
     critic = known.get("explained")
     if critic and critic.readings >= LEARNED and critic.now < CRITIC.limit:
         fired.append(CRITIC.sign(f"explained variance {critic.now:.2f} < {CRITIC.limit:g}"))

@@ -22,8 +22,9 @@ from prefloop.data import stream
 from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all
 from prefloop.data.tokenize import Example, stop_token_ids
 from prefloop.errors import UserError
-from prefloop.generation.engine import in_process
+from prefloop.generation.ahead import Ahead
 from prefloop.generation.protocol import MakeEngine
+from prefloop.generation.remote import engine_for
 from prefloop.losses import ppo as losses
 from prefloop.losses.sft import sft_loss
 from prefloop.models.export import export_model
@@ -42,7 +43,7 @@ from prefloop.training.monitor import load_monitor
 from prefloop.training.reference import MovingReference, penalised_from
 from prefloop.training.rehearsal import Work
 from prefloop.training.roles import load_beside
-from prefloop.training.rollout import Rollouts, RunningScores, Sampler
+from prefloop.training.rollout import Asked, Rollouts, RunningScores, Sampler
 from prefloop.training.rows import Prompts, order_of, read_for_ppo
 from prefloop.training.start import divide, model_options, start
 
@@ -98,8 +99,9 @@ class PPO:
         return {"value": self.config.value_lr} if self.config.value_lr else {}
 
     @property
-    def _prompts_per_iteration(self) -> int:
-        return self.config.batch_size * self.config.num_minibatches
+    def _size(self) -> int:
+        most = self.config.batch_size * self.config.num_minibatches
+        return min(most, len(self.prompts.examples))
 
     @property
     def steps_per_iteration(self) -> int:
@@ -116,10 +118,10 @@ class PPO:
     @property
     def total_steps(self) -> int:
         """Optimiser steps: iterations x passes x minibatches, or `max_steps`."""
-        iterations = stream.total_steps(
-            len(self.prompts.examples), self._prompts_per_iteration, self.config.epochs, 0
-        )
-        return self.config.max_steps or iterations * self.steps_per_iteration
+        count, config = len(self.prompts.examples), self.config
+        most = config.batch_size * config.num_minibatches
+        iterations = stream.total_steps(count, most, config.epochs, 0)
+        return config.max_steps or iterations * self.steps_per_iteration
 
     def steps(self, start_step: int) -> Iterator[Step[RolloutBatch | TokenBatch]]:
         """See Method: sampled answers, and PPO-ptx rows as plain batches.
@@ -145,14 +147,10 @@ class PPO:
     def _roll_out(
         self, iteration: int, iterations: int
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
-        count = len(self.prompts.examples)
-        size = min(self._prompts_per_iteration, count)
-        drawn = order_of(self.prompts.examples, self.config.data, self.config.seed)
-        order = stream.step_rows(count, size, 1.0, iterations, self.config.seed, iteration, drawn)
-        mine = distributed.mine(next(order))
-        seed = self.config.seed * 1_000_003 + iteration
+        ahead = self.config.rollout_ahead and iteration + 1 < iterations
+        following = self._asked(iteration + 1, iterations) if ahead else None
         rollouts, metrics, samples = self.sampler.roll_out(
-            self.prompts.take(mine), self.kl_coef, seed, self.running, version=iteration
+            self._asked(iteration, iterations), self.kl_coef, self.running, iteration, following
         )
         metrics["kl_coef"] = self.kl_coef
         if self.config.kl_target:
@@ -160,10 +158,17 @@ class PPO:
                 self.kl_coef,
                 metrics["objective/kl"],
                 target=self.config.kl_target,
-                episodes=size * self.config.samples_per_prompt,
+                episodes=self._size * self.config.samples_per_prompt,
                 horizon=self.config.kl_horizon,
             )
         return rollouts, metrics, samples
+
+    def _asked(self, iteration: int, iterations: int) -> Asked:
+        """This rank's prompts of an iteration."""
+        drawn = order_of(self.prompts.examples, self.config.data, self.config.seed)
+        count, seed = len(self.prompts.examples), self.config.seed
+        rows = next(stream.step_rows(count, self._size, 1.0, iterations, seed, iteration, drawn))
+        return Asked(self.prompts.take(distributed.mine(rows)), seed * 1_000_003 + iteration)
 
     def _tokens(self, item: RolloutBatch | TokenBatch) -> int:
         """Tokens computed: PPO-ptx rows train the policy only."""
@@ -175,8 +180,7 @@ class PPO:
         """Micro-batches of the iteration's step `number`."""
         epoch, part = divmod(number, self.config.num_minibatches)
         seed = self.config.seed * 1_000_003 + iteration
-        size = min(self._prompts_per_iteration, len(self.prompts.examples))
-        order = stream.epoch_order(size, seed, epoch)[part :: self.config.num_minibatches]
+        order = stream.epoch_order(self._size, seed, epoch)[part :: self.config.num_minibatches]
         rank, world = distributed.rank(), distributed.world()  # who holds row i: rank i mod world
         batches: list[RolloutBatch | TokenBatch] = []
         batches += self._rollout_batches([i // world for i in order if i % world == rank])
@@ -272,7 +276,7 @@ class PPO:
             return {}
         mine = range(distributed.rank(), len(self.eval_prompts.examples), distributed.world())
         prompts, running = self.eval_prompts.take(mine), replace(self.running)
-        return self.sampler.roll_out(prompts, self.kl_coef, 0, running, version=-1)[1]
+        return self.sampler.roll_out(Asked(prompts, 0), self.kl_coef, running, version=-1)[1]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -323,7 +327,7 @@ def build(
     config: PPOConfig,
     device: torch.device,
     run: Run,
-    make_engine: MakeEngine = in_process,
+    make_engine: MakeEngine = engine_for,
     load: Callable[..., LoadedModel] = load_policy,
 ) -> PPO:
     """Loads the models and prompts that the settings name; `load` gives the policy."""
@@ -348,6 +352,7 @@ def build(
     fixed = [model for model in (policy, reference, *rewards) if model]
     rate, engine = config.ema_reference, make_engine(config, policy)
     moving = MovingReference(policy, rate) if rate else None
+    engine = Ahead(engine) if config.rollout_ahead else engine
     sampler = Sampler(config, policy, critic, reference, scorer, stops, engine, moving)
     method = PPO(config, sampler, prompts, ptx, eval_prompts, fixed)
     if method.critic_warmup * method.steps_per_iteration >= method.total_steps:
@@ -374,7 +379,7 @@ def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) 
         )
 
 
-def run(config: PPOConfig, make_engine: MakeEngine = in_process) -> Run:
+def run(config: PPOConfig, make_engine: MakeEngine = engine_for) -> Run:
     """`prefloop ppo`: trains and returns the finished run."""
     run, device = start(config, "ppo")
     with run:

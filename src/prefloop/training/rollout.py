@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example, with_answers
-from prefloop.generation.protocol import RolloutEngine
+from prefloop.generation.ahead import Ahead
+from prefloop.generation.protocol import RolloutEngine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.losses import ppo as losses
 from prefloop.losses.kl import k1
@@ -43,7 +44,7 @@ class Rollouts:
     mask: Tensor  # [B, T]
     log_probs: Tensor  # [B, T] log pi_old at the sampling temperature
     ref_log_probs: Tensor | None  # [B, T] of the penalty's reference; None without one
-    advantages: Tensor  # [B, T] whitened
+    advantages: Tensor  # [B, T] whitened, times what `importance_cap` weighs them by
     values: Tensor  # [B, T]; zeros without a critic
     returns: Tensor  # [B, T]
 
@@ -165,6 +166,13 @@ class _Passes(NamedTuple):
     after: Tensor  # [B] the critic's value after the last token
 
 
+class Asked(NamedTuple):
+    """What an iteration samples answers to, on this rank."""
+
+    prompts: Prompts
+    seed: int
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The models and settings that make rollouts."""
@@ -180,23 +188,21 @@ class Sampler:
 
     @torch.no_grad()
     def roll_out(
-        self, prompts: Prompts, kl_coef: float, seed: int, running: RunningScores, version: int
+        self,
+        asked_for: Asked,
+        kl_coef: float,
+        running: RunningScores,
+        version: int,
+        following: Asked | None = None,
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
         """Samples, scores and weighs answers; returns them with metrics and readable samples.
 
-        `version` numbers the weights that sample.
+        `version` numbers the policy's weights as they are. With `following` these go on sampling
+        the next iteration's answers in the background.
         """
         config, device, k = self.config, self.policy.device, self.config.samples_per_prompt
-        # 1. Sample from the newest weights.
-        self.engine.sync(self.policy, version)
-        sampling = Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            stop_token_ids=self.stop_token_ids,
-        )
-        ids = [example.prompt for example in prompts.examples]
-        places = [distributed.rank() + i * distributed.world() for i in range(len(ids))]
-        groups = self.engine.generate(ids, k, sampling, seed, numbers=places)
+        # 1. Sample from the newest weights, or take what those before have sampled.
+        prompts, groups = asked_for.prompts, self._sample(asked_for, version, following)
         examples = [
             with_answers(example, [sample.tokens for sample in group])
             for example, group in zip(prompts.examples, groups, strict=True)
@@ -227,6 +233,13 @@ class Sampler:
         sampled = padded(torch.tensor([p for s in flat for p in s.log_probs]), examples)
         gap = (sampled - log_probs).abs()
         metrics = rollout_metrics(rollouts, start, scores, stopped, gap, kl_coef, device)
+        if cap := config.importance_cap:
+            weights = losses.importance_weights(log_probs, sampled, cap)
+            rollouts = replace(rollouts, advantages=advantages * weights)
+            metrics["val/importance"] = float(global_moments(weights, mask).mean)
+            metrics["val/importance_capped"] = float(
+                global_moments((weights >= cap).float(), mask).mean
+            )
         metrics |= score_means(scored.parts, len(flat), device)
         metrics |= distributed.sum_mapping(scored.cost, device)
         samples = [
@@ -239,6 +252,35 @@ class Sampler:
             for i in range(0, len(flat), max(1, len(flat) // LOGGED_SAMPLES))
         ][:LOGGED_SAMPLES]
         return rollouts, metrics, samples
+
+    def _sample(self, asked: Asked, version: int, following: Asked | None) -> list[list[Sample]]:
+        """Each prompt's answers, by the policy as it is now or, with `rollout_ahead`, as it was an
+        iteration ago.
+        """
+        engine = self.engine
+        groups = engine.take(version) if isinstance(engine, Ahead) else None
+        if groups is None or following:
+            engine.sync(self.policy, version)
+        if groups is None:
+            groups = self._ask(asked, engine)
+        if following:
+            assert isinstance(engine, Ahead)
+            engine.start(version + 1, partial(self._ask, following))
+        oldest = version - self.config.rollout_ahead
+        versions = {sample.weights_version for group in groups for sample in group}
+        assert all(oldest <= each <= version for each in versions), (version, versions)
+        return groups
+
+    def _ask(self, asked: Asked, engine: RolloutEngine) -> list[list[Sample]]:
+        sampling = Sampling(
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            stop_token_ids=self.stop_token_ids,
+        )
+        ids = [example.prompt for example in asked.prompts.examples]
+        places = [distributed.rank() + i * distributed.world() for i in range(len(ids))]
+        count = self.config.samples_per_prompt
+        return engine.generate(ids, count, sampling, asked.seed, numbers=places)
 
     def _forward_passes(self, examples: Sequence[Example]) -> _Passes:
         config, device = self.config, self.policy.device
