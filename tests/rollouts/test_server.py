@@ -63,6 +63,7 @@ class Process:
         words += ["--enforce-eager", "--logprobs-mode", "processed_logprobs"]
         words += ["--enable-lora", "--max-lora-rank", "8"]
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        quiet |= {"TORCHDYNAMO_DISABLE": "1"}  # nothing is worth compiling here
         quiet |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         quiet |= {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(self.log.parent)}
         began = time.monotonic()

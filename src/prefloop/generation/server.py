@@ -222,7 +222,7 @@ class Server:
         except (LookupError, TypeError, ValueError) as error:
             raise Again(f"a malformed reply ({type(error).__name__}: {error})") from None
         processed = lowest <= NONE
-        if max(chosen) > 1e-4 or (processed and min(chosen) < -1e-4):
+        if max(chosen) > 1e-4 or (processed and max(chosen) < -1e-4):
             raise UserError(
                 f"{self}: gives logits, not log-probs; start it with --logprobs-mode "
                 "processed_logprobs"

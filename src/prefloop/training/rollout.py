@@ -197,8 +197,7 @@ class Sampler:
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
         """Samples, scores and weighs answers; returns them with metrics and readable samples.
 
-        `version` numbers the policy's weights as they are. With `following` these go on sampling
-        the next iteration's answers in the background.
+        `version` numbers the policy's weights, which go on to sample answers to `following`.
         """
         config, device, k = self.config, self.policy.device, self.config.samples_per_prompt
         # 1. Sample from the newest weights, or take what those before have sampled.
@@ -233,13 +232,9 @@ class Sampler:
         sampled = padded(torch.tensor([p for s in flat for p in s.log_probs]), examples)
         gap = (sampled - log_probs).abs()
         metrics = rollout_metrics(rollouts, start, scores, stopped, gap, kl_coef, device)
-        if cap := config.importance_cap:
-            weights = losses.importance_weights(log_probs, sampled, cap)
-            rollouts = replace(rollouts, advantages=advantages * weights)
-            metrics["val/importance"] = float(global_moments(weights, mask).mean)
-            metrics["val/importance_capped"] = float(
-                global_moments((weights >= cap).float(), mask).mean
-            )
+        if config.importance_cap:
+            rollouts, weighed = importance_weighed(rollouts, sampled, config.importance_cap)
+            metrics |= weighed
         metrics |= score_means(scored.parts, len(flat), device)
         metrics |= distributed.sum_mapping(scored.cost, device)
         samples = [
@@ -321,6 +316,16 @@ class Sampler:
         if self.config.missing_eos_penalty is not None:
             scores = torch.where(stopped, scores, self.config.missing_eos_penalty)
         return scores
+
+
+def importance_weighed(
+    rollouts: Rollouts, sampled: Tensor, cap: float
+) -> tuple[Rollouts, dict[str, float]]:
+    """With advantages times min(pi_old / mu, cap); `sampled` [B, T] is log mu, the sampler's."""
+    weights = losses.importance_weights(rollouts.log_probs, sampled, cap)
+    named = {"val/importance": weights, "val/importance_capped": (weights >= cap).float()}
+    means = {name: float(global_moments(x, rollouts.mask).mean) for name, x in named.items()}
+    return replace(rollouts, advantages=rollouts.advantages * weights), means
 
 
 def score_means(
