@@ -60,8 +60,6 @@ CASES = [  # in an order in which the first few are unlike
 def _pipeline(world: Path) -> Path:
     """sft and reward, PPO between them, and what came of it sampled."""
     path = world / "pipeline.yaml"
-    if path.exists():
-        return path
     stages = []
     for command in ("sft", "reward", "ppo"):
         own = settings(command, world, world, **SAVES | RUNS[command] | {"epochs": 1.0})
