@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
@@ -33,9 +34,9 @@ def summary(parts: Parts) -> dict[str, Any]:
     random pairs reach, and differences to that.
     """
     curves = {way: _points(parts, way) for way in _ways(parts)}
-    target = curves[PAIRS][-1]
-    goal = float(target["values"].mean())
-    found: dict[str, Any] = {"target": asdict(_interval(target["values"])), "ways": {}}
+    target = curves[PAIRS][-1]["values"]
+    goal = float(target.mean())
+    found: dict[str, Any] = {"target": asdict(_interval(target)), "ways": {}}
     for way, points in curves.items():
         seeds = range(len(points[0]["values"]))
         reached = {
@@ -50,7 +51,10 @@ def summary(parts: Parts) -> dict[str, Any]:
             for n, count in enumerate(COUNTS)
         }
         found["ways"][way] = {
-            "points": [_told(point, target["values"]) for point in points],
+            "points": [
+                _told(point, target, beside)
+                for point, beside in zip_longest(points, curves[PAIRS][: len(points)])
+            ],
             "reached": together,
             "reached by seed": reached,
         }
@@ -108,18 +112,31 @@ def reach(points: Sequence[tuple[float, float]], goal: float) -> float | None:
     return None
 
 
-def _interval(values: Floats, *others: Floats) -> Interval:
-    """Over prompts and seeds; of the difference, where another way's values are given."""
-    mean = values.mean(0) - (others[0].mean(0) if others else 0.0)
-    return estimate(mean, runs=[values, *others]).interval()
+def _interval(values: Floats) -> Interval:
+    """The mean over prompts and seeds."""
+    return estimate(values.mean(0), runs=[values]).interval()
 
 
-def _told(point: Mapping[str, Any], target: Floats) -> dict[str, Any]:
-    values = point["values"]
+def _difference(values: Floats, others: Floats) -> dict[str, float] | None:
+    """The mean difference of two ways; None of a way with itself."""
+    if values.shape == others.shape and (values == others).all():
+        return None
+    return asdict(estimate(values.mean(0) - others.mean(0), runs=[values, others]).interval())
+
+
+def _told(
+    point: Mapping[str, Any], target: Floats, beside: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A point, less what all random pairs reach, and less random pairs of as many judgements, which
+    stand at the same place, but for those that three do not divide.
+    """
+    values, cost = point["values"], point["cost"]
+    alike = beside is not None and abs(beside["cost"][0] - cost[0]) < 3
     return {
-        "cost": point["cost"],
+        "cost": cost,
         "accuracy": asdict(_interval(values)),
-        "less target": asdict(_interval(values, target)),
+        "less target": _difference(values, target),
+        "less random": _difference(values, beside["values"]) if beside and alike else None,
     }
 
 
@@ -132,7 +149,7 @@ def _losses(parts: Parts) -> dict[str, Any]:
     return {
         loss: {
             "accuracy": asdict(_interval(own)),
-            "less pairs": asdict(_interval(own, values["pairs"])),
+            "less pairs": _difference(own, values["pairs"]),
             "cpu_seconds": fmean(part["losses"][loss]["cpu_seconds"] for _, part in parts),
         }
         for loss, own in values.items()
@@ -146,7 +163,7 @@ def _people(parts: Parts) -> dict[str, Any]:
     return {
         "model": asdict(_interval(model)),
         "person": asdict(_interval(person)),
-        "model less person": asdict(_interval(model, person)),
+        "model less person": _difference(model, person),
         "prompts": model.shape[1],
     }
 
@@ -159,11 +176,16 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, of in found.items():
         lines += [f"{name}: all random pairs {_percent(of['target'])}, {of['cpu_seconds']} CPU s"]
-        lines += ["| way | " + " | ".join(COUNTS) + " | accuracy | less all random pairs |"]
+        lines += [
+            "| way | "
+            + " | ".join(COUNTS)
+            + " | accuracy | less all random | less as many random |"
+        ]
         for way, own in of["ways"].items():
             for point in own["points"]:
                 costs = " | ".join(f"{cost:,.0f}" for cost in point["cost"])
-                shown = f"{_percent(point['accuracy'])} | {_percent(point['less target'], '+')}"
+                names = {"accuracy": "", "less target": "+", "less random": "+"}
+                shown = " | ".join(_percent(point[name], sign) for name, sign in names.items())
                 lines.append(f"| {way} | {costs} | {shown} |")
         lines.append("| way | " + " | ".join(f"{count} to it (by seed)" for count in COUNTS) + " |")
         for way, own in of["ways"].items():
@@ -181,7 +203,9 @@ def tables(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _percent(interval: Mapping[str, float], sign: str = "") -> str:
+def _percent(interval: Mapping[str, float] | None, sign: str = "") -> str:
+    if interval is None:
+        return "–"
     mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 

@@ -87,6 +87,25 @@ def test_those_who_are_often_wrong_weigh_less():
     assert right[True] == pytest.approx(0.95, abs=0.03)
 
 
+def test_penalties_are_told_by_prompts_that_were_not_learned():
+    """Of ten prompts: a better answer has more of the first feature, and noise in others."""
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 30, generator=draw)
+    features[::2, 0] += 1.0
+    pairs = [((2 * n, 2 * n + 1), FIRST[None]) for n in range(20)]
+    of = LabelSet("x", features, pairs, [], [n // 4 for n in range(40)], {})
+    said = [(items, ranks[0]) for items, ranks in pairs]
+    order = np.random.default_rng(0).permutation(10)[:2]
+    rest = [one for one in said if one[0][0] // 4 not in order]
+    kept = {n: [(2 * n, 2 * n + 1)] for n in range(20) if n // 2 in order}
+    right = {}
+    for penalty in labels.PENALTIES:
+        head = labels.fit(features, rest, "pairs", penalty)
+        right[penalty] = sum(labels.accuracy((features @ head).numpy(), kept).values())
+    assert len(rest) == 16 and len(kept) == 4
+    assert right[labels.best_penalty(of, "pairs", said)] == max(right.values())
+
+
 def test_the_spread_of_heads_chooses_what_they_do_not_know():
     """The pairs drawn first differ in one feature; half of those left in the other."""
     known, new = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -171,5 +190,8 @@ def test_a_summary_by_hand():
     never, at = ways[labels_report.PAIRS]["reached by seed"]["judgements"]
     assert never is None and at == pytest.approx(16 * 4**0.75)
     assert ways[labels_report.PAIRS]["points"][0]["less target"]["mean"] == pytest.approx(-0.3)
+    assert ways[labels_report.PAIRS]["points"][1]["less target"] is None
+    # of other numbers of judgements there is no difference to as many
+    assert ways[labels_report.RANKINGS]["points"][1]["less random"] is None
     assert found["cpu_seconds"] == 8
     assert any("never, 45" in line for line in labels_report.tables({"x": found}))
