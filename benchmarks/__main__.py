@@ -4,8 +4,8 @@ Every side is a process of its own, peers in venvs of their own that are made he
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `coverage`,
 `gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`, `optimizers`, `paint`,
-`planning` and `startup` measure prefloop alone, `scaling` simulates many GPUs, `health` reads runs
-that are there; `python -m benchmarks.cuda` measures what needs a GPU. JSON goes to
+`planning`, `ranks` and `startup` measure prefloop alone, `scaling` simulates many GPUs, `health`
+reads runs that are there; `python -m benchmarks.cuda` measures what needs a GPU. JSON goes to
 build/benchmarks/.
 """
 
@@ -33,6 +33,7 @@ from benchmarks import (
     optimizers,
     paint,
     planning,
+    ranks,
     scaling,
     startup,
 )
@@ -53,6 +54,7 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "optimizers": optimizers.measure,
     "paint": paint.measure,
     "planning": planning.measure,
+    "ranks": ranks.measure,
     "scaling": scaling.measure,
     "startup": startup.measure,
 }

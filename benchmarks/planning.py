@@ -49,7 +49,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def measure(dtype: str, threads: int) -> dict[str, Any]:
     """All runs, printed as a table of Markdown and returned."""
-    folders = {name: _model(name) for name in SHAPES}
+    folders = {name: model_folder(name) for name in SHAPES}
     rows = []
     print(
         "| model | command | weights | planned, MiB | tensors, MiB | plan off by | process, MiB |"
@@ -83,7 +83,7 @@ def _run(settings: dict[str, Any], model: Path, small: Path, threads: int) -> An
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def _model(name: str) -> Path:
+def model_folder(name: str) -> Path:
     """A random Llama and a scorer of it, with a tokenizer of bytes."""
     folder = MODELS / f"planning-{name}"
     scorer = folder.with_name(f"{folder.name}-scorer")

@@ -37,7 +37,7 @@ BUDGETS = {
     "rewards": 1100,
     "training": 4660,
     "evaluation": 3600,
-    "recipes": 2915,
+    "recipes": 2925,
     "labelling": 5100,
     "console": 800,
     "": 4350,
@@ -65,7 +65,7 @@ of monitors, and what is too much told before anything loads;
 4,450, a damaged cache made again; 4,630, importance weights of
 answers that servers sample, and answers sampled ahead;
 recipes: 1,600, the demo and pipelines; 2,850, four uses on public data, split without leaks, with
-their judges; 2,880, the demo's use as a fifth, whose annotators are a judge; 2,915, stages in
+their judges; 2,880, the demo's use as a fifth, whose annotators are a judge; 2,925, stages in
 several processes;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files; 3,200, no room for an export, a broken shard named;

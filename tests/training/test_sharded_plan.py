@@ -121,6 +121,31 @@ def test_check_divides_weights_and_rows_among_ranks(models, tmp_path, capsys):
         check(CheckConfig(config=path, ranks=8))
 
 
+def test_check_divides_as_the_run_will(models, tmp_path, capsys):
+    """Among the shards of the mesh, or not at all."""
+    path, counted = tmp_path / "run.yaml", []
+    common = f"command: sft\nmodel: {models / 'policy'}\nmax_length: 128\ndtype: float32\n"
+    for line in ("shard: none", "mesh: 2x2", "mesh: 1x4"):
+        path.write_text(f"{common}{line}\n")
+        check(CheckConfig(config=path, ranks=4))
+        counted.append("gathered" in capsys.readouterr().out)
+    assert counted == [False, True, True]
+    path.write_text(f"{common}mesh: 2x4\n")
+    with pytest.raises(UserError, match="--mesh 2x4 is of 8 processes, and --ranks 4"):
+        check(CheckConfig(config=path, ranks=4))
+    path.write_text(f"{common}weights: nf4\nlora_rank: 4\n")
+    check(CheckConfig(config=path, ranks=4))
+    assert "--weights nf4: each rank keeps its models whole" in capsys.readouterr().out
+
+
+def test_a_monitors_model_stays_whole(models):
+    settings = run_of("dpo", models, monitor=str(models / "scorer"), monitor_data="rows")
+    alone, shared = (planned(settings, ranks).stages["update"] for ranks in (1, 2))
+    monitor, start = (Part(name, WEIGHTS) for name in ("monitor", "policy as it began"))
+    assert shared[monitor] == alone[monitor]
+    assert shared[start] == -(-alone[start] // 2)
+
+
 @pytest.mark.parametrize("command", ["sft", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_monitors_model_is_planned(command, models):
     """A scorer of float32 in every stage; of SFT also the policy as it began, and answers."""

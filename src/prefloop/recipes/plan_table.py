@@ -23,6 +23,7 @@ from prefloop.config.checks import validate
 from prefloop.config.resolve import build, read_yaml
 from prefloop.errors import UserError
 from prefloop.models.load import pick_device
+from prefloop.models.sharding import whole_because
 from prefloop.recipes.pipeline import Command, read_stages
 from prefloop.resume import read_record
 from prefloop.training import ppo, preference, reward, sft
@@ -97,18 +98,36 @@ def print_plan(settings: Any, asked: str | None, ranks: int = 1) -> None:
             "each; raise --batch-size, or give fewer ranks"
         )
     settings = replace(settings, batch_size=-(-settings.batch_size // ranks))  # a rank's
+    shards = _shards(settings, ranks)
     device = _device(settings, asked)
     memory = GIB * float(asked.rstrip("GiB")) if asked is not None else free_memory(device)
     room = SHARE[device.type] * memory if memory is not None else None
-    work, roles = replace(work_of(settings), ranks=ranks), roles_of(settings, device)
+    work, roles = replace(work_of(settings), ranks=shards), roles_of(settings, device)
     settings = _settled(work, settings, roles, device, room)
     whole = full_plan(work, settings, roles, device)
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file has room for every column
     console.print(table(whole, ranks))
+    if ranks > 1 and (reason := whole_because(settings)):
+        print(f"{reason}: each rank keeps its models whole")
     for line in _lines(work, settings, roles, device, room, whole):
         print(line)
+
+
+def _shards(settings: TrainingConfig, ranks: int) -> int:
+    """How many of the ranks divide a model, as the settings ask."""
+    if settings.shard == "none" or whole_because(settings):
+        return 1
+    if settings.mesh == "auto":
+        return ranks
+    replicas, shards = map(int, settings.mesh.split("x"))
+    if ranks > 1 and replicas * shards != ranks:
+        raise UserError(
+            f"--mesh {settings.mesh} is of {replicas * shards} processes, and --ranks {ranks}"
+            "; give one of them another value"
+        )
+    return shards
 
 
 def read_run(path: Path, content: dict[str, Any], command: str | None) -> Any:

@@ -20,6 +20,7 @@ from prefloop.data.batches import micro_batches, packed_length
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError, first_line
 from prefloop.models.pieces import split_answers
+from prefloop.models.sharding import mesh_shape
 from prefloop.runs import Run
 from prefloop.training.bare_models import Role
 from prefloop.training.full_rows import answers_an_iteration, full_row, full_rows, rows_a_step
@@ -228,6 +229,7 @@ def settle(work: Work, config: TrainingConfig, run: Run, device: torch.device) -
 
     A run that goes on takes what it took before. Says first where no setting of these would fit.
     """
+    work = _divided(work, config)
     if distributed.rank() == 0:
         _warn_early(work, config, device)
     names = [n for n in ("max_concurrent", "micro_batch_tokens") if getattr(config, n, 1) == 0]
@@ -243,6 +245,12 @@ def settle(work: Work, config: TrainingConfig, run: Run, device: torch.device) -
         words = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
         print(f"auto: {words}", file=sys.stderr)
     return replace(config, **values)
+
+
+def _divided(work: Work, config: TrainingConfig) -> Work:
+    """As the run's ranks share it."""
+    shape = mesh_shape(config)
+    return replace(work, ranks=shape[-1]) if shape else work
 
 
 def _warn_early(work: Work, config: TrainingConfig, device: torch.device) -> None:
@@ -330,6 +338,7 @@ def announce(
     if distributed.rank() > 0:
         return
     rows = sorted(examples, key=packed_length, reverse=True)[: rows_a_step(config)]
+    work = _divided(work, config)
     try:
         planned = plan(work, config, roles_of(config, device), device, rows)
     except Exception as error:  # an architecture may differ in any way

@@ -15,6 +15,7 @@ import torch
 
 from prefloop.config import TrainingConfig
 from prefloop.training.bare_models import LAYER, Role, load_bare
+from prefloop.training.rehearsal import MONITOR
 from prefloop.training.tracing import (
     GATHERED,
     GATHERED_GRADIENTS,
@@ -55,7 +56,8 @@ def shard(
     ranks: int,
 ) -> dict[str, Parts]:
     """The stages of a run on one rank, as each of `ranks` ranks has them."""
-    units = {role.name: Units(role, config, device) for role in roles if role.on is None}
+    shared = [role for role in roles if role.on is None and role.name != MONITOR]
+    units = {role.name: Units(role, config, device) for role in shared}
     trained = list(dict.fromkeys(role.on or role.name for role in roles if role.trained))
     return {
         stage: _divided(parts, ranks) | _gathered(stage, units, trained)
@@ -64,9 +66,10 @@ def shard(
 
 
 def _divided(parts: Parts, ranks: int) -> dict[Part, int]:
-    """A rank's part."""
+    """A rank's part; a monitor's model stays whole."""
     return {
-        part: -(-size // ranks) if part.kind in DIVIDED else size for part, size in parts.items()
+        part: -(-size // ranks) if part.kind in DIVIDED and part.model != MONITOR else size
+        for part, size in parts.items()
     }
 
 
