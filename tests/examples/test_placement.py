@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -19,17 +20,22 @@ from prefloop.recipes.pipeline import read_stages
 
 PLACEMENT = Path(__file__).parents[2] / "examples" / "placement"
 SHELL = sorted(p for p in PLACEMENT.iterdir() if p.suffix in (".sh", ".sbatch"))
-SAY = '#!/bin/bash\nprintf "%q " "${0##*/}" "$@" >> "$SAID"; echo >> "$SAID"\n'
+SAY = '#!/bin/bash\nline=$(printf "%q " "gpus=$CUDA_VISIBLE_DEVICES" "dev=$VLLM_SERVER_DEV_MODE" '
+SAY += '"${0##*/}" "$@")\necho "$line" >> "$SAID"\n'  # at once: servers start side by side
 STUBS = {
     "torchrun": SAY,
-    "scontrol": "#!/bin/bash\nprintf '%s\\n' node0 node1\n",
+    "python": SAY,
+    "scontrol": "#!/bin/bash\nprintf '%s\\n' node0 node1 node2\n",
     "srun": SAY + 'while [[ $1 == -* ]]; do shift; done\nexec "$@"\n',
 }
+HOSTS = ["node0", "node1", "node2"]
 
 
 class Asked(NamedTuple):
-    """A program and its words."""
+    """A program's words, and two variables of its environment."""
 
+    gpus: str
+    dev: str
     program: str
     words: list
 
@@ -52,8 +58,10 @@ def shell(tmp_path):
         )
         asked = []
         for line in said.read_text().splitlines():
-            program, *words = shlex.split(line)
-            asked.append(Asked(program, words))
+            gpus, dev, program, *words = shlex.split(line)
+            asked.append(
+                Asked(gpus.removeprefix("gpus="), dev.removeprefix("dev="), program, words)
+            )
         said.unlink()
         return asked
 
@@ -90,6 +98,27 @@ def launched(asked, folder=PLACEMENT):
     return Launched(found, command, config)
 
 
+def check_servers(asked, config):
+    """Those that are started are those that are asked, and let weights in; no GPU has two."""
+    servers = [each for each in asked if each.program == "python"]
+    assert all(
+        server.words[:2] == ["-m", "vllm.entrypoints.openai.api_server"] for server in servers
+    )
+    assert all(server.dev == "1" for server in servers)
+    options = [dict(zip(s.words[2::2], s.words[3::2], strict=True)) for s in servers]
+    ports = [int(option["--port"]) for option in options]
+    urls = [urlsplit(url) for url in config.rollout_servers]
+    assert sorted(url.port for url in urls) == sorted(ports) and len(set(ports)) == len(ports)
+    gpus = [gpu for server in servers for gpu in server.gpus.split(",")]
+    assert len(set(gpus)) == len(gpus)
+    for option, server in zip(options, servers, strict=True):
+        assert option["--model"] == f"{config.model}/model"
+        assert option["--logprobs-mode"] == "processed_logprobs"
+        assert int(option.get("--tensor-parallel-size", 1)) == len(server.gpus.split(","))
+        assert option["--host"] == "0.0.0.0" or urls[0].hostname == option["--host"]
+    return urls, gpus
+
+
 def mesh_of(config):
     replicas, shards = map(int, config.mesh.split("x"))
     return replicas * shards
@@ -115,6 +144,16 @@ def test_one_machine_is_a_pipeline(tmp_path):
     assert stages[2].config.reward_model == str(tmp_path / "rm")
 
 
+def test_trainers_and_servers_of_one_machine_share_its_gpus(shell):
+    asked = shell((PLACEMENT / "trainer-and-server.sh").read_text())
+    run = launched(asked)
+    urls, gpus = check_servers(asked, run.config)
+    assert {url.hostname for url in urls} == {"127.0.0.1"}
+    [own] = [each.gpus.split(",") for each in asked if each.program == "torchrun"]
+    assert len(own) == run.ranks == 6 and run.torchrun.standalone
+    assert sorted(own + gpus) == [str(n) for n in range(8)]
+
+
 def test_several_machines_meet_at_one(shell):
     asked = shell((PLACEMENT / "torchrun.sh").read_text(), HEAD="node0", NODES="4")
     run = launched(asked)
@@ -123,13 +162,20 @@ def test_several_machines_meet_at_one(shell):
     assert run.config.output.is_relative_to("/shared")
 
 
-def test_slurms_nodes_meet_at_the_first(shell):
+def test_slurms_nodes_are_trainers_and_one_writer(shell):
     text = (PLACEMENT / "slurm.sbatch").read_text()
     told = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.M))
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]"}
-    run = launched(shell(text, SLURM_JOB_NUM_NODES=told["nodes"], **variables))
-    assert int(told["gpus-per-node"]) == int(run.torchrun.nproc_per_node)
-    assert int(told["nodes"]) == int(run.torchrun.nnodes) and told["ntasks-per-node"] == "1"
+    asked = shell(text, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node[0-2]")
+    run = launched(asked)
+    urls, gpus = check_servers(asked, run.config)
+    starts = [dict(w[2:].split("=") for w in each.words if re.match("--[a-z]+=", w))
+              for each in asked if each.program == "srun"]  # fmt: skip
+    writer, trainers = sorted(starts, key=lambda start: start["nodes"])
+    assert {url.hostname for url in urls} == {writer["nodelist"]} == {trainers["exclude"]}
+    assert writer["nodelist"] == HOSTS[-1] and trainers["ntasks"] == trainers["nodes"]
+    assert int(writer["nodes"]) + int(trainers["nodes"]) == int(told["nodes"]) == len(HOSTS)
+    assert int(told["gpus-per-node"]) == int(run.torchrun.nproc_per_node) == len(gpus)
+    assert int(run.torchrun.nnodes) == int(trainers["nodes"]) and told["ntasks-per-node"] == "1"
     assert run.ranks == mesh_of(run.config) and run.torchrun.rdzv_endpoint == "node0:29500"
     assert told["signal"].startswith("TERM@") and run.torchrun.rdzv_id == "7"
 
@@ -143,7 +189,7 @@ def containers(job):
 def test_kubernetes_pods_find_each_other(shell):
     [jobs] = yaml.safe_load_all((PLACEMENT / "kubernetes.yaml").read_text())
     name, subdomain = jobs["metadata"]["name"], jobs["spec"]["network"]["subdomain"]
-    [trainer] = jobs["spec"]["replicatedJobs"]
+    trainer, server = jobs["spec"]["replicatedJobs"]
     job, pod, container = containers(trainer)
     asked = shell(container["args"][0], JOB_COMPLETION_INDEX="1")
     run = launched(relocated(asked))
@@ -153,9 +199,15 @@ def test_kubernetes_pods_find_each_other(shell):
     assert run.torchrun.master_addr == f"{name}-{trainer['name']}-0-0.{subdomain}"
     assert [{"containerPort": run.torchrun.master_port}] == container["ports"]
     assert run.ranks == mesh_of(run.config)
+    assert jobs["spec"]["successPolicy"]["targetReplicatedJobs"] == [trainer["name"]]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
     assert run.config.output.is_relative_to(mounts["shared"]) and mounts["config"] == "/config"
+    _, pod, container = containers(server)
+    urls, gpus = check_servers(shell(container["args"][0]), run.config)
+    assert {url.hostname for url in urls} == {f"{name}-{server['name']}-0-0.{subdomain}"}
+    assert [{"containerPort": url.port} for url in urls] == container["ports"]
+    assert len(gpus) == container["resources"]["limits"]["nvidia.com/gpu"]
 
 
 def relocated(asked):
