@@ -307,6 +307,8 @@ def keeping(courses: Sequence[Course], monitor: str, seed: int = 0) -> dict[str,
     The ratio is of sums, for a single run's peak may be close to 0; its interval draws runs again.
     """
     turned = [c for c in courses if c.turned and c.below(0) > ERRORS]
+    if not turned:
+        return {"turned": sum(c.turned for c in courses), "runs": 0}
     golds = np.array([[c.means[i] for i in (kept(c, monitor), c.peak, -1)] for c in turned])
     draws = np.random.default_rng(seed).integers(0, len(golds), (2000, len(golds)))
     sums = golds[draws].sum(axis=1)  # [draws, 3]
@@ -328,11 +330,14 @@ def keeping(courses: Sequence[Course], monitor: str, seed: int = 0) -> dict[str,
 def turns(courses: Sequence[Course]) -> dict[str, Any]:
     """By which factor forecasts of the KL at the peak miss it, in the half that chose nothing.
 
-    Each forecast sees a run up to EARLY nats only, or up to half the way in root KL.
+    Each forecast sees a run up to EARLY nats only, or up to half the way in root KL. Nothing where
+    one half has no run that turned.
     """
     able = [c for c in courses if c.turned and c.kl[c.peak] > EARLY]
     old = [c for c in able if c.chosen_by_half]
     new = [c for c in able if not c.chosen_by_half]
+    if not old or not new:
+        return {}
     middle = median(math.log(c.kl[c.peak]) for c in old)
     line = np.linalg.lstsq(
         np.array([early_features(c) for c in old]),

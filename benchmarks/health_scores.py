@@ -6,8 +6,8 @@ and of the monitor's prompts by each monitor. None of them is what was optimised
 
 - `neighbour`: the run's own, the reward model of as many rankings by other annotators;
 - `larger`: the neighbour's of the largest label set;
-- `people`: other annotators, who read one answer to each prompt at each measurement, and say what
-  it is worth to them.
+- `one reader`, `four readers`: other annotators, who say of each answer what it is worth to them;
+  one reads it, or four do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks import health_runs
 from prefloop.evaluation.overoptimisation import Floats
 from prefloop.files import read_rows, write_atomic
 from prefloop.models.load import load_reward_model
-from prefloop.recipes.annotators import common_words, draw_annotators
+from prefloop.recipes.annotators import Annotator, common_words, draw_annotators
 from prefloop.recipes.overoptimisation import Study
 from prefloop.rewards.scorers import ModelJudge
 
@@ -67,6 +67,12 @@ def loaded(source: str) -> ModelJudge:
     return ModelJudge(model, MICRO_BATCH_TOKENS)
 
 
+def mean_taste(readers: Sequence[Annotator], first: int, each: int, text: str) -> float:
+    """What the words of a text are worth to `each` readers in turn, beside gold."""
+    chosen = [readers[(first + k) % len(readers)] for k in range(each)]
+    return sum(reader.likes(text) for reader in chosen) / each
+
+
 @dataclass(frozen=True)
 class Scorers:
     """A task's monitors."""
@@ -78,16 +84,18 @@ class Scorers:
         """Of one label set."""
         return loaded(str(self.study.folder(labels, number) / "reward"))
 
-    def people(self, answers: Answers) -> Floats:
-        """[M, prompts]: each prompt has one reader, always the same."""
+    def people(self, answers: Answers, each: int) -> Floats:
+        """[M, prompts] means of what `each` readers say; a prompt's are always the same."""
         rng = np.random.default_rng([self.study.seed, 0, READERS])
         words, taste = common_words(self.task.sentences), self.study.scale.taste
         readers = draw_annotators(READERS, words, taste, rng)
 
         def judge(prompts: Sequence[str], texts: Sequence[str], ended: Any) -> list[float]:
-            likes = [readers[i % READERS].likes(text) for i, text in enumerate(texts)]
             gold = self.task.gold(prompts, texts)
-            return [g + more for g, more in zip(gold, likes, strict=True)]
+            return [
+                g + mean_taste(readers, i * each, each, t)
+                for i, (g, t) in enumerate(zip(gold, texts, strict=True))
+            ]
 
         return answers.by(judge)
 
@@ -96,7 +104,8 @@ class Scorers:
         return {
             "neighbour": answers.by(self.reward_model(labels, number ^ 1)),
             "larger": answers.by(self.reward_model(max(health_runs.SIZES), number ^ 1)),
-            "people": self.people(answers),
+            "one reader": self.people(answers, 1),
+            "four readers": self.people(answers, 4),
         }
 
 

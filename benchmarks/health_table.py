@@ -19,7 +19,9 @@ from prefloop.rewards import health
 
 WORTH = 0.1
 """A threshold is changed where the half that chooses gains so much of `youden`, and the other half
-does not lose."""
+does not lose; but not those of STEPS."""
+STEPS = (health.CLIPPING, health.RATIO)
+"""Rules that read the optimiser's steps: they know the runs at the higher rate, which turn more."""
 
 
 def main() -> None:
@@ -132,7 +134,7 @@ def thresholds(courses: Sequence[h.Course]) -> list[dict[str, Any]]:
     old = [c for c in courses if c.chosen_by_half]
     new = [c for c in courses if not c.chosen_by_half]
     heads("rule", "now", "chosen", "J now, choosing half", "J chosen",
-          "J now, other half", "J chosen", "hits, false: now → chosen, other half")  # fmt: skip
+          "J now, other half", "J chosen", "hits, false: now → chosen", "changed")  # fmt: skip
     found = []
     for rule in h.RULES:
         limit, _ = h.better_limit(old, rule)
@@ -149,14 +151,15 @@ def thresholds(courses: Sequence[h.Course]) -> list[dict[str, Any]]:
             f"{c['before'] + c['in time']}/{c['turned']}, {c['false']}/{c['not turned']}"
             for c in counts
         ]
+        change = worth[1] - worth[0] >= WORTH and worth[3] >= worth[2] and rule not in STEPS
         row(
             rule.name,
             f"{rule.limit:g}",
             f"{limit:g}",
             *(f"{w:.2f}" for w in worth),
             " → ".join(shown),
+            "yes" if change else "no",
         )
-        change = worth[1] - worth[0] >= WORTH and worth[3] >= worth[2]
         found.append(
             {
                 "rule": rule.name,
@@ -180,6 +183,8 @@ def best(courses: Sequence[h.Course]) -> dict[str, Any]:
         some = [c for c in courses if c.task in of]
         for monitor in some[0].monitors:
             one = found[f"{task}, {monitor}"] = h.keeping(some, monitor)
+            if not one["runs"]:
+                continue
             ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*one["of the peak"])
             within = f"{one['within 5 %'][0]}: {share(one['within 5 %'][1:])}"
             runs = f"{one['runs']} of {one['turned']}"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from benchmarks import health_rules as h
 from benchmarks.health_runs import Apart, Task
-from benchmarks.health_scores import answers_of
+from benchmarks.health_scores import answers_of, mean_taste
 
 from prefloop.generation.protocol import Sample
+from prefloop.recipes.annotators import Annotator
 from prefloop.rewards import health
 
 KL_NAMES = {rule.name: [] for rule in h.RULES}
@@ -141,6 +142,13 @@ def test_gold_is_the_worst_where_nothing_is_new():
     shares = {"a": 0.0, "b": 0.5, "c": 1.0}
     task = Task([], [], {}, lambda prompts, texts: [2.0 for _ in texts], shares.__getitem__, None)
     assert task.gold(["", "", ""], ["a", "b", "c"]) == [2.0, -1.0, -4.0]
+
+
+def test_readers_of_a_text_take_turns():
+    """The third and, in turn, the first: 2 and -1 for a plot."""
+    readers = [Annotator({"plot": taste}) for taste in (-1.0, 5.0, 2.0)]
+    assert mean_taste(readers, 2, 2, "A plot.") == 0.5
+    assert mean_taste(readers, 5, 1, "A plot.") == 2.0
 
 
 class Echo:
