@@ -1,7 +1,8 @@
 """One rank of several: runs cases, and tells of the first error in a file of its own.
 
 `python -m tests.training.on_rank WORLD OUTPUT JOB...` with torchrun's variables set. A job is the
-name of a case, or JSON: settings of a run (`command` or `case`, `to`), or `copy`: [from, to, step].
+name of a case, or JSON: settings of a run (`command` or `case`, `to`), `copy`: [from,
+to, step], or what stands in tests/training/held.py.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from prefloop import distributed
 from prefloop.errors import UserError
 from tests.training.cases import run_case
+from tests.training.held import export, tell_held
 from tests.training.small import only_checkpoint, train
 
 
@@ -25,6 +27,10 @@ def work(world: Path, output: Path, job: str) -> None:
         if distributed.rank() == 0:
             only_checkpoint(output / source, output / target, step)
         return distributed.barrier()
+    if "held" in asked:
+        return tell_held(world, output, asked["held"], asked["lora_rank"])
+    if "exported" in asked:
+        return export(world, output, asked["exported"], asked["file_bytes"])
     to = asked.pop("to")
     if "case" in asked:
         return run_case(asked.pop("case"), world, output / to, **asked)

@@ -214,6 +214,10 @@ class Keeper:
             return
         state, divided = self._state()
         if divided:  # of which the other ranks hold the rest
+            alone = "its models are divided, so that no rank saves alone"
+            print(
+                f"{self.run.directory}: {alone}; it goes on from step {self.saved}", file=sys.stderr
+            )
             return
         try:
             with uninterrupted():
