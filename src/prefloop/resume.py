@@ -45,8 +45,8 @@ def seal(folder: Path) -> None:
     """Puts a checkpoint's files on disk, and then its manifest beside them."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     with ThreadPoolExecutor() as threads:
-        parts = dict(zip([str(p.relative_to(folder)) for p in paths], threads.map(_part, paths),
-                         strict=True))  # fmt: skip
+        stored = threads.map(_part, paths)
+        parts = {str(p.relative_to(folder)): part for p, part in zip(paths, stored, strict=True)}
     write_atomic(folder / MANIFEST, json.dumps({"files": parts}, indent=2) + "\n")
 
 
