@@ -28,10 +28,9 @@ def start(device: torch.device, patience: timedelta = PATIENCE) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # gloo beside NCCL, for rollouts' statistics are summed on the CPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=patience
-        )  # rollouts' statistics are summed on the CPU
+        dist.init_process_group(backend, timeout=patience)
         atexit.register(_leave)
 
 
