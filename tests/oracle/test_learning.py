@@ -122,16 +122,15 @@ def learn_dpo(folder: Path, beta: float, **settings: Any) -> Reached:
     return reached(here, run, beta, every)
 
 
-@pytest.mark.parametrize("beta", [1.0, 0.5, pytest.param(0.25, **SLOW)])
+@pytest.mark.parametrize("beta", [1.0, pytest.param(0.5, **SLOW), pytest.param(0.25, **SLOW)])
 def test_ppo(beta: float, tmp_path: Path) -> None:
     result = learn_ppo(tmp_path, beta, max_steps=800)
     assert result.share >= 0.95, result
     assert 0.75 <= result.kl_share <= 1.25, result
 
 
-@pytest.mark.parametrize(
-    ("beta", "steps"), [(1.0, 400), pytest.param(0.5, 400, **SLOW), pytest.param(0.25, 800, **SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("beta", "steps"), [(1.0, 400), (0.5, 400), (0.25, 800)])
 def test_dpo(beta: float, steps: int, tmp_path: Path) -> None:
     """The smaller beta is, the further the optimum lies from the answers that were ranked."""
     result = learn_dpo(tmp_path, beta, max_steps=steps)

@@ -7,6 +7,7 @@ weights on disk, as a new process would.
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM
 
 from prefloop.models.adapters import quiet
@@ -84,10 +86,8 @@ class StandIn:
             return self._complete(body)
         if path == "/v1/load_lora_adapter" and self.adapters:
             self.read.append(Path(body["lora_path"]))
-            module = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32")
-            module.load_state_dict(self.base.state_dict())
             with quiet():
-                tuned = PeftModel.from_pretrained(module, body["lora_path"])
+                tuned = PeftModel.from_pretrained(copy.deepcopy(self.base), body["lora_path"])
             self.loaded[body["lora_name"]] = tuned
             return "Success: loaded"
         if path == "/v1/unload_lora_adapter" and self.adapters:
@@ -111,8 +111,8 @@ class StandIn:
             assert self.paused and body["method"] == "reload_weights"
             folder = body["kwargs"]["weights_path"]
             self.read.append(Path(folder))
-            other = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-            self.base.load_state_dict(other.state_dict())
+            # Not by `from_pretrained`: it alters a class meanwhile, for all threads.
+            load_model(self.base, Path(folder) / "model.safetensors")
             return {"results": [None]}
         return 404
 
