@@ -13,6 +13,7 @@ with a sequence of two tokens that weighs nothing.
 
 from __future__ import annotations
 
+import atexit
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,6 +81,7 @@ def shard(
     """
     names = (REPLICAS, SHARDS)[-len(shape) :]
     mesh = init_device_mesh(models[0].device.type, tuple(shape), mesh_dim_names=names)
+    atexit.register(_let_groups_go, mesh)  # before distributed.py destroys them
     meeting = Meeting(smallest_pass)
     divided: dict[int, Sharded] = {}
     for model in models:
@@ -90,6 +92,13 @@ def shard(
             divided[key] = _divided(model, mesh, meeting)
         model.sharded = replace(divided[key], number=len(meeting.models))
         meeting.models.append(model)
+
+
+def _let_groups_go(mesh: DeviceMesh) -> None:
+    """A mesh keeps its groups, and caches of torch 2.11 keep the mesh; a group's threads that
+    outlive Python then end some processes with SIGABRT.
+    """
+    getattr(mesh, "_pg_registry", {}).clear()
 
 
 class Root(nn.Module):
