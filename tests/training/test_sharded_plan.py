@@ -133,7 +133,14 @@ def test_check_divides_as_the_run_will(models, tmp_path, capsys):
     path.write_text(f"{common}mesh: 2x4\n")
     with pytest.raises(UserError, match="--mesh 2x4 is of 8 processes, and --ranks 4"):
         check(CheckConfig(config=path, ranks=4))
-    path.write_text(f"{common}weights: nf4\nlora_rank: 4\n")
+
+
+def test_check_divides_no_blocks_of_4_bits(models, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"command: sft\nmodel: {models / 'policy'}\nmax_length: 128\nweights: nf4\nlora_rank: 4\n"
+    )
     check(CheckConfig(config=path, ranks=4))
     assert "--weights nf4: each rank keeps its models whole" in capsys.readouterr().out
 
