@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from prefloop import distributed
-from prefloop.errors import UserError, first_line
+from prefloop.errors import AGAIN, UserError, first_line
 from prefloop.models.sharding import put
 
 FOLDER = "slices"
@@ -65,10 +65,7 @@ def write(folder: Path, slices: dict[str, Tensor]) -> None:
     except (OSError, RuntimeError, CheckpointException) as error:
         if distributed.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(
-            f"{folder}: cannot be written ({_reason(error)}); make room, then give the same "
-            "command again"
-        ) from error
+        raise UserError(f"{folder}: cannot be written ({_reason(error)}); {AGAIN}") from error
 
 
 def read(pairs: Iterable[tuple[Tensor, Tensor | Stored]]) -> None:
