@@ -49,7 +49,16 @@ def model_flops(model: LoadedModel, positions: Tensor, head_rows: int, trains: b
 def weight_bytes(model: LoadedModel, dtype: torch.dtype) -> float:
     """Bytes of all matrices that a decode step reads, the head's too."""
     modules = [*_linear(model.base), *_linear(model.hf.get_output_embeddings())]
-    return float(sum(m.weight.numel() for m in modules) * dtype.itemsize)
+    return float(sum(_bytes(m.weight, dtype) for m in modules))
+
+
+def _bytes(weight: Tensor, dtype: torch.dtype) -> int:
+    """Of a matrix in `dtype`, or in 4 bits with the scales of its blocks."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.numel() * dtype.itemsize
+    scales = state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return weight.nbytes + int(scales)
 
 
 def _linear(module: nn.Module) -> list[nn.Linear]:

@@ -25,15 +25,24 @@ WARM = 4
 """Tokens that Transformers writes before it is timed, once."""
 
 
-def decoding(shape: str, scale: Scale, device: torch.device) -> Iterator[Line]:
-    """A line for each number of answers; ours by graphs, for some also without."""
+def decoding(shape: str, scale: Scale, device: torch.device, nf4: bool = False) -> Iterator[Line]:
+    """A line for each number of answers; ours by graphs, for some also without.
+
+    `nf4`: of a model in 4 bits with adapters, as PPO's policy is; Transformers' is not beside it.
+    """
     speed = meter.bandwidth(scale, device)
     yield {"what": "copies", "result": f"{speed / 1e12:.3g} TB/s", "bytes_per_second": speed}
     meter.free(device)
     with TemporaryDirectory() as name:
         models.write_base(Path(name), scale.shapes[shape])
-        model = models.load_policy(name, device, Storage("bfloat16"))
-    write = stock.writer(scale.shapes[shape], device)
+        if nf4:
+            rank = scale.fits["ppo-8b"]["lora_rank"]
+            model = models.load_policy(
+                name, device, Storage("bfloat16", "nf4"), trained=True, lora_rank=rank
+            )
+        else:
+            model = models.load_policy(name, device, Storage("bfloat16"))
+    write = None if nf4 else stock.writer(scale.shapes[shape], device)
     for count in scale.counts:
         yield _line(model, scale, count, speed, write)
 
@@ -50,6 +59,8 @@ def _line(model: LoadedModel, scale: Scale, count: int, speed: float, write: Any
         with without_graphs():
             line["plain"] = meter.timed(ours, device)
         result += f"; without graphs {tokens / line['plain']:,.0f}"
+    if write is None:
+        return line | {"result": result}
     write(prompts, WARM)
     theirs = meter.timed(partial(write, prompts, scale.new), device)
     result += f"; Transformers {tokens / theirs:,.0f}"

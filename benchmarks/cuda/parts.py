@@ -21,5 +21,6 @@ PARTS: dict[str, Part] = {
     "decode-135m": partial(decoding, "135M"),
     "decode-1b": partial(decoding, "1B"),
     "decode-8b": partial(decoding, "8B"),
+    "decode-8b-nf4": partial(decoding, "8B", nf4=True),
     "train-8b": partial(training, "8B"),
 }

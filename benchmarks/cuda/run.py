@@ -136,7 +136,8 @@ def run_tests(
 ) -> str | None:
     """The tests marked `cuda`, several at once where pytest-xdist is there."""
     several = ["-n", "8"] if find_spec("xdist") else []
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/cuda", *several]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-m", "cuda"]
+    pytest += ["tests/cuda", *several]  # pytest-benchmark, where it is, warns of several at once
     try:
         ended = subprocess.run(
             command or pytest,

@@ -43,13 +43,13 @@ TIMES = ("tokens_per_second",)
 REWARDS = "tests.training.rewards"
 
 
-def write_world(folder: Path) -> None:
+def write_world(folder: Path, hidden: int = 32) -> None:
     """model/ and reference/ (policies), rm/ (scorer), rm_one/ and rm_two/ (adapters of scorers on
     model/), and rows of every kind and many lengths.
     """
     tokenizer = tiny_tokenizer(chat=False)
     for seed, name in enumerate(("model", "reference")):
-        tiny_model("llama", seed=seed).save_pretrained(folder / name)
+        tiny_model("llama", seed=seed, hidden=hidden).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     export_model(load_scorer(str(folder / "model"), CPU, seed=1), folder / "rm")
     for seed, name in enumerate(("rm_one", "rm_two")):
