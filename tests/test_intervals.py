@@ -97,6 +97,17 @@ def test_several_runs_are_a_draw_too() -> None:
     assert estimate(alike.mean(axis=0), runs=[alike]).error == estimate(alike.mean(axis=0)).error
 
 
+def test_runs_that_hardly_differ_have_an_interval() -> None:
+    """Both prompts' means are -0.005. MS_runs = 2.02^2/4 = 1.0201 and MS_rest = 2^2/4 = 1, so their
+    share is 0.0201/4, of which (1.0201^2 + 1)/16 would make 0.0002 degrees of freedom.
+    """
+    runs = np.array([[0.0, 1.0], [-0.01, -1.01]])
+    found = estimate(runs.mean(axis=0), runs=[runs])
+    assert found.error**2 == pytest.approx(0.0201 / 4)
+    assert found.df == 1
+    assert found.reach == pytest.approx(stats.t.ppf(0.975, 1))
+
+
 def test_holm() -> None:
     """3 * 0.01; 2 * 0.02; 0.03, but no less than the one before."""
     assert holm([0.02, 0.01, 0.03]) == [0.04, 0.03, 0.04]

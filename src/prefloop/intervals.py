@@ -127,6 +127,8 @@ def estimate(
     max(0, MS_runs - MS_rest)/(N S) over runs (crossed random effects; Searle, Casella and
     McCulloch, Variance Components, 1992, chapter 4), with Satterthwaite's degrees of freedom
     (Biometrics Bulletin 2, 1946): a bootstrap over three runs would see too little of their spread.
+    They are at least S - 1 of the way with the fewest runs: the difference of two mean squares that
+    are nearly equal would have next to none.
     """
     array: Floats = np.asarray(values, dtype=np.float64)
     size = len(array)
@@ -139,7 +141,7 @@ def estimate(
     else:
         variance = float(centred @ centred) / (size - 1) / size
         below = variance**2 / (size - 1)
-    several = False
+    fewest = inf  # degrees of freedom of a way's runs
     for way in runs:
         count = len(way)
         if count < 2 or size < 2:
@@ -149,14 +151,16 @@ def estimate(
         ms_runs = size * float(by_run.var(ddof=1))
         ms_rest = float((rest**2).sum()) / ((count - 1) * (size - 1))
         if ms_runs > ms_rest:
-            several = True
+            fewest = min(fewest, count - 1)
             variance += (ms_runs - ms_rest) / (size * count)
             spread = ms_runs**2 + ms_rest**2 / (size - 1)
             below += spread / (count - 1) / (size * count) ** 2
     if variance == 0.0:
         return Estimate(mean, 0.0, float(size - 1), np.zeros(0))
-    drawn = np.zeros(0) if several else _studentised(centred, seed, resamples)
-    return Estimate(mean, sqrt(variance), variance**2 / below, drawn)
+    if fewest == inf:
+        drawn = _studentised(centred, seed, resamples)
+        return Estimate(mean, sqrt(variance), variance**2 / below, drawn)
+    return Estimate(mean, sqrt(variance), max(variance**2 / below, fewest), np.zeros(0))
 
 
 def _studentised(centred: Floats, seed: int, resamples: int) -> Floats:
