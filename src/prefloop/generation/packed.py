@@ -22,10 +22,11 @@ from prefloop.models.lean import (
     Linears,
     Stack,
     forward_of,
-    has_plain_weight,
+    is_plain,
     must_be_called,
+    plain_low_rank,
 )
-from prefloop.models.low_rank import low_rank, parts_of
+from prefloop.models.low_rank import parts_of
 from prefloop.models.model import LoadedModel
 
 FEW = 0.05  # of all weights: fewer are not worth a copy of the modules
@@ -47,7 +48,7 @@ def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
     On other devices, for other types, and on processors that oneDNN does not serve, there are none.
     """
     head: Any = model.hf.get_output_embeddings()
-    plain: list[Any] = [part for part in model.module.modules() if _is_plain(part)]
+    plain: list[Any] = [part for part in model.module.modules() if is_plain(part)]
     if not plain or model.device.type != "cpu" or not _serves(dtype):
         return Packed(model.base, head)
     forward = forward_of(model.base, model.lean)
@@ -70,7 +71,7 @@ def pack_linears(model: LoadedModel, dtype: torch.dtype) -> Packed:
             served.update(layer.modules())
     linears = Linears(single, joined)
     # 2. Layers that modules call.
-    left: list[Any] = [x for x in model.base.modules() if _is_plain(x) and x not in served]
+    left: list[Any] = [x for x in model.base.modules() if is_plain(x) and x not in served]
     weights = sum(p.numel() for p in model.base.parameters())
     if sum(map(_size, left)) < FEW * weights or not _can_be_copied(model.base):
         return Packed(model.base, linears.of(head), linears, frozenset(served))
@@ -115,7 +116,7 @@ def _copy(
 
 def packed_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the packed copy on the CPU; 0 where there is none."""
-    plain: list[Any] = [part for part in module.modules() if _is_plain(part)]
+    plain: list[Any] = [part for part in module.modules() if is_plain(part)]
     return dtype.itemsize * sum(part.weight.numel() for part in plain) if _serves(dtype) else 0
 
 
@@ -126,18 +127,13 @@ def _serves(dtype: torch.dtype) -> bool:
     return bool(halves or dtype == torch.float32)
 
 
-def _is_plain(part: nn.Module) -> bool:
-    """A linear layer that is neither quantised nor sharded."""
-    return type(part) is nn.Linear and has_plain_weight(part)
-
-
 def _size(layer: Any) -> int:
     return int(layer.weight.numel())
 
 
 def _joinable(layers: list[Any]) -> bool:
     """Whether they are plain and without hooks: adapters add to each on its own."""
-    plain = all(_is_plain(layer) and not must_be_called(layer) for layer in layers)
+    plain = all(is_plain(layer) and not must_be_called(layer) for layer in layers)
     return plain and len({layer.bias is None for layer in layers}) == 1
 
 
@@ -151,14 +147,12 @@ def _single(layer: Any, dtype: torch.dtype) -> Linear | None:
     """What stands for this layer, with adapters or without; None where it must be called."""
     if must_be_called(layer):
         return None
-    if _is_plain(layer):
+    if is_plain(layer):
         return _packed(layer.weight, layer.bias, dtype)
-    adapted = low_rank(layer)
+    adapted = plain_low_rank(layer)
     if adapted is None:
         return None
     layers: list[Any] = [adapted.base, *adapted.halves]
-    if not all(_is_plain(part) and not must_be_called(part) for part in layers):
-        return None
     base, *halves = (_packed(x.weight, x.bias, dtype) for x in layers)
     if not halves:
         return base

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.models.attention.plan import AttentionPlan
-from prefloop.models.low_rank import low_rank, summed
+from prefloop.models.low_rank import LowRank, low_rank, summed
 from prefloop.models.memory import RECOMPUTED
 from prefloop.models.operations import gated, rms_norm, rotated
 from prefloop.models.precision import product_dtype
@@ -104,14 +104,25 @@ def has_plain_weight(part: nn.Module) -> bool:
     return type(part.weight) in (nn.Parameter, Tensor)
 
 
+def is_plain(part: nn.Module) -> bool:
+    """A linear layer that is neither quantised nor sharded."""
+    return type(part) is nn.Linear and has_plain_weight(part)
+
+
+def plain_low_rank(layer: nn.Module) -> LowRank | None:
+    """What a layer with LoRA computes, where all parts of it are plain and none must be called."""
+    adapted = low_rank(layer)
+    if adapted is None:
+        return None
+    parts = [adapted.base, *adapted.halves]
+    ours = all(map(is_plain, parts)) and not any(map(must_be_called, [layer, *parts]))
+    return adapted if ours else None
+
+
 def _one_product(layer: nn.Module) -> Linear:
     """A plain linear layer with its adapters; any other layer itself."""
-    adapted = low_rank(layer)
-    if adapted is None or not adapted.halves:
-        return layer
-    parts: list[Any] = [layer, adapted.base, *adapted.halves]
-    plain = all(type(p) is nn.Linear and has_plain_weight(p) for p in parts[1:])
-    return summed(layer, adapted) if plain and not any(map(must_be_called, parts)) else layer
+    adapted = plain_low_rank(layer)
+    return summed(layer, adapted) if adapted is not None and adapted.halves else layer
 
 
 def _by_transformers(
