@@ -270,7 +270,7 @@ def test_a_rank_measures_its_share_of_the_estimate(world, tmp_path, monkeypatch)
     kto = KTO(settings, model, examples, examples, tmp_path / "cache.safetensors")
     run = kto._log_probs
     monkeypatch.setattr(kto, "_log_probs", lambda b: computed.append(b.answers) or run(b))
-    monkeypatch.setattr(distributed, "mine", lambda items: items[::2])
+    monkeypatch.setattr(distributed, "mine", lambda items, size: items[::2])
     kto.evaluate()
     assert (len(examples), sum(computed)) == (18, 18)
 

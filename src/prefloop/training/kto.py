@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import DPOConfig
-from prefloop.data.batches import TokenBatch, pack_all, to_batches
+from prefloop.data.batches import TokenBatch, packed_length, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import masked_sum, segment_sum
 from prefloop.losses.preference import kto_loss
@@ -71,10 +71,17 @@ class KTO:
     def steps(self, start_step: int) -> Iterator[Step[WithEstimate]]:
         """See Method."""
         other = {id(e): m for e, m in zip(self.examples, self.mismatched, strict=True)}
-        for step in rows.supervised_steps(self.examples, self.config, self.policy, start_step):
-            partners = [other[id(e)] for batch in step.batches for e in batch.examples]
-            estimate = self._kl_estimate(partners)
-            yield Step([WithEstimate(batch, estimate) for batch in step.batches], step.tokens)
+        for chosen in rows.examples_of_steps(self.examples, self.config, start_step):
+            items = self._items(chosen, [other[id(e)] for e in chosen])
+            yield Step(items, sum(item.batch.tokens for item in items))
+
+    def _items(self, chosen: list[Example], partners: list[Example]) -> list[WithEstimate]:
+        """This rank's, of all ranks' rows and the mismatched answers that their KL is measured on;
+        each of the two is divided by its own tokens.
+        """
+        estimate = self._kl_estimate(distributed.mine(partners, packed_length))
+        batches = rows.own_batches(chosen, self.config, self.policy)
+        return [WithEstimate(batch, estimate) for batch in batches]
 
     def counts(self, item: WithEstimate) -> Mapping[str, float]:
         """Answers."""
@@ -127,13 +134,10 @@ class KTO:
         """See Method."""
 
     def evaluate(self) -> dict[str, float]:
-        """See Method; each rank measures its share of the estimate."""
+        """See Method."""
         if not self.eval_examples:
             return {}
-        estimate = self._kl_estimate(list(distributed.mine(self.eval_mismatched)))
-        mine = distributed.mine(self.eval_examples)
-        batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
-        items = [WithEstimate(batch, estimate) for batch in batches]
+        items = self._items(self.eval_examples, self.eval_mismatched)
         return evaluate(self, items, self.policy.device)
 
     @cached_property

@@ -19,7 +19,7 @@ from torch import Tensor
 from prefloop import distributed
 from prefloop.config import PPOConfig
 from prefloop.data import stream
-from prefloop.data.batches import TokenBatch, micro_batches, pack, pack_all
+from prefloop.data.batches import TokenBatch, micro_batches, pack, packed_length
 from prefloop.data.tokenize import Example, stop_token_ids
 from prefloop.errors import UserError
 from prefloop.generation.ahead import Ahead
@@ -44,7 +44,7 @@ from prefloop.training.reference import MovingReference, penalised_from
 from prefloop.training.rehearsal import Work
 from prefloop.training.roles import load_beside
 from prefloop.training.rollout import Asked, Rollouts, RunningScores, Sampler
-from prefloop.training.rows import Prompts, order_of, read_for_ppo
+from prefloop.training.rows import Prompts, order_of, own_batches, read_for_ppo
 from prefloop.training.start import divide, model_options, start
 
 CRITIC_WARMUP = 4
@@ -164,11 +164,11 @@ class PPO:
         return rollouts, metrics, samples
 
     def _asked(self, iteration: int, iterations: int) -> Asked:
-        """This rank's prompts of an iteration."""
+        """The prompts of an iteration."""
         drawn = order_of(self.prompts.examples, self.config.data, self.config.seed)
         count, seed = len(self.prompts.examples), self.config.seed
         rows = next(stream.step_rows(count, self._size, 1.0, iterations, seed, iteration, drawn))
-        return Asked(self.prompts.take(distributed.mine(rows)), seed * 1_000_003 + iteration)
+        return Asked(self.prompts.take(rows), seed * 1_000_003 + iteration)
 
     def _tokens(self, item: RolloutBatch | TokenBatch) -> int:
         """Tokens computed: PPO-ptx rows train the policy only."""
@@ -177,28 +177,29 @@ class PPO:
         return item.batch.tokens * (len(self.trained) - self.critic_alone)
 
     def _minibatch(self, iteration: int, number: int) -> list[RolloutBatch | TokenBatch]:
-        """Micro-batches of the iteration's step `number`."""
+        """This rank's micro-batches of the iteration's step `number`."""
         epoch, part = divmod(number, self.config.num_minibatches)
         seed = self.config.seed * 1_000_003 + iteration
         order = stream.epoch_order(self._size, seed, epoch)[part :: self.config.num_minibatches]
-        rank, world = distributed.rank(), distributed.world()  # who holds row i: rank i mod world
-        batches: list[RolloutBatch | TokenBatch] = []
-        batches += self._rollout_batches([i // world for i in order if i % world == rank])
+        batches: list[RolloutBatch | TokenBatch] = [*self._rollout_batches(order)]
         if self.ptx_examples and not self.critic_alone:
             step = iteration * self.steps_per_iteration + number
             count, size = len(self.ptx_examples), self.config.batch_size
             assert self.config.sft_data is not None
             drawn = order_of(self.ptx_examples, self.config.sft_data, self.config.seed)
             rows = next(stream.step_rows(count, size, 1.0, step + 1, self.config.seed, step, drawn))
-            mine = [self.ptx_examples[row] for row in distributed.mine(rows)]
-            batches += pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
+            batches += own_batches([self.ptx_examples[i] for i in rows], self.config, self.policy)
         return batches
 
     def _rollout_batches(self, prompts: Sequence[int]) -> list[RolloutBatch]:
-        """Micro-batches of some prompts' answers; each learns alone, so they may be split."""
+        """Micro-batches of this rank's of some prompts; their answers learn alone, so they may be
+        split.
+        """
         assert self.rollouts is not None
         k, most = self.config.samples_per_prompt, self.config.micro_batch_tokens
-        chosen = [self.rollouts.examples[i] for i in prompts]
+        examples = self.rollouts.examples
+        prompts = distributed.mine(prompts, lambda i: packed_length(examples[i]))
+        chosen = [examples[i] for i in prompts]
         rows = torch.tensor([i * k + j for i in prompts for j in range(k)], dtype=torch.long)
         batches = []
         padded = not all(model.packed for model in self.trained.values())
@@ -274,9 +275,8 @@ class PPO:
         """Answers to held-out prompts: score, KL, length."""
         if not self.eval_prompts.examples:
             return {}
-        mine = range(distributed.rank(), len(self.eval_prompts.examples), distributed.world())
-        prompts, running = self.eval_prompts.take(mine), replace(self.running)
-        return self.sampler.roll_out(Asked(prompts, 0), self.kl_coef, running, version=-1)[1]
+        asked, running = Asked(self.eval_prompts, 0), replace(self.running)
+        return self.sampler.roll_out(asked, self.kl_coef, running, version=-1)[1]
 
     @cached_property
     def fingerprint(self) -> str:

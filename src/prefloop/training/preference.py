@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefloop import distributed
 from prefloop.config import DPOConfig
-from prefloop.data.batches import TokenBatch, pack_all
+from prefloop.data.batches import TokenBatch
 from prefloop.data.tokenize import Example
 from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine
@@ -228,8 +227,7 @@ class Preference:
 
     def evaluate(self) -> dict[str, float]:
         """See Method."""
-        mine = distributed.mine(self.eval_examples)
-        batches = pack_all(mine, self.config.micro_batch_tokens, not self.policy.packed)
+        batches = rows.own_batches(self.eval_examples, self.config, self.policy)
         return evaluate(self, batches, self.policy.device)
 
     @cached_property

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefloop import distributed
 from prefloop.config import DPOConfig, PPOConfig, TrainingConfig
-from prefloop.data.batches import TokenBatch
+from prefloop.data.batches import TokenBatch, packed_length
 from prefloop.data.tokenize import Example
 from prefloop.errors import first_line
 from prefloop.files import write_atomic
@@ -120,7 +120,7 @@ def _log_probs(
         assert stored is not None
         return stored
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    mine = range(distributed.rank(), len(examples), distributed.world())
+    mine = distributed.my_places(map(packed_length, examples))
     spots = [spot for i in mine for spot in range(starts[i], starts[i + 1])]
     own = [examples[i] for i in mine]
     sums = torch.zeros(sum(sizes), device=model.device)

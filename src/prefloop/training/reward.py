@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefloop import distributed
 from prefloop.config import RewardConfig
-from prefloop.data.batches import TokenBatch, pack_all, to_batches
+from prefloop.data.batches import TokenBatch, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses import reward as losses
 from prefloop.losses.masked import Total
@@ -50,9 +49,7 @@ class Reward:
         self.config, self.scorer, self.examples = config, scorer, examples
         self.trained = {"scorer": scorer}
         self.total_steps = rows.total_steps(config, len(examples))
-        self.eval_batches = pack_all(
-            distributed.mine(eval_examples), config.micro_batch_tokens, not scorer.packed
-        )
+        self.eval_batches = rows.own_batches(eval_examples, config, scorer)
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""

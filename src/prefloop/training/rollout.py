@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefloop import distributed
 from prefloop.config import PPOConfig
-from prefloop.data.batches import TokenBatch, to_batches
+from prefloop.data.batches import TokenBatch, packed_length, to_batches
 from prefloop.data.tokenize import Example, with_answers
 from prefloop.generation.ahead import Ahead
 from prefloop.generation.protocol import RolloutEngine, Sample
@@ -50,32 +50,35 @@ class Rollouts:
 
     @cached_property
     def state(self) -> list[tuple[Any, ...]]:
-        """Each prompt of all ranks, in the order of the iteration's rows, with its tensors."""
+        """Each prompt with its tensors."""
         k = len(self.mask) // len(self.examples)
         tensors = [getattr(self, name) for name in TENSORS]
-        own = [
+        return [
             (
                 (e.prompt, e.answers, e.index, e.where),
                 [None if x is None else x[i * k : (i + 1) * k].clone() for x in tensors],
             )
             for i, e in enumerate(self.examples)
         ]
-        turns = zip_longest(*distributed.gather(own))
-        return [piece for turn in turns for piece in turn if piece is not None]
 
     @classmethod
     def from_state(cls, state: Sequence[tuple[Any, ...]]) -> Rollouts:
-        """This rank's share of what `state` gave, on however many ranks."""
-        own = distributed.mine(state)
+        """Of what `state` gave."""
         examples = tuple(
             with_answers(Example(tuple(p), (), (), index=i, where=w), answers)
-            for (p, answers, i, w), _ in own
+            for (p, answers, i, w), _ in state
         )
         columns = []
-        for parts in zip(*(tensors for _, tensors in own), strict=True):
+        for parts in zip(*(tensors for _, tensors in state), strict=True):
             rows = [row for part in parts if part is not None for row in part]
             columns.append(pad_sequence(rows, batch_first=True) if rows else None)
         return cls(examples, *columns)  # type: ignore[arg-type]
+
+    def of_all(self, places: Sequence[int]) -> Rollouts:
+        """Those of all ranks, in the order of the iteration's rows; `places` are this rank's."""
+        own = list(zip(places, self.state, strict=True))
+        pieces = dict(piece for part in distributed.gather(own) for piece in part)
+        return Rollouts.from_state([pieces[place] for place in sorted(pieces)])
 
 
 def padded(flat: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -167,7 +170,7 @@ class _Passes(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What an iteration samples answers to, on this rank."""
+    """What an iteration samples answers to, on all ranks."""
 
     prompts: Prompts
     seed: int
@@ -195,26 +198,27 @@ class Sampler:
         version: int,
         following: Asked | None = None,
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
-        """Samples, scores and weighs answers; returns them with metrics and readable samples.
+        """Samples, scores and weighs; returns all ranks' answers, metrics, readable samples.
 
         `version` numbers the policy's weights, which go on to sample answers to `following`.
         """
-        config, device, k = self.config, self.policy.device, self.config.samples_per_prompt
+        config, device, encoder = self.config, self.policy.device, self.policy.encoder
         # 1. Sample from the newest weights, or take what those before have sampled.
-        prompts, groups = asked_for.prompts, self._sample(asked_for, version, following)
-        examples = [
+        groups = self._sample(asked_for, version, following)
+        answered = [
             with_answers(example, [sample.tokens for sample in group])
-            for example, group in zip(prompts.examples, groups, strict=True)
+            for example, group in zip(asked_for.prompts.examples, groups, strict=True)
         ]
+        places = distributed.my_places(map(packed_length, answered))  # lengths are known now
+        examples = [answered[place] for place in places]
         # 2. Log-probs of policy and reference, and values, as the trainer computes them.
         log_probs, start, moved, values, after = self._forward_passes(examples)
         lengths = torch.tensor([len(answer) for e in examples for answer in e.answers])
         mask = torch.arange(log_probs.shape[1]) < lengths[:, None]
         # 3. Scores.
-        flat = [sample for group in groups for sample in group]
-        asked = [record for record in prompts.records for _ in range(k)]
-        encoder, pairs = self.policy.encoder, zip(asked, flat, strict=True)
-        texts = [encoder.said(row.prompt, sample.tokens) for row, sample in pairs]
+        flat = [sample for place in places for sample in groups[place]]
+        asked = [asked_for.prompts.records[place] for place in places for _ in groups[place]]
+        texts = [encoder.said(r.prompt, s.tokens) for r, s in zip(asked, flat, strict=True)]
         stopped = torch.tensor([sample.finish_reason == "stop" for sample in flat])
         scored = self.scorer(asked, texts, examples)
         raw = torch.tensor(scored.scores, dtype=torch.float32)
@@ -238,19 +242,15 @@ class Sampler:
         metrics |= score_means(scored.parts, len(flat), device)
         metrics |= distributed.sum_mapping(scored.cost, device)
         samples = [
-            {
-                "prompt": text_to_json(asked[i].prompt),
-                "completion": texts[i],
-                "score": float(raw[i]),
-                "weights_version": flat[i].weights_version,
-            }
+            {"prompt": text_to_json(asked[i].prompt), "completion": texts[i]}
+            | {"score": float(raw[i]), "weights_version": flat[i].weights_version}
             for i in range(0, len(flat), max(1, len(flat) // LOGGED_SAMPLES))
         ][:LOGGED_SAMPLES]
-        return rollouts, metrics, samples
+        return rollouts.of_all(places), metrics, samples
 
     def _sample(self, asked: Asked, version: int, following: Asked | None) -> list[list[Sample]]:
-        """Each prompt's answers, by the policy as it is now or, with `rollout_ahead`, as it was an
-        iteration ago.
+        """Each prompt's answers, of all ranks, by the policy as it is now or, with
+        `rollout_ahead`, as it was an iteration ago.
         """
         engine = self.engine
         groups = engine.take(version) if isinstance(engine, Ahead) else None
@@ -264,16 +264,19 @@ class Sampler:
         oldest = version - self.config.rollout_ahead
         versions = {sample.weights_version for group in groups for sample in group}
         assert all(oldest <= each <= version for each in versions), (version, versions)
-        return groups
+        turns = zip_longest(*distributed.gather(groups))
+        return [group for turn in turns for group in turn if group is not None]
 
     def _ask(self, asked: Asked, engine: RolloutEngine) -> list[list[Sample]]:
+        """Answers to this rank's prompts: every so many-th, for nobody knows their lengths yet."""
         sampling = Sampling(
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
             stop_token_ids=self.stop_token_ids,
         )
-        ids = [example.prompt for example in asked.prompts.examples]
-        places = [distributed.rank() + i * distributed.world() for i in range(len(ids))]
+        examples = asked.prompts.examples
+        places = range(distributed.rank(), len(examples), distributed.world())
+        ids = [examples[place].prompt for place in places]
         count = self.config.samples_per_prompt
         return engine.generate(ids, count, sampling, asked.seed, numbers=places)
 

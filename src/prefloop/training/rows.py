@@ -11,7 +11,7 @@ from prefloop import distributed, provenance, sources
 from prefloop.config import DPOConfig, PPOConfig, SFTConfig, TrainingConfig
 from prefloop.config.ranges import template_arguments
 from prefloop.data import split, stream
-from prefloop.data.batches import TokenBatch, pack_all
+from prefloop.data.batches import TokenBatch, pack_all, packed_length
 from prefloop.data.tokenize import Example, tokenize
 from prefloop.errors import UserError
 from prefloop.files import read_rows, write_jsonl
@@ -258,10 +258,10 @@ def total_steps(config: TrainingConfig, rows: int) -> int:
     return stream.total_steps(rows, config.batch_size, config.epochs, config.max_steps)
 
 
-def supervised_steps(
-    examples: Sequence[Example], config: TrainingConfig, model: LoadedModel, start_step: int
-) -> Iterator[Step[TokenBatch]]:
-    """The steps from `start_step` on; each rank takes its share of each step's rows."""
+def examples_of_steps(
+    examples: Sequence[Example], config: TrainingConfig, start_step: int
+) -> Iterator[list[Example]]:
+    """Those of each step from `start_step` on, of all ranks."""
     for rows in stream.step_rows(
         len(examples),
         config.batch_size,
@@ -271,6 +271,21 @@ def supervised_steps(
         start_step,
         order_of(examples, config.data, config.seed),
     ):
-        chosen = [examples[row] for row in distributed.mine(rows)]
-        batches = pack_all(chosen, config.micro_batch_tokens, not model.packed)
+        yield [examples[row] for row in rows]
+
+
+def own_batches(
+    examples: Sequence[Example], config: TrainingConfig, model: LoadedModel
+) -> list[TokenBatch]:
+    """Micro-batches of this rank's share: as many tokens as the others', or nearly."""
+    own = distributed.mine(examples, packed_length)
+    return pack_all(own, config.micro_batch_tokens, not model.packed)
+
+
+def supervised_steps(
+    examples: Sequence[Example], config: TrainingConfig, model: LoadedModel, start_step: int
+) -> Iterator[Step[TokenBatch]]:
+    """The steps from `start_step` on, on this rank."""
+    for chosen in examples_of_steps(examples, config, start_step):
+        batches = own_batches(chosen, config, model)
         yield Step(batches, sum(batch.tokens for batch in batches))

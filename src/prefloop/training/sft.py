@@ -7,9 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prefloop import distributed
 from prefloop.config import SFTConfig
-from prefloop.data.batches import TokenBatch, pack_all
+from prefloop.data.batches import TokenBatch
 from prefloop.data.tokenize import Example
 from prefloop.generation.engine import in_process
 from prefloop.generation.protocol import MakeEngine
@@ -43,9 +42,7 @@ class SFT:
         self.config, self.policy, self.examples = config, policy, examples
         self.trained = {"policy": policy}
         self.total_steps = rows.total_steps(config, len(examples))
-        self.eval_batches = pack_all(
-            distributed.mine(eval_examples), config.micro_batch_tokens, not policy.packed
-        )
+        self.eval_batches = rows.own_batches(eval_examples, config, policy)
 
     def steps(self, start_step: int) -> Iterator[Step[TokenBatch]]:
         """See Method."""
