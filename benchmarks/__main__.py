@@ -2,11 +2,11 @@
 
 Every side is a process of its own, peers in venvs of their own that are made here. The first turn
 of each warms it up and must give the same loss; then the sides take turns, A B A B, and the ratio
-of the medians is printed with the lowest and highest ratio of neighbouring turns. `coverage`,
-`gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`, `optimizers`, `paint`,
-`planning`, `ranks` and `startup` measure prefloop alone, `scaling` simulates many GPUs, `health`
-reads runs that are there; `python -m benchmarks.cuda` measures what needs a GPU. JSON goes to
-build/benchmarks/.
+of the medians is printed with the lowest and highest ratio of neighbouring turns. `balance`,
+`coverage`, `gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`,
+`optimizers`, `paint`, `planning`, `ranks` and `startup` measure prefloop alone, `scaling` simulates
+many GPUs, `health` reads runs that are there; `python -m benchmarks.cuda` measures what needs a
+GPU. JSON goes to build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    balance,
     coverage,
     gpus,
     gradients,
@@ -43,6 +44,7 @@ from benchmarks.work import WORKS
 from prefloop import provenance
 
 ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "balance": balance.measure,
     "coverage": coverage.measure,
     "gpus": gpus.measure,
     "gradients": gradients.measure,

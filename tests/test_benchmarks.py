@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import compare, gradients, growth, llama_side, margins, optimizers, startup
+from benchmarks import balance, compare, gradients, growth, llama_side, margins, optimizers, startup
 from benchmarks.ceilings import model_flops, weight_bytes
 from benchmarks.meter import MARK
 from benchmarks.sides import Form, forms
 from benchmarks.work import WORKS, Work, write_rows
 
+from prefloop import distributed
 from prefloop.labelling.export import read_records
 from prefloop.models.load import load_policy
 from prefloop.models.weights import Storage
@@ -238,6 +239,13 @@ def test_llamas_side_stops_and_counts():
 def test_llamas_side_ends_at_the_most_tokens():
     work = Work("generate", 1, (1, 1), (4, 4), 1)
     assert llama_side.generate(CountingEngine(), work, [[1]], frozenset({0})) == 4
+
+
+def test_the_heaviest_rank_by_hand():
+    """In turn 8 and 2 tokens, at best 5 and 5; of 5 rows two steps of 2 are full."""
+    assert balance.ratio([4, 1, 4, 1], 2, balance.in_turn) == 8 / 5
+    assert balance.ratio([4, 1, 4, 1], 2, distributed.shares) == 1
+    assert balance.ratios([3] * 5, 2, 2, balance.in_turn) == [1, 1]
 
 
 def test_padded_pairs_by_hand():

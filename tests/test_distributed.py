@@ -53,6 +53,22 @@ def test_ranks_on_the_cpu_share_it(monkeypatch):
     assert device(monkeypatch, "auto", 1) == torch.device("cpu")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "expected"),
+    [
+        # 7, 5 and 4; then 3 beside 4 and 3 beside 5; the ones beside 7 and 7: 8 tokens each
+        ([7, 1, 5, 3, 3, 4, 1], 3, [[0, 1], [2, 4], [3, 5, 6]]),
+        ([2, 9], 4, [[1], [0], [], []]),
+        ([5] * 5, 2, [[0, 2, 4], [1, 3]]),
+        ([0] * 4, 2, [[0, 2], [1, 3]]),
+        ([3, 1, 2], 1, [[0, 1, 2]]),
+        ([], 2, [[], []]),
+    ],
+)
+def test_rows_are_divided_by_size(sizes, ranks, expected):
+    assert distributed.shares(sizes, ranks) == expected
+
+
 def test_gradients_are_summed_as_one_by_one(tmp_path):
     """To the bit; zeros stand in where one rank has none, and what no rank has stays away."""
     outcomes = on_ranks(2, "-m", "tests.sums_on_rank", str(tmp_path))

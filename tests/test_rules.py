@@ -35,12 +35,12 @@ BUDGETS = {
     "models": 3630,
     "generation": 1600,
     "rewards": 1100,
-    "training": 4665,
+    "training": 4685,
     "evaluation": 3600,
     "recipes": 2925,
     "labelling": 5100,
     "console": 800,
-    "": 4350,
+    "": 4370,
 }
 """Lines of each folder that are not blank; the last is for the rest. What raised them:
 rest: 4,230, settings of ranks; 2,200, ranges beside settings and one door for rows; 2,650,
@@ -70,7 +70,8 @@ several processes;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files; 3,200, no room for an export, a broken shard named;
 3,225, all linear layers and others; 3,630, models divided among ranks and their export;
-training also: 4,630, slices in checkpoints; 4,665, a line where none can save."""
+training also: 4,630, slices in checkpoints; 4,665, a line where none can save; 4,685, rows divided
+by tokens, as in the rest (4,370)."""
 
 
 def line_count(path):
