@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browser.test_page import screen
+from tests.browser.test_labelling import WIDTHS, screen
 from tests.labelling.small import rows
 from tests.labelling.web.hostile import RUN, hostile_strings
 
@@ -74,14 +74,15 @@ def test_500_strings_are_inert(serve, enter, width, every):
         check_inert(watched, server, [])
 
 
-def test_names_comments_and_guidelines_are_inert_too(serve, enter, tmp_path):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_names_comments_and_guidelines_are_inert_too(serve, enter, tmp_path, width):
     attack = f"<img src=x onerror={RUN}><script>{RUN}</script>"
     (tmp_path / "rules.md").write_text(attack)
     hostile = [row | {"prompt": attack} for row in rows(2)]
     server = serve(hostile, guidelines=tmp_path / "rules.md", project=attack)
     with server.store.write() as t:
         t.put_labeller(attack, "admin", "token-eve")
-    watched = enter(server, "eve")
+    watched = enter(server, "eve", **screen(width))
     page = watched.page
     page.locator(".answer").first.wait_for()
     check_inert(watched, server, ["/static/label.js"])

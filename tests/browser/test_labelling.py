@@ -1,13 +1,32 @@
 """People's work in a real browser: rank, tie, skip, undo, reload; keys, mouse, touch, phone."""
 
 import json
+import time
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from tests.labelling.small import rows
 
+WIDTHS = [390, 1280, 1920]
+LOCALES = {360: "en-GB", 390: "ko-KR", 1280: "en-GB", 1920: "ko-KR"}
+LATIN = """() => {
+  const texts = [...document.querySelectorAll("body, body *")].flatMap((e) => [
+    ...(e.closest("script, .turn, .text, code, textarea") ? [] : e.childNodes),
+    ...["aria-label", "title", "placeholder"].map((name) => e.getAttributeNode(name))])
+    .filter((n) => n && n.nodeType !== Node.ELEMENT_NODE).map((n) => n.nodeValue);
+  return [document.title, ...texts].flatMap((text) => text.match(/[a-z]{2,}/gi) ?? []);
+}"""
+# Names of ours and of keys, which no language changes.
+PLAIN = {
+    *("prefloop", "main", "prompt", "ann", "bob", "boss"),
+    *("Backspace", "Enter", "Shift", "UTC"),
+}
 ORDERS = "SELECT n.tiers, a.shown FROM annotations n JOIN assignments a ON a.id = n.assignment_id"
+
+
+def screen(width, height=900):
+    return {"viewport": {"width": width, "height": 844 if width < 600 else height}}
 
 
 def ready(page, answers=3):
@@ -25,6 +44,30 @@ def press(page, keys):
         page.keyboard.press(key)
 
 
+def go_on(page, keys):
+    """Press them, and wait until the page tells another count of what is done."""
+    before = page.locator("#progress").inner_text()
+    press(page, keys)
+    page.wait_for_function(
+        "(before) => document.querySelector('#progress').innerText !== before", arg=before
+    )
+
+
+def foreign(page):
+    """Words in Latin letters that the page itself says: not texts to judge, code and scripts."""
+    return set(page.evaluate(LATIN))
+
+
+def is_saved(values):
+    """Whether a response is that to the draft with these places or ratings."""
+
+    def found(response):
+        sent = response.request.post_data if response.url.endswith("/api/draft") else None
+        return sent is not None and json.loads(sent)["draft"]["values"] == values
+
+    return found
+
+
 def stored(server):
     """Tiers by places shown, in the order of submission."""
     found = []
@@ -39,17 +82,19 @@ def check_accessible(page):
     assert found.violations_count == 0, found.generate_report()
 
 
-def test_two_people_at_once(serve, enter):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_two_people_at_once(serve, enter, width):
     """They rank, tie, skip and undo, each with tasks of their own; a reload changes nothing."""
     server = serve(rows(6))
-    ann, bob = enter(server, "ann").page, enter(server, "bob").page
+    ann, bob = (enter(server, name, **screen(width)).page for name in ("ann", "bob"))
     ready(ann)
     ready(bob)
     first = ann.locator(".answer").all_inner_texts()
     assert first != bob.locator(".answer").all_inner_texts()
-    press(ann, "2 1 3")
+    with ann.expect_response(is_saved([2, 1, 3])):
+        press(ann, "2 1 3")
     press(bob, "1 1 1")
-    ann.wait_for_timeout(700)  # the draft is saved
+    ann.evaluate("localStorage.clear()")  # what the server has must do
     ann.reload()
     ready(ann)
     assert ann.locator(".answer").all_inner_texts() == first
@@ -77,9 +122,10 @@ def test_two_people_at_once(serve, enter):
     assert server.select("SELECT taken, done FROM tasks WHERE done > 0") == [(1, 1), (1, 1)]
 
 
-def test_by_keyboard_alone(serve, enter):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_by_keyboard_alone(serve, enter, width):
     server = serve(rows(4))
-    page = enter(server, "ann").page
+    page = enter(server, "ann", **screen(width)).page
     ready(page)
     press(page, "Enter")
     told(page, "Place every answer first")
@@ -127,8 +173,9 @@ def test_all_bad_places_the_rest_last(serve, enter):
     assert server.select("SELECT all_bad FROM annotations") == [(1,)]
 
 
-def drag(page, letter, slot):
-    chip = page.locator("#bar .chip", has_text=letter)
+def drag(page, letter, slot, held="#bar"):
+    """Drag the letter of an answer, held in the bar or (`.answer`) in the answer's head."""
+    chip = page.locator(f"{held} .chip", has_text=letter)
     chip.scroll_into_view_if_needed()
     a, b = chip.bounding_box(), slot.bounding_box()
     page.mouse.move(a["x"] + a["width"] / 2, a["y"] + a["height"] / 2)
@@ -152,40 +199,71 @@ def test_by_mouse(serve, enter):
     assert stored(server) == [[[2], [1], [0]]]
 
 
-def test_on_a_phone_by_touch(serve, enter):
+def finger(page, letter, slot):
+    """Drag a letter of the bar with a finger, which rests before it lifts: nothing is flung."""
+    touch = page.context.new_cdp_session(page)
+    a, b = (x.bounding_box() for x in (page.locator("#bar .chip", has_text=letter), slot))
+    start = (a["x"] + a["width"] / 2, a["y"] + a["height"] / 2)
+    end = (b["x"] + b["width"] / 2, b["y"] + b["height"] / 2)
+    way = [tuple(p + (q - p) * n / 4 for p, q in zip(start, end, strict=True)) for n in range(5)]
+    began = time.time() - 5  # the events' own clock: seven steps of half a second
+    steps = [
+        ("touchStart", way[0]),
+        *(("touchMove", at) for at in [*way[1:], end]),
+        ("touchEnd", ()),
+    ]
+    for n, (kind, at) in enumerate(steps):
+        points = [{"x": at[0], "y": at[1]}] if at else []
+        event = {"type": kind, "touchPoints": points, "timestamp": began + n / 2}
+        touch.send("Input.dispatchTouchEvent", event)
+    touch.detach()
+
+
+@pytest.mark.parametrize("width", [360, *WIDTHS])
+def test_by_touch(serve, enter, width):
     server = serve(rows(2, answers=4))
-    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-    page = enter(server, "ann", **phone).page
+    touched = {**screen(width), "has_touch": True, "is_mobile": width < 600}
+    page = enter(server, "ann", **touched).page
     ready(page, 4)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     for n, value in enumerate("3124"):
         page.locator(f"[name=value-{n}][value='{value}']").tap()
+    finger(page, "D", page.locator("[data-gap='0']"))
+    told(page, "Answer D: place 1")
+    finger(page, "B", page.locator("[data-gap='3']"))
+    told(page, "Answer B: place 3")
+    assert page.evaluate("scrollX") == 0  # a finger on a letter moves the letter alone
+    page.locator("#flag").tap()
+    page.get_by_role("group", name="Answer C").get_by_label("harmful").tap()
+    page.get_by_role("button", name="Close").tap()
+    assert "harmful" in page.locator(".answer").nth(2).inner_text()
+    check_accessible(page)
     page.get_by_role("button", name="Submit").tap()
     told(page, "Submitted")
-    assert stored(server) == [[[1], [2], [0], [3]]]
-    check_accessible(page)
+    assert stored(server) == [[[3], [2], [1], [0]]]
 
 
-@pytest.mark.parametrize(
-    ("keys", "tiers"), [("1", [[0], [1]]), ("2", [[1], [0]]), ("3", [[0, 1]]), ("a", [[0, 1]])]
-)
-def test_pairs(serve, enter, keys, tiers):
-    server = serve(rows(2, answers=2), mode="pairwise")
-    page = enter(server, "ann").page
-    ready(page, 2)
-    press(page, f"{keys} d d Enter")
-    if keys == "3":  # a tie of all is asked once
-        told(page, "All answers tie")
-        press(page, "Enter")
-    told(page, "Submitted")
-    assert stored(server) == [tiers]
-    assert server.select("SELECT strength, all_bad FROM annotations") == [(2, keys == "a")]
-    check_accessible(page)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pairs(serve, enter, width):
+    said = {"1": [[0], [1]], "2": [[1], [0]], "3": [[0, 1]], "a": [[0, 1]]}
+    server = serve(rows(4, answers=2), mode="pairwise")
+    page = enter(server, "ann", **screen(width)).page
+    for done, key in enumerate(said, start=1):
+        ready(page, 2)
+        press(page, f"{key} d d Enter")
+        if key == "3":  # a tie of all is asked once
+            told(page, "All answers tie")
+            press(page, "Enter")
+        page.locator("#progress", has_text=f"{done} done").wait_for()
+    assert stored(server) == [*said.values()]
+    stands = "SELECT strength, all_bad FROM annotations ORDER BY id"
+    assert server.select(stands) == [(2, key == "a") for key in said]
 
 
-def test_ratings(serve, enter):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_ratings(serve, enter, width):
     server = serve(rows(2), mode="rating")
-    page = enter(server, "ann").page
+    page = enter(server, "ann", **screen(width)).page
     ready(page)
     press(page, "7 2 2 Enter")
     told(page, "Submitted")
@@ -199,8 +277,7 @@ def test_ratings(serve, enter):
     check_accessible(page)
 
 
-@pytest.mark.parametrize("locale", ["en-GB", "ko-KR"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("width", "locale"), LOCALES.items())
 def test_axe_finds_nothing(serve, enter, tmp_path, locale, width):
     (tmp_path / "rules.md").write_text("Prefer **true** answers.\n\n- short\n- kind")
     server = serve(rows(3, answers=9), guidelines=tmp_path / "rules.md")
@@ -242,8 +319,8 @@ def test_a_session_that_ends_keeps_the_draft(serve, enter):
     watched = enter(server, "ann")
     page = watched.page
     ready(page)
-    press(page, "3 2")
-    page.wait_for_timeout(700)
+    with page.expect_response(is_saved([3, 2, None])):
+        press(page, "3 2")
     with server.store.write() as t:
         t.connection.exec_driver_sql("DELETE FROM sessions")
     press(page, "1 Enter")

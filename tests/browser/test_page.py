@@ -5,10 +5,21 @@ import pytest
 from prefloop.config.labelling import LabelBackupConfig, LabelExportConfig
 from prefloop.files import read_rows
 from prefloop.labelling import backup, export
-from tests.browser.test_labelling import check_accessible, drag, press, ready, stored, told
+from tests.browser.test_labelling import (
+    PLAIN,
+    WIDTHS,
+    check_accessible,
+    drag,
+    foreign,
+    go_on,
+    press,
+    ready,
+    screen,
+    stored,
+    told,
+)
 from tests.labelling.small import open_store, put, rows
 
-WIDTHS = [390, 1280, 1920]
 LONG = "\n\n".join(f"Paragraph {n}. " + "Tea is made with care. " * 12 for n in range(20))
 CHAT = [{"role": role, "content": LONG} for role in ("user", "assistant", "user")]
 
@@ -23,10 +34,6 @@ UNCOVERED = """(card) => {
   return [0.2, 0.5].every((at) =>
     card.contains(document.elementFromPoint(left + width / 2, from + at * (to - from))));
 }"""
-
-
-def screen(width, height=900):
-    return {"viewport": {"width": width, "height": 844 if width < 600 else height}}
 
 
 def long_tasks(count=3, answers=4):
@@ -154,7 +161,7 @@ def test_an_answer_goes_between_others_which_move_along(serve, enter, width):
     told(page, "Answer D: place 2")
     drag(page, "C", page.locator("[data-gap='0']"))
     assert bar_order(page) == ["C", "A", "D", "B"]
-    drag(page, "A", page.locator("[data-gap='3']"))
+    drag(page, "A", page.locator("[data-gap='3']"), held=".answer")
     assert bar_order(page) == ["C", "D", "A", "B"]
     press(page, "k k k k")
     drag(page, "B", page.locator("[data-place='2']"))  # onto D: a tie
@@ -189,11 +196,11 @@ def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, 
     assert bar < 0.35
     kbd = page.locator("#bar button kbd").evaluate_all("all => all.map((e) => e.textContent)")
     assert kbd == ["Enter", "U", "S", "F"]
-    if width >= 1200:  # two by two
-        lefts = page.locator(".answer").evaluate_all(
-            "all => all.map((e) => Math.round(e.getBoundingClientRect().left))"
-        )
-        assert lefts[0] == lefts[2] < lefts[1] == lefts[3]
+    lefts = page.locator(".answer").evaluate_all(
+        "all => all.map((e) => Math.round(e.getBoundingClientRect().left))"
+    )
+    assert lefts[0] == lefts[2] <= lefts[1] == lefts[3]
+    assert (lefts[0] < lefts[1]) == (width >= 1200)  # two by two, or one below the other
 
 
 MODES = {
@@ -263,6 +270,9 @@ def test_practice_teaches_then_own_work_can_be_changed(serve, enter, tmp_path, w
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     said = page.locator("td:first-of-type").all_inner_texts()
     assert said == ["Skipped.", "C > B > A", "A > B > C (practice)"]
+    page.get_by_role("link", name="Skipped").click()
+    assert page.locator("td:first-of-type").all_inner_texts() == ["Skipped."]
+    page.get_by_role("link", name="All").click()
     page.get_by_role("link", name="Change").nth(1).click()
     ready(page)
     assert values(page) == [3, 2, 1]
@@ -295,31 +305,41 @@ def test_differences_of_near_equal_answers(serve, enter, width):
     assert page.locator(".answer .text").all_inner_texts() == shown
 
 
-@pytest.mark.parametrize("locale", ["en-GB", "ko-KR"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_in_any_mode(serve, enter, tmp_path, locale, scheme):
+LIGHT_OR_DARK = {"light": [(360, "en"), (390, "ko"), (1280, "en"), (1920, "ko")]}
+LIGHT_OR_DARK["dark"] = [(360, "ko"), (390, "en"), (1280, "ko"), (1920, "en")]
+
+
+@pytest.mark.parametrize(
+    ("width", "locale", "scheme"),
+    [(*look, scheme) for scheme, looks in LIGHT_OR_DARK.items() for look in looks],
+)
+def test_axe_finds_nothing_in_any_mode(serve, enter, tmp_path, width, locale, scheme):
     code = "```py\n# x\nif 1: 'a'\n```\n`b`\n\n|a|\n|-|\n|b|"
     data = [row | {"completions": [code, code + "2"]} for row in rows(1)]
     server = serve(data, mode="rating")
     for mode in ("pairwise", "ranking"):
         put(tmp_path, data, project=mode, mode=mode)
-    page = enter(server, "ann", locale=locale, color_scheme=scheme, **screen(360)).page
+    page = enter(server, "ann", locale=locale, color_scheme=scheme, **screen(width)).page
     for _ in range(3):
         ready(page, 2)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         press(page, "f")
         page.locator("#flag-boxes input").nth(5).check()
         press(page, "Escape 1 c v")
         check_accessible(page)
         press(page, "v a")
-        page.locator("#more").click()
+        if width < 600:
+            page.locator("#more").click()
         check_accessible(page)
+        if locale == "ko":
+            assert foreign(page) <= {"English", *MODES, *PLAIN}
         page.locator("#answers").click()
-        press(page, "Enter")
-        page.wait_for_timeout(200)
+        go_on(page, "Enter")
     page.locator("#controls").wait_for(state="hidden")
     page.goto(server.url + "/mine")
     check_accessible(page)
+    if locale == "ko":
+        assert foreign(page) <= {*MODES, *PLAIN}
 
 
 @pytest.mark.parametrize("width", WIDTHS)

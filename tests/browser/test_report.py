@@ -10,8 +10,7 @@ from prefloop.evaluation.comparison import Comparison, Point
 from prefloop.evaluation.pairs import Scored, all_pairs
 from prefloop.evaluation.report import render
 from prefloop.evaluation.run_report import run
-from tests.browser.test_labelling import check_accessible
-from tests.browser.test_page import WIDTHS, screen
+from tests.browser.test_labelling import WIDTHS, check_accessible, screen
 from tests.evaluation.test_report import answered, near, way
 from tests.evaluation.test_run_report import make_run
 from tests.labelling.web.hostile import hostile_strings
