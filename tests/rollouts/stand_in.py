@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prefloop.models.adapters import quiet
@@ -33,7 +33,10 @@ def sound(*_: Any) -> None:
 
 
 class StandIn:
-    """One server; `tunable` is VLLM_SERVER_DEV_MODE, `adapters` runtime loading of LoRA."""
+    """One server; `tunable` is VLLM_SERVER_DEV_MODE, `adapters` runtime loading of LoRA.
+
+    On the CPU its head is a copy, which vLLM 0.32 renews only by what is stored under its name.
+    """
 
     def __init__(
         self,
@@ -43,13 +46,14 @@ class StandIn:
         tunable: bool = True,
         adapters: bool = True,
         port: int = 0,
+        device: str = "cuda",
     ) -> None:
         self.folder, self.fault, self.mode = folder, fault, mode
         self.tunable, self.adapters = tunable, adapters
         self.asked: list[dict[str, Any]] = []  # completions
         self.paths: list[str] = []
         self.read: list[Path] = []  # folders of weights and adapters
-        self.port = port
+        self.port, self.device = port, device
         self.lock = threading.Lock()
         self.start()
 
@@ -60,6 +64,8 @@ class StandIn:
     def start(self) -> None:
         self.dead = threading.Event()
         self.base = AutoModelForCausalLM.from_pretrained(self.folder, dtype="float32").eval()
+        if self.device == "cpu":
+            self.base.lm_head = copy.deepcopy(self.base.lm_head)
         self.loaded: dict[str, Any] = {}
         self.version, self.paused = "default", False
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler())
@@ -105,6 +111,8 @@ class StandIn:
         if path == "/update_weight_version":
             self.version = body["new_version"]
             return {"success": True}
+        if path == "/server_info":
+            return {"vllm_config": f"dtype=torch.float32, device_config={self.device}, seed=0"}
         if path == "/reset_prefix_cache":
             return {"success": True}
         if path == "/collective_rpc":
@@ -112,7 +120,8 @@ class StandIn:
             folder = body["kwargs"]["weights_path"]
             self.read.append(Path(folder))
             # Not by `from_pretrained`: it alters a class meanwhile, for all threads.
-            load_model(self.base, Path(folder) / "model.safetensors")
+            told = load_file(Path(folder) / "model.safetensors")
+            assert not self.base.load_state_dict(told, strict=False).unexpected_keys
             return {"results": [None]}
         return 404
 

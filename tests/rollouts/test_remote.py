@@ -144,6 +144,21 @@ def test_new_weights_answer_also_from_servers_that_were_started_again(
     assert len(kept) == 2
 
 
+def test_a_head_that_is_tied_and_packed_is_renewed(folder: Path, tmp_path: Path) -> None:
+    """As vLLM holds it on the CPU; and nothing of it stays behind."""
+    place = tmp_path / "tied"
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    model = perturbed(policy(place), seed=3)
+    for device, loads in (("cpu", 2), ("cuda", 1)):
+        with serving(place, device=device) as (server,):
+            engine = remote(model, [server], tmp_path / "weights")
+            engine.sync(model, 0)
+            require_all_by(model, engine.generate(PROMPTS, 2, SAMPLING, seed=1))
+            assert len(server.read) == loads
+            assert list((tmp_path / "weights").iterdir()) == server.read[:1]
+
+
 @pytest.mark.slow
 def test_an_adapter_is_asked_for_by_its_version(folder: Path, tmp_path: Path) -> None:
     model = perturbed(policy(folder, lora_rank=2), seed=5)

@@ -12,7 +12,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from prefloop.errors import UserError
 from prefloop.generation.sampler import Sampling
@@ -21,6 +26,7 @@ from prefloop.http_json import Again, Denied, Refused, exchange
 KEY = "PREFLOOP_ROLLOUT_API_KEY"
 QUICK = 30.0  # seconds for what computes nothing
 COLDEST = 0.01  # vLLM samples at no lower temperature
+VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 NONE = -9999.0  # what vLLM tells instead of a log-prob of minus infinity
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Said in each request: a server takes other values from the model's generation_config.json."""
@@ -147,8 +153,9 @@ class Server:
             self._post("/update_weight_version", {"new_version": mark})
         elif held not in (None, mark):
             self._post("/pause", {})
-            call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-            self._load("/collective_rpc", call, folder, "is it a folder that it sees, too?")
+            self._reload(folder)
+            if AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings:
+                self._reload_tied_head(folder)
             if not self._post("/reset_prefix_cache", {})["success"]:
                 raise Again("its prefix cache could not be emptied")
             self._post("/update_weight_version", {"new_version": mark})
@@ -157,6 +164,31 @@ class Server:
             self._put_adapter(weights, before)
         if self.processed is None:
             self.processed = self._gives_processed(weights)
+
+    def _reload(self, folder: str) -> None:
+        call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        self._load("/collective_rpc", call, folder, "is it a folder that it sees, too?")
+
+    def _reload_tied_head(self, folder: str) -> None:
+        """On a CPU vLLM multiplies by packed copies, and packs a head anew only where it is loaded
+        by its name: else answers would be by new weights and the old head.
+        """
+        info = exchange(f"{self.url}/server_info", None, self.timeout, self._key)
+        if "device_config=cpu" not in info["vllm_config"]:
+            return
+        path, heads = Path(folder), {}
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, "pt") as stored:
+                names = [name for name in stored.offset_keys() if name.endswith(VOCABULARY)]
+                heads |= {name: stored.get_tensor(name) for name in names}
+        if any(name.endswith("lm_head.weight") for name in heads):
+            return
+        if len(heads) != 1:
+            told = f"its CPU takes the tied head of {folder} apart, and there are no embeddings"
+            raise UserError(f"{self}: {told}; start it on this folder")
+        with TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as place:
+            save_file({"lm_head.weight": heads.popitem()[1]}, f"{place}/model.safetensors")
+            self._reload(place)
 
     def _put_adapter(self, weights: Weights, before: str) -> None:
         ids = [card["id"] for card in self._cards()]
