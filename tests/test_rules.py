@@ -33,7 +33,7 @@ BUDGETS = {
     "losses": 700,
     "data": 1700,
     "models": 3630,
-    "generation": 1600,
+    "generation": 1605,
     "rewards": 1100,
     "training": 4685,
     "evaluation": 3600,
@@ -64,6 +64,7 @@ that wait until a checkpoint stands; 4,410, plans of ranks that share weights an
 of monitors, and what is too much told before anything loads;
 4,450, a damaged cache made again; 4,630, importance weights of
 answers that servers sample, and answers sampled ahead;
+generation: 1,605, a tied head that reaches servers on CPUs;
 recipes: 1,600, the demo and pipelines; 2,850, four uses on public data, split without leaks, with
 their judges; 2,880, the demo's use as a fifth, whose annotators are a judge; 2,925, stages in
 several processes;

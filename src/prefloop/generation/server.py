@@ -15,11 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig
 
-from prefloop.errors import UserError
+from prefloop.errors import UserError, first_line
 from prefloop.generation.sampler import Sampling
 from prefloop.http_json import Again, Denied, Refused, exchange
 
@@ -173,22 +174,26 @@ class Server:
         """On a CPU vLLM multiplies by packed copies, and packs a head anew only where it is loaded
         by its name: else answers would be by new weights and the old head.
         """
-        info = exchange(f"{self.url}/server_info", None, self.timeout, self._key)
-        if "device_config=cpu" not in info["vllm_config"]:
+        told = exchange(f"{self.url}/server_info", None, self.timeout, self._key)
+        if "device_config=cpu" not in told["vllm_config"]:
             return
-        path, heads = Path(folder), {}
+        path = Path(folder)
+        heads: dict[str, Tensor] = {}
         for file in path.glob("*.safetensors"):
             with safe_open(file, "pt") as stored:
-                names = [name for name in stored.offset_keys() if name.endswith(VOCABULARY)]
+                names = (name for name in stored.offset_keys() if name.endswith(VOCABULARY))
                 heads |= {name: stored.get_tensor(name) for name in names}
         if any(name.endswith("lm_head.weight") for name in heads):
             return
         if len(heads) != 1:
-            told = f"its CPU takes the tied head of {folder} apart, and there are no embeddings"
-            raise UserError(f"{self}: {told}; start it on this folder")
-        with TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as place:
-            save_file({"lm_head.weight": heads.popitem()[1]}, f"{place}/model.safetensors")
-            self._reload(place)
+            raise UserError(f"{self}: no embeddings in {folder}; start it on this folder")
+        try:
+            with TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as place:
+                save_file({"lm_head.weight": heads.popitem()[1]}, f"{place}/model.safetensors")
+                self._reload(place)
+        except (OSError, SafetensorError) as error:
+            told = f"{folder}: its tied head cannot be written beside it for {self}"
+            raise UserError(f"{told} ({first_line(error)}); make room there") from error
 
     def _put_adapter(self, weights: Weights, before: str) -> None:
         ids = [card["id"] for card in self._cards()]
