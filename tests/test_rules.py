@@ -37,7 +37,7 @@ BUDGETS = {
     "rewards": 1100,
     "training": 4685,
     "evaluation": 3600,
-    "recipes": 2925,
+    "recipes": 2935,
     "labelling": 5100,
     "console": 800,
     "": 4370,
@@ -67,7 +67,7 @@ answers that servers sample, and answers sampled ahead;
 generation: 1,605, a tied head that reaches servers on CPUs;
 recipes: 1,600, the demo and pipelines; 2,850, four uses on public data, split without leaks, with
 their judges; 2,880, the demo's use as a fifth, whose annotators are a judge; 2,925, stages in
-several processes;
+several processes; 2,935, their end by a signal;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files; 3,200, no room for an export, a broken shard named;
 3,225, all linear layers and others; 3,630, models divided among ranks and their export;

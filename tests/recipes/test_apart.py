@@ -93,6 +93,23 @@ def test_our_signals_end_it_and_it_saves_first(tmp_path, number, code, error):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_launcher_that_our_signal_ends_is_no_failure(tmp_path, code):
+    """torchrun's exit code is 1 then; and what was done before it heard has ended all the same."""
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    program = WAITS.format(name="SIGTERM", ready=str(ready), saved=str(saved), code=code)
+
+    def send():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
+    with pytest.raises(Terminated):
+        run_apart("fetch-model", CONFIG, tmp_path / "s.yaml", ending(program))
+    assert saved.exists()
+
+
 def test_ctrl_c_on_a_terminal_reaches_it_once(tmp_path):
     """A terminal sends SIGINT to the whole foreground group, in which only we are."""
     ready, saved = tmp_path / "ready", tmp_path / "saved"

@@ -1,7 +1,10 @@
 """Pipelines: stages in order, what has not changed is skipped, outdated output is moved aside."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from prefloop.config import RunConfig, SFTConfig
 from prefloop.config.ranges import Seed
 from prefloop.errors import UserError
 from prefloop.recipes.pipeline import Stage, fingerprint, run
+from prefloop.runs import newest_checkpoint
 from tests.training.small import write_world
 
 
@@ -158,6 +162,39 @@ def test_a_stage_trains_on_two_ranks_and_goes_on_to_the_next(tmp_path, monkeypat
     assert main(["run", "p.yaml"]) == 0
     for name in "ab":
         assert json.loads(Path(f"runs/p/{name}/run.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stage_on_two_ranks_that_is_terminated_saves_and_goes_on(tmp_path):
+    """The stage has no end of its own, so that each signal finds it at work."""
+    write_world(tmp_path)
+    rows = {"data": "sft.jsonl", "device": "cpu", "max_steps": 10**6, "batch_size": 2}
+    settings = rows | {"model": "model", "save_minutes": 0, "log_every": 1}
+    stage = {"name": "a", "command": "sft", "ranks": 2, "settings": settings}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"stages": [stage]}))
+    output, done = tmp_path / "runs/p/a", 0
+    for _ in range(2):
+        with (tmp_path / "said").open("w+") as said:
+            words = [sys.executable, "-m", "prefloop", "run", "p.yaml"]
+            process = subprocess.Popen(words, cwd=tmp_path, stderr=said)
+            while process.poll() is None and len(lines_of(output)) < done + 3:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 143, (tmp_path / "said").read_text()
+            assert (tmp_path / "said").read_text().splitlines()[-1] == "prefloop: terminated"
+        before, done = done, len(lines_of(output))
+        assert done >= before + 3
+        assert [line["step"] for line in lines_of(output)] == list(range(1, done + 1))
+        assert newest_checkpoint(output).name == f"step-{done}"
+    assert json.loads((tmp_path / "runs/p/pipeline.json").read_text())["a"]["status"] == "started"
+
+
+def lines_of(output):
+    """Whole lines of a run's metrics."""
+    path = output / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 @pytest.mark.parametrize(
