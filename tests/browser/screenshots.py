@@ -59,6 +59,17 @@ def history(folder, server):
     server.store.clock = clock
 
 
+# Whether two Korean letters look alike: then both are the box of a font that has neither.
+BOXES = """() => {
+  const [one, other] = ["한", "국"].map((letter) => {
+    const canvas = document.createElement("canvas");
+    canvas.getContext("2d").fillText(letter, 9, 9);
+    return canvas.toDataURL();
+  });
+  return one === other;
+}"""
+
+
 def main():
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         folder = Path(name)
@@ -69,6 +80,9 @@ def main():
         put(folder, asked, guidelines=folder / "guidelines.md", need=2)
         server = Server(folder)
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+        if chromium.new_page().evaluate(BOXES):
+            raise SystemExit("no Korean font: apt-get install fonts-noto-cjk, or such a one")
 
         def enter(who, width, height, locale="en-GB"):
             size = {"width": width, "height": height}

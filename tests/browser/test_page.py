@@ -27,6 +27,10 @@ IN_VIEW = """(selector) => {
   const { top, bottom } = document.querySelector(selector).getBoundingClientRect();
   return top >= 0 && bottom <= innerHeight;
 }"""
+SEEN = """(e) => {
+  const { left, bottom, width } = e.getBoundingClientRect();
+  return e.contains(document.elementFromPoint(left + width / 2, bottom - 3));
+}"""
 UNCOVERED = """(card) => {
   card.scrollIntoView({ block: "nearest" });
   const { left, top, bottom, width } = card.getBoundingClientRect();
@@ -184,6 +188,12 @@ def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, 
     press(page, "e f")
     page.get_by_role("group", name="Answer B").get_by_label("harmful").check()
     page.get_by_role("group", name="The whole task").get_by_label("false").check()
+    press(page, "Escape e 1 2 f")
+    page.get_by_role("group", name="Answer C").get_by_label("false").check()  # it grows
+    press(page, "Escape")
+    assert page.locator(".answer").nth(2).locator("label").last.evaluate(SEEN)
+    press(page, "e ?")
+    assert page.locator("#help").evaluate("help => help.scrollTop") == 0
     press(page, "Escape")
     for at in ("0", "document.body.scrollHeight / 2", "document.body.scrollHeight"):
         page.evaluate(f"scrollTo(0, {at})")
@@ -201,6 +211,10 @@ def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, 
     )
     assert lefts[0] == lefts[2] <= lefts[1] == lefts[3]
     assert (lefts[0] < lefts[1]) == (width >= 1200)  # two by two, or one below the other
+    ends = page.locator(".answer fieldset").evaluate_all(
+        "all => all.map((e) => Math.round(e.getBoundingClientRect().bottom))"
+    )
+    assert (ends[0] == ends[1]) == (width >= 1200)  # the flag above B's places moves A's along
 
 
 MODES = {
@@ -284,7 +298,8 @@ def test_practice_teaches_then_own_work_can_be_changed(serve, enter, tmp_path, w
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_differences_of_near_equal_answers(serve, enter, width):
-    answers = ["Boil the water\nand wait four minutes.", "Boil the water\nand wait five minutes."]
+    """The words that differ stand below the fold, where nobody would see them."""
+    answers = ["Boil the water\n" * 30 + f"and wait {n} minutes." for n in ("four", "five")]
     page = enter(
         serve([{"prompt": "Tea?", "completions": answers}], mode="pairwise"), "ann", **screen(width)
     ).page
@@ -292,6 +307,8 @@ def test_differences_of_near_equal_answers(serve, enter, width):
     shown = page.locator(".answer .text").all_inner_texts()
     press(page, "v")
     told(page, "compared with answer A")
+    texts = page.locator(".answer .text")
+    assert texts.evaluate_all("all => all.every((e) => e.scrollHeight <= e.clientHeight)")
     words = [next(w for w in ("four", "five") if w in text) for text in shown]
     assert page.locator("del").all_inner_texts() == [words[0]]
     assert page.locator("ins").all_inner_texts() == [words[1]]

@@ -376,6 +376,11 @@ function insert(n, at) {
 
 function tellPlace(n) {
   const value = work.values[n];
+  if (task.mode === "ranking") {
+    const own = [...document.querySelectorAll("#bar .chip")].find((made) => made.textContent === letter(n));
+    const [at, bar] = [own, $("order")].map((e) => e.getBoundingClientRect());
+    $("order").scrollLeft += Math.min(0, at.left - bar.left) + Math.max(0, at.right - bar.right);
+  }
   const text = value === null ? words["taken-back"] : words[`placed-${task.mode}`];
   say(text.replace("{answer}", letter(n)).replace("{place}", value));
 }
@@ -486,6 +491,7 @@ function toggleDifferences() {
   if (compared === null && far) return say(words["differences-long"]);
   compared = compared === null ? marked : null;
   showTexts();
+  if (compared !== null) fold(false); // a difference below the fold would not be seen
   say(compared === null ? words["raw-off"] : words["differences-on"].replace("{answer}", letter(compared)));
 }
 
@@ -668,6 +674,12 @@ function undo() {
     .catch((error) => say(reason(error)));
 }
 
+// From its top, though its one button, which has the focus, is at its end.
+function help() {
+  $("help").showModal();
+  $("help").scrollTop = 0;
+}
+
 // --- keys and buttons ----------------------------------------------------------------------------
 
 const KEYS = {
@@ -687,7 +699,7 @@ const KEYS = {
   f: () => $("flags").showModal(),
   c: () => cycle("confidence"),
   d: () => task.mode === "pairwise" && cycle("strength"),
-  "?": () => $("help").showModal(),
+  "?": help,
   Enter: () => send(false),
 };
 
@@ -715,8 +727,9 @@ $("submit").addEventListener("click", () => send(false));
 $("undo").addEventListener("click", () => task && undo());
 $("skip").addEventListener("click", () => send(true));
 $("flag").addEventListener("click", () => $("flags").showModal());
+$("flags").addEventListener("close", () => answerCard(marked).scrollIntoView({ block: "nearest" })); // flags moved it
 $("raw").addEventListener("click", toggleRaw);
-$("help-button").addEventListener("click", () => $("help").showModal());
+$("help-button").addEventListener("click", help);
 $("all-bad").addEventListener("change", (event) => allBad(event.target.checked));
 $("differences").addEventListener("click", toggleDifferences);
 $("back").addEventListener("click", () => load().catch((error) => say(reason(error))));
