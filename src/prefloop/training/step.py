@@ -30,6 +30,24 @@ class Outcome(NamedTuple):
     metrics: dict[str, float]
     norms: dict[str, float]  # of the gradients of each trained model, before clipping
 
+    @property
+    def finite(self) -> bool:
+        """Whether all losses and norms are numbers."""
+        return all(map(math.isfinite, (*self.losses.values(), *self.norms.values())))
+
+
+def first_of(ranks: range, has: Callable[[range], bool]) -> int | None:
+    """The first of the ranks that `has` something, known to be among them, by halves: with N ranks
+    log2(N) + 1 questions. None where no rank has it alone.
+
+    >>> first_of(range(8), lambda some: 5 in some or 6 in some)
+    5
+    """
+    while len(ranks) > 1:
+        half = ranks[: len(ranks) // 2]
+        ranks = half if has(half) else ranks[len(half) :]
+    return ranks[0] if has(ranks) else None
+
 
 def optimizer_step(
     method: Method[Any],
@@ -46,16 +64,23 @@ def optimizer_step(
     finite, NotFinite is raised and they do not. Where no rank has a batch nothing is done. The
     step's `number`, with seed and rank, says what adapters drop.
     """
-    optimizer.zero_grad()
     models, world = list(method.trained.values()), distributed.world()
     seed = (config.seed * 1_000_003 + number) * world + distributed.rank()
-    with adapter_dropout((model.module for model in models), models[0].device, seed):
-        outcome = gradients(method, batches, parameters, config)
+
+    def of(ranks: range) -> Outcome:
+        """What these ranks' batches give; all of the ranks come to it."""
+        optimizer.zero_grad()
+        own = batches if distributed.rank() in ranks else []
+        with adapter_dropout((model.module for model in models), models[0].device, seed):
+            return gradients(method, own, parameters, config)
+
+    outcome = of(range(world))
     if outcome.losses:
-        loss = outcome.losses["loss"]
-        if not all(map(math.isfinite, (loss, *outcome.norms.values()))):
-            norm = outcome.norms["grad_norm"]
-            raise NotFinite(f"the loss is {loss} and the gradient norm {norm}")
+        if not outcome.finite:
+            loss, norm = outcome.losses["loss"], outcome.norms["grad_norm"]
+            whose = first_of(range(world), lambda some: not of(some).finite) if world > 1 else None
+            where = "" if whose is None else f", for that of rank {whose}"
+            raise NotFinite(f"the loss is {loss} and the gradient norm {norm}{where}")
         before_update()
         optimizer.step()
     method.stepped(outcome.metrics)
