@@ -9,11 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import balance, compare, gradients, growth, llama_side, margins, optimizers, startup
+from benchmarks import (
+    balance,
+    compare,
+    gradients,
+    growth,
+    llama_side,
+    margins,
+    optimizers,
+    ranks,
+    ranks_side,
+    startup,
+)
 from benchmarks.ceilings import model_flops, weight_bytes
 from benchmarks.meter import MARK
 from benchmarks.sides import Form, forms
 from benchmarks.work import WORKS, Work, write_rows
+from safetensors.torch import load_file
 
 from prefloop import distributed
 from prefloop.labelling.export import read_records
@@ -120,6 +132,33 @@ def test_prefloops_side_takes_turns(name, form, models, rows):
 def test_transformers_side_takes_turns(form, models, rows):
     for turn in turns("transformers_side", "decode-8", rows(1), models, "float32", form):
         assert turn["tokens"] == WORKS["decode-8"].answer[1]
+
+
+SMALL = {"max_length": 32, "micro_batch_tokens": 64, "batch_size": 4, "dtype": "float32"}
+
+
+def test_one_process_holds_the_whole_model(models, tmp_path):
+    """Its weights as the file has them; as much of gradients, and twice as much of moments, beside
+    a step's number (float32) for each tensor.
+    """
+    settings = ranks.COMMON | SMALL | {"model": str(models / "policy")}
+    ranks_side.main(json.dumps(settings), str(tmp_path))
+    found = json.loads((tmp_path / "0.json").read_text())
+    sizes = [t.nbytes for t in load_file(models / "policy" / "model.safetensors").values()]
+    assert found["weights"] == found["gradients"] == sum(sizes)
+    assert found["moments"] == 2 * sum(sizes) + 4 * len(sizes)
+    assert found["rate"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_hold_half_each(models):
+    settings = ranks.COMMON | SMALL | {"model": str(models / "policy")}
+    found = ranks.on_ranks(settings, count=2, threads=1)
+    whole = sum(t.nbytes for t in load_file(models / "policy" / "model.safetensors").values())
+    assert found["weights"] == found["gradients"]
+    assert found["moments"] >= 2 * found["weights"]
+    assert whole / 2 <= found["weights"] <= 0.55 * whole
+    assert found["rate"] > 0
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from transformers import (
 
 from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.encoder import Encoder
-from prefloop.data.tokenize import Example, encode_prompt
+from prefloop.data.tokenize import Example, encode_prompt, with_answers
 from prefloop.errors import UserError
 from prefloop.files import read_rows
 from prefloop.generation.engine import Engine
@@ -27,7 +27,7 @@ from prefloop.models.heads import answer_log_probs
 from prefloop.models.load import load_scorer
 from prefloop.training import loop
 from prefloop.training.ppo import build
-from prefloop.training.rollout import RunningScores
+from prefloop.training.rollout import Rollouts, RunningScores, rollout_metrics
 from prefloop.training.start import start
 from tests.parity.plain import token_log_probs
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -683,3 +683,16 @@ def test_held_out_prompts_are_answered_and_change_nothing(world, tmp_path):
     assert kept == lines(tmp_path / "a")
     record = json.loads((tmp_path / "b" / "run.json").read_text())
     assert record["rows"]["eval_data"]["used"] == 9
+
+
+def test_metrics_are_summed_beyond_float32():
+    """2^24 + 1 nats, which float32 does not hold."""
+    log_probs, mask = torch.tensor([[-(2.0**24), -1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    none, example = torch.zeros(1, 2), with_answers(Example((1,)), [(2, 3)])
+    rollouts = Rollouts((example,), mask, log_probs, none, none, none, none)
+    ended = torch.tensor([True])
+    found = rollout_metrics(rollouts, none, none[:, 0], ended, -log_probs, 0.5, CPU)
+    assert found["objective/entropy"] == 2**24 + 1
+    assert found["objective/kl"] == -(2**24 + 1)
+    assert found["objective/rlhf_reward"] == (2**24 + 1) / 2
+    assert found["val/sampler_gap"] == (2**24 + 1) / 2

@@ -360,24 +360,25 @@ def rollout_metrics(
     lengths = mask.sum(1).float()
     answers = [answer for example in rollouts.examples for answer in example.answers]
     everyone = [a for part in distributed.gather(answers) for a in part]
+    wide = torch.float64  # all is on the CPU, and sums do not depend on which rank holds what
     sums = {
-        "objective/entropy": -(rollouts.log_probs * mask).sum(),
-        "objective/scores": scores.sum(),
+        "objective/entropy": -(rollouts.log_probs * mask).sum(dtype=wide),
+        "objective/scores": scores.sum(dtype=wide),
         "length_mean": lengths.sum(),
         "truncated": (~stopped).sum(),
         "tokens": lengths.sum(),
-        "gap": sampler_gap.mul(mask).sum(),
+        "gap": sampler_gap.mul(mask).sum(dtype=wide),
     }
     if start is not None and rollouts.ref_log_probs is not None:
         far, kl = (
-            k1(rollouts.log_probs - log_probs).mul(mask).sum()
+            k1(rollouts.log_probs - log_probs).mul(mask).sum(dtype=wide)
             for log_probs in (start, rollouts.ref_log_probs)
         )
         sums["objective/kl"] = far
         if rollouts.ref_log_probs is not start:
             sums["objective/kl_moving"] = kl
         sums["objective/non_score_reward"] = -kl_coef * kl
-        sums["objective/rlhf_reward"] = scores.sum() - kl_coef * kl
+        sums["objective/rlhf_reward"] = sums["objective/scores"] - kl_coef * kl
     totals = distributed.sum_mapping({k: float(v) for k, v in sums.items()}, device)
     tokens, gap = totals.pop("tokens"), totals.pop("gap")
     metrics = {name: total / len(everyone) for name, total in totals.items()}
