@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.overlap import measured
 
 from prefloop.config.checks import validate
 from prefloop.errors import UserError
@@ -16,6 +18,7 @@ from prefloop.generation.protocol import Prompts, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.training import ppo
 from tests.rollouts.copies import Copied
+from tests.rollouts.stand_in import serving
 from tests.training.small import REWARDS, config, lines, policy, write_world
 
 AHEAD: dict[str, Any] = {
@@ -78,6 +81,21 @@ def test_a_monitor_waits_for_what_is_being_sampled(world: Path, tmp_path: Path) 
         ppo.run(config("ppo", world, tmp_path / name, **AHEAD | extra), Copied)
     plain, watched = (lines(tmp_path / name, "samples.jsonl") for name in ("plain", "watched"))
     assert plain == watched
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_both(world: Path, tmp_path: Path) -> None:
+    with serving(world / "model") as (server,):
+        sizes = {"iterations": 3, "prompts": 2, "tokens": 3, "repeats": 1}
+        asked = Namespace(model=str(world / "model"), rollout_engine=server.url, **sizes)
+        told = measured(asked, tmp_path)
+        # 8 answers an iteration, and one to see what log-probs the server gives, in each run
+        assert len(server.asked) == 2 * (1 + 3 * 2 * 4)
+    seconds = told["seconds an iteration"]
+    (sampling,), (waits,), (ahead,) = (seconds[n] for n in ("sampling", "waits", "ahead"))
+    assert 0 < sampling < waits  # an iteration's sampling lies between two scorings
+    assert told["gain"] == pytest.approx(waits / ahead)
+    assert told["gain at most"] == pytest.approx(waits / max(sampling, waits - sampling))
 
 
 def test_what_was_begun_is_given_once_and_for_its_turn(world: Path) -> None:
