@@ -2,7 +2,7 @@
 
 The same PPO with answers sampled before each iteration and while the one before it trains, in turn,
 so that what else the machine does falls on both. The first iteration, which waits in both, is left
-out. A server that shares the trainer's cores gains nothing: give one on another machine or GPU.
+out. A server that shares the trainer's cores gains little: give one on another machine or GPU.
 """
 
 from __future__ import annotations
