@@ -24,7 +24,7 @@ from prefloop.labelling.store import Store
 from prefloop.labelling.web.app import create_app
 
 TURNS = 5
-SCREENS = {"phone": (360, 740), "desk": (1280, 900)}
+SCREENS = {"phone": (390, 844), "desk": (1280, 900), "wide": (1920, 900)}
 PAGES = (
     *("/", "/mine", "/guidelines?project=main&version=1", "/admin?project=main"),
     *(f"/admin/{name}?project=main" for name in ("tasks", "charts", "quality", "settings")),

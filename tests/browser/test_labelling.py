@@ -304,9 +304,10 @@ def test_axe_finds_nothing(serve, enter, tmp_path, locale, width):
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
 
 
-def test_what_was_done_survives_a_server_that_stops(serve, enter):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_was_done_survives_a_server_that_stops(serve, enter, width):
     server = serve(rows(2))
-    watched = enter(server, "ann")
+    watched = enter(server, "ann", **screen(width))
     page = watched.page
     ready(page)
     port = server.port
@@ -319,9 +320,10 @@ def test_what_was_done_survives_a_server_that_stops(serve, enter):
     watched.errors.clear()  # the browser notes each connection refused
 
 
-def test_a_session_that_ends_keeps_the_draft(serve, enter):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_session_that_ends_keeps_the_draft(serve, enter, width):
     server = serve(rows(1))
-    watched = enter(server, "ann")
+    watched = enter(server, "ann", **screen(width))
     page = watched.page
     ready(page)
     with page.expect_response(is_saved([3, 2, None])):
@@ -339,10 +341,11 @@ def test_a_session_that_ends_keeps_the_draft(serve, enter):
     watched.errors.clear()  # the browser notes the refused request
 
 
-def test_two_tabs(serve, enter):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_two_tabs(serve, enter, width):
     """The second tab's submission of the same task is refused; it goes on with what is open."""
     server = serve(rows(2))
-    watched = enter(server, "ann")
+    watched = enter(server, "ann", **screen(width))
     one = watched.page
     ready(one)
     two = one.context.new_page()
