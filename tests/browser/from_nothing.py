@@ -56,10 +56,11 @@ def follow(
                 shell, **settings, stderr=subprocess.PIPE, start_new_session=True
             )
             try:
-                wait_for(server)
-                rank(link)
+                if listens(server):
+                    rank(link)
             finally:
-                os.killpg(server.pid, signal.SIGINT)
+                if server.poll() is None:
+                    os.killpg(server.pid, signal.SIGINT)
                 _, said = server.communicate()
             code, printed = server.returncode, said
         else:
@@ -72,14 +73,17 @@ def follow(
         yield command, printed
 
 
-def wait_for(server: subprocess.Popen[str]) -> None:
-    """Until it takes connections."""
+def listens(server: subprocess.Popen[str]) -> bool:
+    """Wait until it takes connections; False where it ends before."""
     end = time.monotonic() + NOBODY_FOR
-    while server.poll() is None and time.monotonic() < end:
+    while server.poll() is None:
         with socket.socket() as caller:
             if caller.connect_ex(("127.0.0.1", PORT)) == 0:
-                return
+                return True
+        if time.monotonic() > end:
+            raise SystemExit(f"the server does not listen on {PORT} after {NOBODY_FOR:.0f} s")
         time.sleep(0.05)
+    return False
 
 
 def rank_all(page: Page, link: str) -> int:
