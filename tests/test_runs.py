@@ -270,6 +270,31 @@ def test_a_new_run_writes_over_nothing_that_is_not_a_runs(name, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
+def test_a_run_killed_before_its_record_was_there_can_begin_again(tmp_path, monkeypatch):
+    """It had written its settings, and other ones may be given then; a model there is kept."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(run):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_save", kill)
+        with pytest.raises(Killed):
+            Run.open(config(tmp_path), "sft")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {".lock", "config.yaml"}
+    run = Run.open(config(tmp_path, seed=7), "sft")
+    assert record(run)["seed"] == 7 and record(run)["resumed"] == 0
+    assert yaml.safe_load((run.directory / "config.yaml").read_text())["seed"] == 7
+    del run
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "model").mkdir()
+    with pytest.raises(UserError, match="holds model, and no run that it belongs to"):
+        Run.open(config(tmp_path), "sft")
+
+
 def test_a_mistake_takes_back_only_what_the_run_wrote(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

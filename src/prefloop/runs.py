@@ -323,9 +323,13 @@ def _new_record(config: TrainingConfig, command: str) -> dict[str, Any]:
 
 
 def _require_free(directory: Path) -> None:
-    """A new run must not write over what is not a run's."""
+    """A new run must not write over what is not a run's.
+
+    A lock without a record is of a run that was killed as it began; nothing of it is lost.
+    """
     check_folder(directory)
-    for name in (*BEFORE_STEP_1, *FROM_STEP_1):
+    begun = (directory / LOCK).exists()
+    for name in (*(() if begun else BEFORE_STEP_1), *FROM_STEP_1):
         if (directory / name).exists():
             raise UserError(
                 f"--output {directory} holds {name}, and no run that it belongs to; "
