@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,14 @@ def newest_sound(directory: Path) -> tuple[Path | None, dict[Path, str]]:
                 "that one, or remove it to begin anew"
             )
     return None, damaged
+
+
+def discard(path: Path) -> None:
+    """Removes a checkpoint; what a kill leaves of it is hidden, and `Run.go_on` removes that."""
+    hidden = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def pass_over(damaged: Mapping[Path, str], checkpoint: Path | None) -> None:

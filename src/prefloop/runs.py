@@ -34,6 +34,7 @@ from prefloop.files import append, check_folder, write_atomic
 from prefloop.resume import (
     checkpoint_step,
     checkpoints,
+    discard,
     flaw,
     named_checkpoint,
     newest_sound,
@@ -191,7 +192,7 @@ class Run:
             return
         for path in self.checkpoints.glob("step-*"):
             if checkpoint_step(path) > step:
-                shutil.rmtree(path)
+                discard(path)
         for path in self.checkpoints.glob(".step-*.tmp"):  # of one that was killed
             shutil.rmtree(path)
         for path, (text, kept) in self.lines_until(logged).items():

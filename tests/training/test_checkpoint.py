@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from prefloop import resume
 from prefloop.errors import UserError
 from prefloop.training import checkpoint
 from tests.training.small import lines, only_checkpoint, policy, train
@@ -83,3 +84,26 @@ def test_lora_checkpoints_hold_adapters_alone(command, world, tmp_path):
     whole = sum(p.numel() for p in policy(world).module.parameters())
     assert 0 < count < whole * len(trained) / 4
     assert state.stat().st_size < 12 * count + 40_000 + 1000 * sum(map(len, trained.values()))
+
+
+def test_an_old_checkpoint_that_a_kill_left_half_removed_is_none(tmp_path, monkeypatch):
+    """It has no name of a checkpoint by then; the next time its step goes, all of it goes."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(path, **_):
+        if path.exists():
+            (path / checkpoint.FILE).unlink()
+            raise Killed
+
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, 1, {"a": 1}, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.shutil, "rmtree", kill)
+        with pytest.raises(Killed):
+            checkpoint.save(folder, 2, {"a": 2}, keep=1)
+    assert [path.name for path in resume.checkpoints(tmp_path)] == ["step-2"]
+    assert sorted(path.name for path in folder.iterdir()) == [".step-1.old.tmp", "step-2"]
+    checkpoint.remove_all(folder)
+    assert not folder.exists()

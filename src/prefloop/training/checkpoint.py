@@ -23,7 +23,7 @@ from prefloop.models import adapters
 from prefloop.models.model import LoadedModel
 from prefloop.models.sharding import whole
 from prefloop.provenance import files_digest
-from prefloop.resume import checkpoint_step, seal
+from prefloop.resume import checkpoint_step, discard, seal
 from prefloop.training import slices
 
 FILE = "state.pt"
@@ -60,12 +60,13 @@ def save(
         if isinstance(error, OSError | RuntimeError | UserError):
             raise _unwritten(final, error) from error
         raise
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        discard(final)
     os.replace(temporary, final)
     fsync_folder(folder)
     complete = sorted(folder.glob("step-*"), key=checkpoint_step)
     for old in complete[:-keep]:
-        shutil.rmtree(old)
+        discard(old)
     return final
 
 
@@ -156,6 +157,9 @@ def _read(path: Path) -> dict[str, Any]:
 def remove_all(folder: Path) -> None:
     """Removes every checkpoint, and their folder if it holds nothing else."""
     for path in folder.glob("step-*"):
+        with contextlib.suppress(OSError):
+            discard(path)
+    for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
     take_best(None, folder)
     with contextlib.suppress(OSError):
