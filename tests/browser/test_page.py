@@ -31,6 +31,14 @@ SEEN = """(e) => {
   const { left, bottom, width } = e.getBoundingClientRect();
   return e.contains(document.elementFromPoint(left + width / 2, bottom - 3));
 }"""
+FLAG_ALL = """async () => {  // before any frame is drawn
+  const flags = document.querySelector("#flags");
+  flags.querySelectorAll("input:not(:checked)").forEach((flag) => flag.click());
+  flags.close();
+  await new Promise((done) => flags.addEventListener("close", done, { once: true }));
+  const bar = document.querySelector("#bar").getBoundingClientRect();
+  return document.querySelectorAll(".answer")[2].getBoundingClientRect().bottom <= bar.top;
+}"""
 UNCOVERED = """(card) => {
   card.scrollIntoView({ block: "nearest" });
   const { left, top, bottom, width } = card.getBoundingClientRect();
@@ -191,7 +199,9 @@ def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, 
     press(page, "Escape e 1 2 f")
     page.get_by_role("group", name="Answer C").get_by_label("false").check()  # it grows
     press(page, "Escape")
-    assert page.locator(".answer").nth(2).locator("label").last.evaluate(SEEN)
+    page.wait_for_function(
+        SEEN, arg=page.locator(".answer").nth(2).locator("label").last.element_handle()
+    )
     press(page, "e ?")
     assert page.locator("#help").evaluate("help => help.scrollTop") == 0
     press(page, "Escape")
@@ -215,6 +225,14 @@ def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, 
         "all => all.map((e) => Math.round(e.getBoundingClientRect().bottom))"
     )
     assert (ends[0] == ends[1]) == (width >= 1200)  # the flag above B's places moves A's along
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_flags_that_make_the_bar_taller_leave_the_answer_clear_of_it(serve, enter, width):
+    page = enter(serve(long_tasks(2)), "ann", **screen(width)).page
+    ready(page, 4)
+    press(page, "1 2 f")
+    assert page.evaluate(FLAG_ALL)
 
 
 MODES = {

@@ -59,6 +59,12 @@ async function insist(method, path, body) {
 
 function say(text) {
   $("status").textContent = text;
+  keepClear();
+}
+
+// What scrolls stops above the bar, whatever it has come to hold: known before the next scroll, not a frame later.
+function keepClear() {
+  document.documentElement.style.setProperty("--bar", `${$("bar").getBoundingClientRect().height}px`);
 }
 
 // --- a task --------------------------------------------------------------------------------------
@@ -331,6 +337,7 @@ function show() {
     });
     $("tray").hidden = placed();
   }
+  keepClear();
 }
 
 // The flags of an answer, or of the whole task, where they speak of it.
@@ -741,10 +748,7 @@ $("more").addEventListener("click", () => {
   const open = $("more").getAttribute("aria-expanded") !== "true";
   $("more").setAttribute("aria-expanded", String(open));
 });
-new ResizeObserver(([bar]) => {
-  const height = bar.borderBoxSize[0].blockSize;
-  document.documentElement.style.setProperty("--bar", `${height}px`); // what scrolls stops above it
-}).observe($("bar"));
+new ResizeObserver(keepClear).observe($("bar"));
 $("comment").addEventListener("input", (event) => {
   work.comment = event.target.value;
   showFlags($("flagged"), null);
