@@ -78,6 +78,17 @@ def my_places(sizes: Iterable[int]) -> list[int]:
     return shares(list(sizes), world())[rank()]
 
 
+def dealt(items: Sequence[T]) -> Sequence[T]:
+    """This rank's of what is dealt in turn: every so many-th."""
+    return items[rank() :: world()]
+
+
+def interleaved(own: Sequence[T]) -> list[T]:
+    """What all ranks made of what `dealt` gave them, in the order before."""
+    parts = gather(own)
+    return [parts[place % world()][place // world()] for place in range(sum(map(len, parts)))]
+
+
 def local_device(name: str) -> str:
     """The name of the rank's own GPU where several ranks share a machine, else `name`."""
     local = os.environ.get("LOCAL_RANK")

@@ -84,7 +84,8 @@ def delay(number: int, first: float, after: float = 0.0) -> float:
 
     `after`: what the server asked for.
     """
-    return max(after, min(first * 2.0**number * random.uniform(0.75, 1.25), LONGEST))
+    spread = random.SystemRandom().uniform(0.75, 1.25)  # a run's generators stay as they are
+    return max(after, min(first * 2.0**number * spread, LONGEST))
 
 
 def _status(error: urllib.error.HTTPError, key: str) -> Exception:

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import astuple
 from threading import Thread
+from typing import Any, NamedTuple
 
+from prefloop import distributed
+from prefloop.errors import UserError
 from prefloop.generation.protocol import Prompts, RolloutEngine, Sample
 from prefloop.generation.sampler import Sampling
 from prefloop.models.model import LoadedModel
+
+Groups = list[list[Sample]]
+Kept = tuple[int, list[list[tuple[Any, ...]]]]
+
+
+class Begun(NamedTuple):
+    """What a rank samples for a later turn: answers to every so many-th of all ranks' prompts."""
+
+    turn: int
+    groups: Future[Groups]
+
+    def kept(self, wait: bool) -> Kept:
+        """For a checkpoint: all ranks' answers; all ranks call it. UserError where they are not
+        there yet and it should not wait.
+        """
+        if not (wait or self.groups.done()):
+            raise UserError("answers are still being sampled")
+        everyone = distributed.interleaved(self.groups.result())
+        return self.turn, [[astuple(sample)[1:] for sample in group] for group in everyone]
+
+    @classmethod
+    def again(cls, kept: Kept) -> Begun:
+        """This rank's of what `kept` gave, on any number of ranks."""
+        turn, everyone = kept
+        own = enumerate(distributed.dealt(everyone))
+        groups: Future[Groups] = Future()
+        groups.set_result([[Sample(index, *rest) for rest in group] for index, group in own])
+        return cls(turn, groups)
 
 
 class Ahead:
@@ -16,12 +48,12 @@ class Ahead:
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
-        self._pending: tuple[int, Future[list[list[Sample]]]] | None = None
+        self.begun: Begun | None = None
 
-    def start(self, turn: int, ask: Callable[[RolloutEngine], list[list[Sample]]]) -> None:
+    def start(self, turn: int, ask: Callable[[RolloutEngine], Groups]) -> None:
         """Begins to sample what `take(turn)` will give, from the weights that the engine has."""
-        assert self._pending is None
-        future: Future[list[list[Sample]]] = Future()
+        assert self.begun is None
+        future: Future[Groups] = Future()
 
         def run() -> None:
             try:
@@ -29,16 +61,16 @@ class Ahead:
             except BaseException as error:  # told to whoever takes it
                 future.set_exception(error)
 
-        self._pending = turn, future
+        self.begun = Begun(turn, future)
         Thread(target=run, daemon=True).start()  # Ctrl-C does not wait for it
 
-    def take(self, turn: int) -> list[list[Sample]] | None:
+    def take(self, turn: int) -> Groups | None:
         """What was begun for this turn, once it is there; None where nothing was."""
-        if self._pending is None or self._pending[0] != turn:
+        begun = self.begun
+        if begun is None or begun.turn != turn:
             return None
-        _, samples = self._pending
-        self._pending = None
-        return samples.result()
+        self.begun = None
+        return begun.groups.result()
 
     def generate(
         self,
@@ -59,5 +91,5 @@ class Ahead:
         self.engine.sync(model, version)
 
     def _wait(self) -> None:
-        if self._pending is not None:
-            wait([self._pending[1]])
+        if self.begun is not None:
+            wait([self.begun.groups])

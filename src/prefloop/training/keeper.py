@@ -146,10 +146,12 @@ class Keeper:
 
     def save(self) -> None:
         """Writes the checkpoint, once for all ranks, each its slices of what is divided; signals
-        wait until it stands.
+        wait until it stands, but not for what is still under way.
         """
+        with patiently():
+            method = self._settled()
         with uninterrupted(), patiently():
-            state, divided = self._state()
+            state, divided = self._state(method)
             written = self.run.checkpoints / f".{slices.FOLDER}.tmp" if divided else None
             if written is not None:
                 slices.write(written, divided)
@@ -157,7 +159,17 @@ class Keeper:
                 self._write(state, written)
             distributed.barrier()
 
-    def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _settled(self, wait: bool = True, alone: bool = False) -> dict[str, Any]:
+        """The method's state with nothing of it under way; `alone`: without the other ranks."""
+        assert self.sound is not None
+        state = dict(self.sound.method)
+        for name in [name for name, part in state.items() if callable(part)]:
+            if alone and distributed.world() > 1:
+                raise UserError("ranks have answers under way, so that no rank saves alone")
+            state[name] = state[name](wait)
+        return state
+
+    def _state(self, method: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What is written by the first rank, and by all."""
         assert self.sound is not None
         sound, divided = self.sound, dict[str, Tensor]()
@@ -169,7 +181,7 @@ class Keeper:
                 for name, model in self.method.trained.items()
             },
             "optimizer": self.optimizer.state_dict(),
-            "method": sound.method,
+            "method": method,
             "watch": sound.watch,
             "fingerprint": self.method.fingerprint,
             "rng": sound.rng,
@@ -201,7 +213,7 @@ class Keeper:
         if error is None:
             return
         if not isinstance(error, NotFinite) and distributed.rank() == 0:
-            self._rescue()
+            self._rescue(wait=not isinstance(error, KeyboardInterrupt))
         if out_of_memory(error):
             samples = ", --max-concurrent" if isinstance(self.config, PPOConfig) else ""
             raise UserError(
@@ -209,15 +221,16 @@ class Keeper:
                 "--gradient-checkpointing: a run goes on with these changed"
             ) from error
 
-    def _rescue(self) -> None:
+    def _rescue(self, wait: bool) -> None:
         if self.sound is None or self.sound.step <= self.saved:
             return
-        state, divided = self._state()
-        if divided:  # of which the other ranks hold the rest
-            alone = "its models are divided, so that no rank saves alone"
-            print(
-                f"{self.run.directory}: {alone}; it goes on from step {self.saved}", file=sys.stderr
-            )
+        try:
+            state, divided = self._state(self._settled(wait, alone=True))
+            if divided:  # of which the other ranks hold the rest
+                raise UserError("its models are divided, so that no rank saves alone")
+        except UserError as failure:
+            on = f"it goes on from step {self.saved}"
+            print(shown(f"{self.run.directory}: {failure}; {on}"), file=sys.stderr)
             return
         try:
             with uninterrupted():

@@ -88,7 +88,8 @@ class Method(Protocol[Batch]):
         """What a checkpoint holds beside weights and optimiser: tensors and plain values.
 
         Asked for after each step, on every rank: it may gather, and holds what later steps do not
-        write over.
+        write over. A function in it stands for what is still under way: where a checkpoint is
+        written every rank calls it, with whether to wait.
         """
         ...
 

@@ -22,7 +22,7 @@ from prefloop.data import stream
 from prefloop.data.batches import TokenBatch, micro_batches, pack, packed_length
 from prefloop.data.tokenize import Example, stop_token_ids
 from prefloop.errors import UserError
-from prefloop.generation.ahead import Ahead
+from prefloop.generation.ahead import Ahead, Begun
 from prefloop.generation.protocol import MakeEngine
 from prefloop.generation.remote import engine_for
 from prefloop.losses import ppo as losses
@@ -285,13 +285,17 @@ class PPO:
         return checkpoint.fingerprint(examples, self.fixed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The KL controller, the reference that moves, and rollouts of the iteration under way."""
-        moving = self.sampler.moving
+        """The KL controller, the reference that moves, rollouts of the iteration under way, and
+        answers that are being sampled for the next.
+        """
+        moving, engine = self.sampler.moving, self.sampler.engine
+        begun = engine.begun if isinstance(engine, Ahead) else None
         return {
             "kl_coef": self.kl_coef,
             "running_scores": asdict(self.running),
             "stopped_early": self.stopped_early,
             "rollouts": self.rollouts.state if self.rollouts else None,
+            "ahead": begun.kept if begun else None,
         } | ({"reference": dict(moving.average)} if moving else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -302,6 +306,8 @@ class PPO:
             self.sampler.moving.load(state["reference"])
         if state["rollouts"] is not None:
             self.rollouts = Rollouts.from_state(state["rollouts"])
+        if isinstance(self.sampler.engine, Ahead):
+            self.sampler.engine.begun = state["ahead"] and Begun.again(state["ahead"])
 
     def export(self, folder: Path) -> None:
         """The policy, and the critic as `value_model/`."""
@@ -338,7 +344,6 @@ def build(
     # 2. Prompts.
     functions = function_judge(*config.reward_function, weights=config.reward_weights)
     prompts, eval_prompts, ptx = read_for_ppo(config, policy, run, functions)
-    _require_enough(config, prompts, eval_prompts)
     asked = (*prompts.records, *eval_prompts.records)
     # 3. What scores, and the critic; they read tokens as they were trained to.
     rewards, critic = load_beside(config, policy)
@@ -361,22 +366,6 @@ def build(
             f"policy ({method.steps_per_iteration} an iteration); lower it or train longer"
         )
     return method
-
-
-def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:
-    """Every rank needs a prompt for each minibatch, and one to evaluate on."""
-    world, parts = distributed.world(), config.num_minibatches
-    count = min(config.batch_size * parts, len(prompts.examples))
-    if count < parts * world:
-        raise UserError(
-            f"{config.data}: {count} prompts an iteration are too few for --num-minibatches "
-            f"{parts} on {world} process(es); lower it, raise --batch-size, or give more prompts"
-        )
-    if 0 < len(eval_prompts.examples) < world:
-        raise UserError(
-            f"{len(eval_prompts.examples)} held-out prompts for {world} processes; "
-            "hold out at least one each"
-        )
 
 
 def run(config: PPOConfig, make_engine: MakeEngine = engine_for) -> Run:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -264,8 +263,7 @@ class Sampler:
         oldest = version - self.config.rollout_ahead
         versions = {sample.weights_version for group in groups for sample in group}
         assert all(oldest <= each <= version for each in versions), (version, versions)
-        turns = zip_longest(*distributed.gather(groups))
-        return [group for turn in turns for group in turn if group is not None]
+        return distributed.interleaved(groups)
 
     def _ask(self, asked: Asked, engine: RolloutEngine) -> list[list[Sample]]:
         """Answers to this rank's prompts: every so many-th, for nobody knows their lengths yet."""
@@ -275,7 +273,7 @@ class Sampler:
             stop_token_ids=self.stop_token_ids,
         )
         examples = asked.prompts.examples
-        places = range(distributed.rank(), len(examples), distributed.world())
+        places = distributed.dealt(range(len(examples)))
         ids = [examples[place].prompt for place in places]
         count = self.config.samples_per_prompt
         return engine.generate(ids, count, sampling, asked.seed, numbers=places)

@@ -216,12 +216,29 @@ def read_for_ppo(
         Prompts(tuple(records[e.record] for e in examples), tuple(examples))
         for examples, (records, _) in zip(sides, (train, held_out), strict=True)
     )
+    _require_enough(config, prompts, eval_prompts)
     if config.sft_data is None:
         return prompts, eval_prompts, []
     limits = (config.max_length, rule)
     ptx = tokenize(shown[0], encoder, *limits, shown[1], require=readable)
     _note(run, shown[1], config.sft_data, "sft_data")
     return prompts, eval_prompts, _with_parts(config.sft_data, ptx, shown[0], shown_part_of)
+
+
+def _require_enough(config: PPOConfig, prompts: Prompts, eval_prompts: Prompts) -> None:
+    """Every rank needs a prompt for each minibatch, and one to evaluate on."""
+    world, parts = distributed.world(), config.num_minibatches
+    count = min(config.batch_size * parts, len(prompts.examples))
+    if count < parts * world:
+        raise UserError(
+            f"{config.data}: {count} prompts an iteration are too few for --num-minibatches "
+            f"{parts} on {world} process(es); lower it, raise --batch-size, or give more prompts"
+        )
+    if 0 < len(eval_prompts.examples) < world:
+        raise UserError(
+            f"{len(eval_prompts.examples)} held-out prompts for {world} processes; "
+            "hold out at least one each"
+        )
 
 
 def read_monitored(
