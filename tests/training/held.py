@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from prefloop import distributed
 from prefloop.models.export import export_model
+from prefloop.models.four_bits import InBytes
 from prefloop.models.sharding import local
 from prefloop.training import optim, ppo
 from prefloop.training.start import divide, start
@@ -16,9 +18,11 @@ from prefloop.training.step import optimizer_step
 from tests.training.small import config, policy
 
 
-def tell_held(world: Path, output: Path, name: str, lora_rank: int) -> None:
-    """Writes NAME-RANK.json: `weights`, `gradients`, `moments`, and what one rank would hold."""
-    chosen = config("ppo", world, output / f"{name}-run", batch_size=4, lora_rank=lora_rank)
+def tell_held(world: Path, output: Path, name: str, **changes: Any) -> None:
+    """Writes NAME-RANK.json: `weights`, `gradients`, `moments`, and what one rank would hold; of
+    a base in 4 bits also its part of both, `base` and `whole_base`: all but one table of numbers.
+    """
+    chosen = config("ppo", world, output / f"{name}-run", batch_size=4, **changes)
     run, device = start(chosen, "ppo")
     with run:
         method = ppo.build(chosen, device, run)
@@ -36,6 +40,11 @@ def tell_held(world: Path, output: Path, name: str, lora_rank: int) -> None:
     }
     held = {kind: sum(map(bytes_of, tensors)) for kind, tensors in kept.items()}
     held["whole"] = sum(t.numel() * t.element_size() for part in kept.values() for t in part)
+    layers = [x for m in models for x in m.hf.modules() if isinstance(x, InBytes)]
+    divided = [t for x in dict.fromkeys(layers) for t in (x.weight, x.block_scales)]
+    alike = sum(bytes_of(x.form.state2.absmax) for x in dict.fromkeys(layers))
+    held["base"] = alike + sum(map(bytes_of, divided))
+    held["whole_base"] = alike + sum(t.numel() for t in divided)
     (output / f"{name}-{distributed.rank()}.json").write_text(json.dumps(held))
     distributed.barrier()
 

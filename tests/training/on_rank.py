@@ -28,7 +28,7 @@ def work(world: Path, output: Path, job: str) -> None:
             only_checkpoint(output / source, output / target, step)
         return distributed.barrier()
     if "held" in asked:
-        return tell_held(world, output, asked["held"], asked["lora_rank"])
+        return tell_held(world, output, asked.pop("held"), **asked)
     if "exported" in asked:
         return export(world, output, asked["exported"], asked["file_bytes"])
     to = asked.pop("to")

@@ -135,14 +135,25 @@ def test_check_divides_as_the_run_will(models, tmp_path, capsys):
         check(CheckConfig(config=path, ranks=4))
 
 
-def test_check_divides_no_blocks_of_4_bits(models, tmp_path, capsys):
+def test_check_divides_no_moments_of_8_bits(models, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     path = tmp_path / "run.yaml"
-    path.write_text(
-        f"command: sft\nmodel: {models / 'policy'}\nmax_length: 128\nweights: nf4\nlora_rank: 4\n"
-    )
+    path.write_text(f"command: sft\nmodel: {models / 'policy'}\noptimizer: adamw8bit\n")
     check(CheckConfig(config=path, ranks=4))
-    assert "--weights nf4: each rank keeps its models whole" in capsys.readouterr().out
+    assert "--optimizer adamw8bit: each rank keeps its models whole" in capsys.readouterr().out
+
+
+def test_a_base_in_4_bits_divides_and_is_gathered_as_bytes(models):
+    """Half a byte a weight and one for 64 of them; norms and adapters in float32."""
+    pytest.importorskip("bitsandbytes")
+    settings = run_of("sft", models, lora_rank=4, weights="nf4")
+    alone, shared = (planned(settings, ranks).stages["backward"] for ranks in (1, 4))
+    inputs, outputs = 6 * WIDTH + INNER, 3 * WIDTH + WIDTH + 2 * INNER
+    matrices = LAYER - 2 * WIDTH
+    layer = matrices // 2 + matrices // 64 + 4 * (2 * WIDTH + 4 * (inputs + outputs))
+    held = Part("policy", WEIGHTS)
+    assert shared[held] == -(-alone[held] // 4)
+    assert shared[Part("policy", GATHERED)] == 4 * REST + 2 * layer
 
 
 def test_a_monitors_model_stays_whole(models):

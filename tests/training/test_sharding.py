@@ -13,8 +13,10 @@ from tests.ranks import on_ranks
 from tests.training.cases import LINEAR, run_case
 from tests.training.small import assert_close_runs, lines, only_checkpoint, train, weights
 
+pytest.importorskip("bitsandbytes")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = LINEAR | {"epochs": 2.0, "save_every": 1, "keep_checkpoints": 99}
+NF4 = {"weights": "nf4", "lora_rank": 2}
 WIDE = {"dtype": "bfloat16", "weights": "bfloat16"}
 ON_FOUR = {  # run: case, what changes on one rank, too, and what does on four alone
     "sft": ("sft", {}, {}),
@@ -27,6 +29,9 @@ ON_FOUR = {  # run: case, what changes on one rank, too, and what does on four a
     "ppo": ("ppo-gae", {"batch_size": 5}, {"micro_batch_tokens": 40}),
     "no-critic": ("ppo-rloo", {"batch_size": 5}, {}),
     "one-base": ("ppo-one-base", {"batch_size": 5}, {"mesh": "2x2"}),
+    "nf4": ("sft", NF4, {"micro_batch_tokens": 40, "gradient_checkpointing": True}),
+    "nf4-replicas": ("dpo-plackett-luce", NF4, {"micro_batch_tokens": 1, "mesh": "2x2"}),
+    "nf4-one-base": ("ppo-one-base", NF4 | {"batch_size": 5}, {}),
 }
 
 
@@ -51,28 +56,34 @@ def alone(world, tmp_path_factory):
 def two(world, tmp_path_factory):
     jobs = [
         {"command": "dpo", "to": "whole"} | STEPS,
-        {"held": "held", "lora_rank": 0},
+        {"held": "held"},
         {"held": "held-lora", "lora_rank": 2},
+        {"held": "held-nf4"} | NF4,
+        {"command": "sft", "to": "nf4"} | STEPS | NF4,
+        {"case": "ppo-one-base", "to": "nf4-one-base"} | NF4,
         {"exported": "exported", "file_bytes": 20_000},
         {"command": "sft", "to": "wide", "max_steps": 3} | WIDE,
         {"command": "sft", "to": "mesh", "mesh": "3x1"},
-        {"command": "sft", "to": "nf4", "shard": "full", "weights": "nf4", "lora_rank": 2},
+        {"command": "sft", "to": "eight", "shard": "full", "optimizer": "adamw8bit"},
         {"command": "sft", "to": "kept-whole", "shard": "none"} | STEPS,
     ]
     return start(2, world, tmp_path_factory.mktemp("two"), jobs)
 
 
 @pytest.fixture(scope="module")
-def four(world, alone, tmp_path_factory):
+def four(world, alone, two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     only_checkpoint(alone / "whole", folder / "again", 2)
+    only_checkpoint(two / "nf4", folder / "nf4-again", 2)
     jobs = [
         {"case": case, "to": name} | both | more for name, (case, both, more) in ON_FOUR.items()
     ]
     jobs += [
         {"command": "dpo", "to": "again"} | STEPS,
-        {"held": "held", "lora_rank": 0},
+        {"command": "sft", "to": "nf4-again"} | STEPS | NF4,
+        {"held": "held"},
         {"held": "held-lora", "lora_rank": 2},
+        {"held": "held-nf4"} | NF4,
     ]
     return start(4, world, folder, jobs)
 
@@ -112,9 +123,21 @@ def test_a_checkpoint_of_one_rank_goes_on_on_four(alone, four):
     assert_goes_on(alone / "whole", four / "again", 2)
 
 
-@pytest.mark.parametrize("name", ["held", "held-lora"])
+def test_a_base_in_4_bits_does_not_ask_how_many_ranks_there_are(world, two, four, tmp_path):
+    """PPO's roles on one base; a checkpoint of two ranks on one and on four."""
+    run_case("ppo-one-base", world, tmp_path / "one", **NF4)
+    assert_close_runs(tmp_path / "one", two / "nf4-one-base")
+    only_checkpoint(two / "nf4", tmp_path / "again", 2)
+    train("sft", world, tmp_path / "again", **STEPS | NF4)
+    assert_goes_on(two / "nf4", tmp_path / "again", 2)
+    assert_goes_on(two / "nf4", four / "nf4-again", 2)
+
+
+@pytest.mark.parametrize("name", ["held", "held-lora", "held-nf4"])
 def test_each_rank_holds_its_share(name, two, four):
-    """Bytes of PPO's four models, their gradients and moments: at most 0.55 and 0.3 of one's."""
+    """Bytes of PPO's four models, their gradients and moments: at most 0.55 and 0.3 of one's; of
+    their bases in 4 bits, too.
+    """
     for folder, count, most in ((two, 2, 0.55), (four, 4, 0.3)):
         found = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(count)]
         for held in found:
@@ -122,6 +145,8 @@ def test_each_rank_holds_its_share(name, two, four):
             assert held["moments"] > 0
             assert held["whole"] == found[0]["whole"]
             assert held["weights"] + held["gradients"] + held["moments"] <= most * held["whole"]
+            assert (held["whole_base"] > 0) == (name == "held-nf4")
+            assert held["base"] <= most * held["whole_base"]
 
 
 def test_what_is_written_file_by_file_is_the_model(world, two):
@@ -153,8 +178,8 @@ def test_what_cannot_be_divided_is_told_by_all(two):
     for rank in (0, 1):
         told = (two / f"mesh-told-{rank}").read_text()
         assert "--mesh 3x1 is of 3 processes, and there are 2" in told
-        told = (two / f"nf4-told-{rank}").read_text()
-        assert "--weights nf4 cannot be divided among processes; give --shard none" in told
+        told = (two / f"eight-told-{rank}").read_text()
+        assert "--optimizer adamw8bit cannot be divided among processes; give --shard none" in told
 
 
 def test_one_process_has_nobody_to_divide_among(tmp_path):

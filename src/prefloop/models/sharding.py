@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prefloop import distributed
 from prefloop.errors import UserError
+from prefloop.models.four_bits import put_in_bytes
 from prefloop.models.model import LoadedModel
 
 REPLICAS, SHARDS = "replicas", "shards"
@@ -65,8 +66,6 @@ def mesh_shape(config: Any) -> tuple[int, ...] | None:
 
 def whole_because(config: Any) -> str:
     """The setting whose bytes have no slices: blocks of them share a scale."""
-    if config.weights == "nf4":
-        return "--weights nf4"
     return "--optimizer adamw8bit" if config.optimizer == "adamw8bit" else ""
 
 
@@ -115,6 +114,7 @@ class Root(nn.Module):
 
 
 def _divided(model: LoadedModel, mesh: DeviceMesh, meeting: Meeting) -> Sharded:
+    put_in_bytes(model.module)
     bare = _bare_copy(model.module)
     policy: dict[str, Any] = {
         "mesh": mesh,
@@ -148,12 +148,15 @@ def _kept_whole(model: LoadedModel) -> set[nn.Parameter]:
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """The modules without weights, on which gathered ones can stand; settings are shared."""
+    """The modules without weights, on which gathered ones can stand; settings and tables are
+    shared.
+    """
     known: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
     }
-    configs = [vars(part).get("config") for part in module.modules()]
-    known |= {id(config): config for config in configs if config is not None}
+    for part in module.modules():
+        held = [vars(part).get(name) for name in ("config", "form")]
+        known |= {id(each): each for each in held if each is not None}
     return copy.deepcopy(module, known)
 
 

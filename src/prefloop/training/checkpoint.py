@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 from prefloop.data.tokenize import Example
 from prefloop.errors import AGAIN, UserError, disk_error, first_line
 from prefloop.models import adapters
+from prefloop.models.four_bits import SCALES
 from prefloop.models.model import LoadedModel
 from prefloop.models.sharding import whole
 from prefloop.provenance import files_digest
@@ -245,9 +246,14 @@ def _summary(tensor: Tensor) -> Tensor:
     return torch.cat([total, torch.full_like(total, bits.numel()), sample])
 
 
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """All that are parameters on one rank, too, where scales of 4 bits are none."""
+    return [p for name, p in module.named_parameters() if not name.endswith(SCALES)]
+
+
 def frozen(module: nn.Module) -> list[Tensor]:
     """The weights that training leaves as they are."""
-    return [p for p in module.parameters() if not p.requires_grad]
+    return [p for p in weights_of(module) if not p.requires_grad]
 
 
 def trainable_state(trained: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -73,8 +73,7 @@ class Keeper:
 
     def resume(self) -> tuple[int, int, Owed | None]:
         """Puts the run's checkpoint back; returns steps and tokens done, and what is owed."""
-        if distributed.world() > 1:
-            _ = self.method.fingerprint  # of slices no rank can tell it alone
+        _ = self.method.fingerprint  # of slices no rank can tell it alone
         path = self.run.resume_from
         if path is None:
             self.watch.load_state_dict(None)

@@ -92,7 +92,7 @@ class Reference:
         if config.ref_model is not None:
             model = load_policy(config.ref_model, policy.device, storage_of(config))
             require_same_ids("--ref-model", model, policy)
-        self.digest = checkpoint.weights_digest(model, list(model.hf.state_dict().values()))
+        self.digest = checkpoint.weights_digest(model, checkpoint.weights_of(model.hf))
         """Of its weights."""
         if model is not policy:
             divide(config, [model])

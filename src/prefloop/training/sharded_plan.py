@@ -40,7 +40,8 @@ class Units:
         for name, parameter in model.module.named_parameters():
             place = LAYER.search(f".{name}")
             layer = place[1] if place else ""
-            size[layer] += parameter.nbytes
+            four_bits = getattr(parameter, "quant_state", None)
+            size[layer] += parameter.nbytes + (four_bits.absmax.nbytes if four_bits else 0)
             gradients[layer] += parameter.nbytes if parameter.requires_grad else 0
         layers = role.config.get_text_config().num_hidden_layers
         self.rest, self.rest_gradients = size.pop("", 0), gradients.pop("", 0)
