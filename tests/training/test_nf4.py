@@ -19,7 +19,7 @@ from prefloop.models.weights import Storage
 from tests.models.plain import plain_log_probs, random_examples
 from tests.tiny import tiny_model
 from tests.training.one_base import built, copied, stepped
-from tests.training.small import CPU, assert_same_run, only_checkpoint, train
+from tests.training.small import CPU, assert_same_run, only_checkpoint, policy, train
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -50,6 +50,20 @@ def test_a_run_goes_on_to_the_same_bits(command, world, four_bits, tmp_path):
     changes = PPO | {"reward_model": str(four_bits / "reward")} if command == "ppo" else {}
     train(command, world, tmp_path / "again", **LORA | changes)
     assert_same_run(four_bits / command, tmp_path / "again")
+
+
+def test_a_run_in_bfloat16_goes_on_where_layers_have_biases(world, tmp_path):
+    """Which bitsandbytes rounds in place when they are first added to a product in bfloat16."""
+    model = tiny_model("llama", attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.bias.data.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "model")
+    policy(world).tokenizer.save_pretrained(tmp_path / "model")
+    changes = LORA | {"model": str(tmp_path / "model"), "dtype": "bfloat16"}
+    train("sft", world, tmp_path / "run", save_every=1, keep_checkpoints=9, **changes)
+    only_checkpoint(tmp_path / "run", tmp_path / "again", 1)
+    train("sft", world, tmp_path / "again", **changes)
+    assert_same_run(tmp_path / "run", tmp_path / "again")
 
 
 def test_steps_are_those_of_separate_models(world, four_bits, tmp_path, capsys):
