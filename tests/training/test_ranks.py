@@ -17,6 +17,7 @@ from tests.training.small import (
 
 pytestmark = pytest.mark.timeout(1200)
 MIXED = {"batch_size": 3, "ppo_epochs": 2, "num_minibatches": 2, "kl_target": 0.01, "max_steps": 5}
+MIXED |= {"eval_fraction": 0.3, "eval_every": 2}
 
 DROPS = {"batch_size": 4, "epochs": 2.0, "lora_rank": 2, "lora_dropout": 0.4, "lr": 0.05}
 

@@ -149,7 +149,7 @@ class PPO:
     ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
         ahead = self.config.rollout_ahead and iteration + 1 < iterations
         following = self._asked(iteration + 1, iterations) if ahead else None
-        rollouts, metrics, samples = self.sampler.roll_out(
+        own, places, metrics, samples = self.sampler.roll_out(
             self._asked(iteration, iterations), self.kl_coef, self.running, iteration, following
         )
         metrics["kl_coef"] = self.kl_coef
@@ -161,7 +161,7 @@ class PPO:
                 episodes=self._size * self.config.samples_per_prompt,
                 horizon=self.config.kl_horizon,
             )
-        return rollouts, metrics, samples
+        return own.of_all(places), metrics, samples
 
     def _asked(self, iteration: int, iterations: int) -> Asked:
         """The prompts of an iteration."""
@@ -276,7 +276,8 @@ class PPO:
         if not self.eval_prompts.examples:
             return {}
         asked, running = Asked(self.eval_prompts, 0), replace(self.running)
-        return self.sampler.roll_out(asked, self.kl_coef, running, version=-1)[1]
+        _, _, metrics, _ = self.sampler.roll_out(asked, self.kl_coef, running, version=-1)
+        return metrics
 
     @cached_property
     def fingerprint(self) -> str:

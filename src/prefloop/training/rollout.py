@@ -196,8 +196,9 @@ class Sampler:
         running: RunningScores,
         version: int,
         following: Asked | None = None,
-    ) -> tuple[Rollouts, dict[str, float], list[dict[str, Any]]]:
-        """Samples, scores and weighs; returns all ranks' answers, metrics, readable samples.
+    ) -> tuple[Rollouts, list[int], dict[str, float], list[dict[str, Any]]]:
+        """Samples, scores and weighs; returns this rank's answers and their places among all
+        ranks', metrics of all, readable samples.
 
         `version` numbers the policy's weights, which go on to sample answers to `following`.
         """
@@ -245,7 +246,7 @@ class Sampler:
             | {"score": float(raw[i]), "weights_version": flat[i].weights_version}
             for i in range(0, len(flat), max(1, len(flat) // LOGGED_SAMPLES))
         ][:LOGGED_SAMPLES]
-        return rollouts.of_all(places), metrics, samples
+        return rollouts, places, metrics, samples
 
     def _sample(self, asked: Asked, version: int, following: Asked | None) -> list[list[Sample]]:
         """Each prompt's answers, of all ranks, by the policy as it is now or, with
