@@ -35,13 +35,9 @@ def decoding(shape: str, scale: Scale, device: torch.device, nf4: bool = False) 
     meter.free(device)
     with TemporaryDirectory() as name:
         models.write_base(Path(name), scale.shapes[shape])
-        if nf4:
-            rank = scale.fits["ppo-8b"]["lora_rank"]
-            model = models.load_policy(
-                name, device, Storage("bfloat16", "nf4"), trained=True, lora_rank=rank
-            )
-        else:
-            model = models.load_policy(name, device, Storage("bfloat16"))
+        rank = scale.fits["ppo-8b"]["lora_rank"] if nf4 else 0
+        storage = Storage("bfloat16", "nf4" if nf4 else "auto")
+        model = models.load_policy(name, device, storage, lora_rank=rank)
     write = None if nf4 else stock.writer(scale.shapes[shape], device)
     for count in scale.counts:
         yield _line(model, scale, count, speed, write)

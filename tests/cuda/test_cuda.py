@@ -35,13 +35,6 @@ LONG = ((300, (200, 40, 3)), (5, (700,)), (150, (1, 60)))
 WARM = Sampling(max_new_tokens=70, temperature=0.9, stop_token_ids={9, 60, 61})
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    small.write_world(folder)
-    return folder
-
-
 def on_cuda(arch: Arch = "llama", lora_rank: int = 0) -> LoadedModel:
     """A tiny policy as loading it on CUDA gives it."""
     model = make_ready(tiny_model(arch), tiny_tokenizer(), CUDA, "tiny", kept(FLOAT32, CUDA, True))

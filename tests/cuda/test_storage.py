@@ -29,13 +29,6 @@ DIVIDED = ("sft", "bradley-terry", "dpo-sigmoid", "dpo-kto", "ppo-gae", "ppo-one
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    small.write_world(folder, hidden=64)  # for kernels that read whole blocks of 4 bits
-    return folder
-
-
-@pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of this process alone, with the backends that torchrun's would have."""
     file = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
