@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from prefloop.errors import UserError
-from prefloop.provenance import files_digest
+from prefloop.provenance import files_digest, written_files
 
 TENSORS = {
     "b.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -81,6 +81,27 @@ def test_a_file_is_read_once_until_it_changes(tmp_path):
     assert files_digest(tmp_path / "model") == before
     os.utime(file, ns=(time, time + 1))
     assert files_digest(tmp_path / "model") != before
+
+
+def test_a_file_that_is_not_as_its_run_wrote_it_is_told(tmp_path):
+    """The digest by hand of `a` alone, in the record of the run that holds the folder."""
+    shards = sharded(tmp_path / "model")
+    names = sorted(path.name for path in shards.glob("*.safetensors"))
+    line = f"a BF16 [5] {hashlib.sha256(bytes.fromhex('803f') * 5).hexdigest()}\n"
+    written = written_files([shards, tmp_path / "value_model"])
+    assert sorted(written["model"]) == names
+    assert written["model"][names[1]] == hashlib.sha256(line.encode()).hexdigest()
+    record = {"status": "finished", "weights": written}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    before = files_digest(shards)
+    file = shards / names[1]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match=f"{names[1]}: not as .*run.json says that it was written"):
+        files_digest(shards)
+    (tmp_path / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    assert files_digest(shards) != before  # it may be writing the next ones
+    (tmp_path / "run.json").write_text("[]")
+    assert files_digest(shards) != before
 
 
 def test_folders_without_weights_and_broken_files(tmp_path):

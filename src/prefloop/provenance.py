@@ -116,20 +116,51 @@ def files_digest(folder: Path | str) -> str:
     """sha256 of a model folder's weights as its safetensors files hold them; "" without any.
 
     Of names, types, shapes and bytes of the tensors: the same wherever the folder lies and however
-    the weights are split into files. A file is read once in a process, until it changes.
+    the weights are split into files. A file is read once in a process, until it changes. UserError
+    where a file in a run's directory is not as the run wrote it.
     """
     folder = Path(folder)
+    record = folder.resolve().parent / "run.json"
+    written = _written(record).get(folder.resolve().name, {})
+    files = _by_file(folder)
+    for path, tensors in files.items():
+        if written.get(path.name, digest := _digest(tensors)) != digest:
+            raise UserError(
+                f"{path}: not as {record} says that it was written; copy the run again from where "
+                "it is whole, or move the folder out of the run if you changed it"
+            )
+    return _digest({name: part for each in files.values() for name, part in each.items()})
+
+
+def written_files(folders: Iterable[Path]) -> dict[str, dict[str, str]]:
+    """By the name of each folder that is there, what `files_digest` will compare its files with."""
+    there = (folder for folder in folders if folder.is_dir())
+    return {f.name: {p.name: _digest(part) for p, part in _by_file(f).items()} for f in there}
+
+
+def _written(record: Path) -> dict[str, dict[str, str]]:
+    """What the record of a run that is finished says of the files that it wrote."""
+    try:
+        told = json.loads(record.read_text(encoding="utf-8"))
+        return dict(told["weights"]) if told["status"] == "finished" else {}
+    except (OSError, ValueError, KeyError, TypeError):  # another's, or an earlier prefloop's
+        return {}
+
+
+def _digest(tensors: dict[str, str]) -> str:
+    listing = "".join(f"{name} {tensors[name]}\n" for name in sorted(tensors))
+    return hashlib.sha256(listing.encode()).hexdigest() if tensors else ""
+
+
+def _by_file(folder: Path) -> dict[Path, dict[str, str]]:
+    """Digests of the tensors of a model folder's files, which are chosen as Transformers does."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
-    if not whole.exists() and index.exists():  # as Transformers chooses them
+    if not whole.exists() and index.exists():
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = [folder / name for name in sorted(set(named))]
-    tensors: dict[str, str] = {}
-    for path in files:
-        state = path.stat()
-        tensors |= _tensor_digests(path.resolve(), state.st_size, state.st_mtime_ns)
-    listing = "".join(f"{name} {tensors[name]}\n" for name in sorted(tensors))
-    return hashlib.sha256(listing.encode()).hexdigest() if files else ""
+    stats = {path: path.stat() for path in files}
+    return {p: _tensor_digests(p.resolve(), s.st_size, s.st_mtime_ns) for p, s in stats.items()}
 
 
 @functools.cache

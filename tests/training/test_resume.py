@@ -138,6 +138,18 @@ def test_another_reference_or_reward_model_is_told(world, tmp_path):
             train("ppo", world, again, **changes)
 
 
+def test_a_flipped_byte_in_what_a_run_wrote_is_told(world, tmp_path):
+    """Before anything is learned from it."""
+    train("reward", world, tmp_path / "rm", max_steps=1)
+    file = tmp_path / "rm" / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"model.safetensors: not as .* says that it was written"):
+        train("ppo", world, tmp_path / "ppo", reward_model=str(tmp_path / "rm"))
+    assert not (tmp_path / "ppo").exists()
+
+
 def test_a_run_that_is_finished_is_left_alone(world, tmp_path, capsys):
     train("sft", world, tmp_path / "run", batch_size=4)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}

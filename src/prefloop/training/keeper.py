@@ -73,7 +73,7 @@ class Keeper:
 
     def resume(self) -> tuple[int, int, Owed | None]:
         """Puts the run's checkpoint back; returns steps and tokens done, and what is owed."""
-        _ = self.method.fingerprint  # of slices no rank can tell it alone
+        _ = self.method.fingerprint  # tells a damaged file; of slices no rank can tell it alone
         path = self.run.resume_from
         if path is None:
             self.watch.load_state_dict(None)

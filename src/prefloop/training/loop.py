@@ -14,6 +14,7 @@ from prefloop.config import TrainingConfig
 from prefloop.models.memory import Holes
 from prefloop.peers import patiently
 from prefloop.progress import Progress
+from prefloop.provenance import written_files
 from prefloop.runs import Run, newest_checkpoint
 from prefloop.training import checkpoint, optim
 from prefloop.training.interrupt import Interrupt
@@ -104,6 +105,9 @@ def _finish(
         if divided or distributed.rank() == 0:
             watch.put_best_back(step)
             method.export(run.directory)
+        if distributed.rank() == 0:
+            folders = (run.directory / name for name in ("model", "value_model"))
+            run.note(weights=written_files(folders))
         distributed.barrier()
     run.finish("finished", steps=step, tokens=tokens)
     if distributed.rank() == 0 and not config.save_every:
