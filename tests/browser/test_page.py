@@ -227,6 +227,23 @@ def test_the_bar_holds_what_submitting_needs_wherever_the_page_is(serve, enter, 
     assert (ends[0] == ends[1]) == (width >= 1200)  # the flag above B's places moves A's along
 
 
+@pytest.mark.parametrize("keys", ["1", "1 2 3 4 5 6 7 8 9"])
+def test_nine_answers_are_all_seen_in_the_bar_of_a_phone(serve, enter, keys):
+    """In lines, and a chip goes from one line to another."""
+    page = enter(serve(rows(1, answers=9)), "ann", **screen(390)).page
+    ready(page, 9)
+    press(page, keys)
+    boxes = [box.bounding_box() for box in page.locator("#bar .chip, #places [data-place]").all()]
+    assert len(boxes) == 18
+    assert min(box["x"] for box in boxes) >= 0
+    assert max(box["x"] + box["width"] for box in boxes) <= 390
+    assert len({round(box["y"]) for box in boxes}) > 2
+    assert page.locator("#order").evaluate("e => e.scrollWidth <= e.clientWidth")
+    assert page.locator("#bar").evaluate("bar => bar.clientHeight / innerHeight") < 0.4
+    drag(page, "A", page.locator("[data-place='9']"))
+    assert bar_order(page) == [*([""] * 8), "A"] if keys == "1" else [*"BCDEFGH", "AI", ""]
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_flags_that_make_the_bar_taller_leave_the_answer_clear_of_it(serve, enter, width):
     page = enter(serve(long_tasks(2)), "ann", **screen(width)).page

@@ -383,11 +383,6 @@ function insert(n, at) {
 
 function tellPlace(n) {
   const value = work.values[n];
-  if (task.mode === "ranking") {
-    const own = [...document.querySelectorAll("#bar .chip")].find((made) => made.textContent === letter(n));
-    const [at, bar] = [own, $("order")].map((e) => e.getBoundingClientRect());
-    $("order").scrollLeft += Math.min(0, at.left - bar.left) + Math.max(0, at.right - bar.right);
-  }
   const text = value === null ? words["taken-back"] : words[`placed-${task.mode}`];
   say(text.replace("{answer}", letter(n)).replace("{place}", value));
 }
