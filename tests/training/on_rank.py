@@ -2,7 +2,7 @@
 
 `python -m tests.training.on_rank WORLD OUTPUT JOB...` with torchrun's variables set. A job is the
 name of a case, or JSON: settings of a run (`command` or `case`, `to`), `copy`: [from,
-to, step], or what stands in tests/training/held.py.
+to, step], or what stands in tests/training/held.py and rounded.py.
 """
 
 import json
@@ -15,6 +15,7 @@ from prefloop import distributed
 from prefloop.errors import UserError
 from tests.training.cases import run_case
 from tests.training.held import export, tell_held
+from tests.training.rounded import tell_rounded
 from tests.training.small import only_checkpoint, train
 
 
@@ -29,6 +30,8 @@ def work(world: Path, output: Path, job: str) -> None:
         return distributed.barrier()
     if "held" in asked:
         return tell_held(world, output, asked.pop("held"), **asked)
+    if "rounded" in asked:
+        return tell_rounded(world, output, asked["rounded"])
     if "exported" in asked:
         return export(world, output, asked["exported"], asked["file_bytes"])
     to = asked.pop("to")

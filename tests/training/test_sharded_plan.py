@@ -80,12 +80,26 @@ def test_weights_gradients_and_moments_divide_and_activations_do_not(models):
     assert not any(part.kind.endswith("gathered") for part in shared.stages["update"])
 
 
-def test_autocasts_copies_do_not_divide(models):
-    """They are kept for the backward pass. Masters travel in float32; frozen weights as kept."""
-    settings = run_of("sft", models, dtype="bfloat16")
+def test_layers_travel_in_the_type_of_their_products(models):
+    """With them go autocast's copies, but for that of the head. Answers are sampled from weights
+    as they are kept.
+    """
+    settings = run_of("ppo", models, dtype="bfloat16")
+    alone, shared = (planned(settings, ranks).stages for ranks in (1, 2))
+    part, cast = Part("policy", GATHERED), Part("policy", CAST)
+    assert shared["backward"][part] == 4 * REST + 2 * (2 * LAYER)
+    assert shared["sampling"][part] == 4 * (REST + LAYERS * LAYER)
+    assert alone["backward"][cast] == 2 * (VOCABULARY * WIDTH + LAYERS * (LAYER - 2 * WIDTH))
+    assert shared["backward"][cast] == 2 * VOCABULARY * WIDTH
+
+
+def test_with_float32_adapters_beside_them_they_travel_as_kept(models):
+    """Autocast's copies do not divide, and are kept for the backward pass."""
+    settings = run_of("sft", models, dtype="bfloat16", weights="float32", lora_rank=4)
     alone, shared = (planned(settings, ranks).stages["backward"] for ranks in (1, 2))
     assert shared[Part("policy", CAST)] == alone[Part("policy", CAST)] > 0
-    assert shared[Part("policy", GATHERED)] == 4 * (REST + 2 * LAYER)
+    added = 4 * (6 * WIDTH + INNER + 4 * WIDTH + 2 * INNER)
+    assert shared[Part("policy", GATHERED)] == 4 * (REST + 2 * (LAYER + added))
 
 
 def test_of_what_learns_in_one_step_embeddings_and_head_of_both_stay_gathered(models):

@@ -61,6 +61,7 @@ def two(world, tmp_path_factory):
         {"held": "held-nf4"} | NF4,
         {"command": "sft", "to": "nf4"} | STEPS | NF4,
         {"case": "ppo-one-base", "to": "nf4-one-base"} | NF4,
+        {"rounded": "rounded"},
         {"exported": "exported", "file_bytes": 20_000},
         {"command": "sft", "to": "wide", "max_steps": 3} | WIDE,
         {"command": "sft", "to": "mesh", "mesh": "3x1"},
@@ -165,6 +166,16 @@ def test_bfloat16_weights_are_divided_beside_float32_norms(world, two, tmp_path)
         assert left["loss"] == pytest.approx(right["loss"], rel=0.01)
         assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=0.05)
     assert weights(tmp_path / "one").keys() == weights(two / "wide").keys()
+
+
+def test_layers_travel_in_bfloat16_and_compute_the_same_bits(two):
+    """Norms stay float32, and sums of gradients over ranks and micro-batches."""
+    for rank in (0, 1):
+        found = json.loads((two / f"rounded-{rank}.json").read_text())
+        assert found["types"] == ["torch.bfloat16", "torch.float32"]
+        assert found["log_probs"]
+        assert found["gradients"]
+        assert found["two"] < 1e-6
 
 
 def test_ranks_may_keep_models_whole(world, two, tmp_path):

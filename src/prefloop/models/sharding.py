@@ -22,11 +22,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from prefloop import distributed
 from prefloop.errors import UserError
@@ -35,6 +37,8 @@ from prefloop.models.model import LoadedModel
 
 REPLICAS, SHARDS = "replicas", "shards"
 DONE = 1 << 30
+FEW = 0.02
+"""Of a layer's weights, that every rank may keep."""
 
 
 # --- Which ranks hold what ------------------------------------------------------------------------
@@ -116,23 +120,23 @@ class Root(nn.Module):
 def _divided(model: LoadedModel, mesh: DeviceMesh, meeting: Meeting) -> Sharded:
     put_in_bytes(model.module)
     bare = _bare_copy(model.module)
-    policy: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-    }
     root = Root(model.hf)
     apart = _kept_whole(model)
-    layers = max(
-        (part for part in model.base.modules() if isinstance(part, nn.ModuleList)),
-        key=len,
-        default=nn.ModuleList(),
-    )
-    for part in (*layers, root):
-        fully_shard(part, ignored_params=apart, **policy)
+    for part in (*decoder_layers(model), root):
+        others = None if part is root else beside_rounded(model, part)
+        kind = None if others is None else torch.bfloat16
+        policy = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=apart | (others or set()))
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)  # sums, on which no more is divided
         part.set_force_sum_reduction_for_comms(True)
     return Sharded(root, model.module, bare, meeting)
+
+
+def decoder_layers(model: LoadedModel) -> Sequence[nn.Module]:
+    """What is gathered one after the other: the longest list of modules."""
+    lists = [part for part in model.base.modules() if isinstance(part, nn.ModuleList)]
+    return max(lists, key=len, default=())  # type: ignore[arg-type]  # it is a sequence
 
 
 def _kept_whole(model: LoadedModel) -> set[nn.Parameter]:
@@ -145,6 +149,29 @@ def _kept_whole(model: LoadedModel) -> set[nn.Parameter]:
         sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
     most = max(sizes, key=sizes.__getitem__, default=None)
     return {p for p in trained if p.dtype != most}
+
+
+def matrices(module: nn.Module) -> set[nn.Parameter]:
+    """Those of linear layers, which autocast rounds before each product."""
+    linear = (part for part in module.modules() if isinstance(part, nn.Linear | Conv1D))
+    return {part.get_parameter("weight") for part in linear}
+
+
+def beside_rounded(model: LoadedModel, layer: nn.Module) -> set[nn.Parameter] | None:
+    """What stays whole of a layer whose matrices travel in bfloat16: all that is not a matrix.
+
+    Autocast would round these anyway: the bits are the same, and its copies go with the gathered
+    ones. Gradients are rounded in each backward pass, as under autocast, and summed over passes and
+    ranks in float32. None where nothing is to be rounded; where so much would stay whole that
+    memory would tell, as of a mixture's experts; and with adapters, whose frozen base is narrow by
+    itself and whose dropout is computed in the adapters' type.
+    """
+    if model.dtype != "bfloat16" or isinstance(model.module, PeftModel):
+        return None
+    weights, rounded = set(layer.parameters()), matrices(layer)
+    count, whole = (sum(p.numel() for p in some) for some in (weights, weights - rounded))
+    wide = any(p.dtype == torch.float32 for p in rounded)
+    return weights - rounded if wide and whole <= FEW * count else None
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:

@@ -3,7 +3,8 @@
 FSDP2 leaves each rank an equal part of every weight, of its gradient and of its moments. A layer's
 weights are gathered while it computes, and the next one's meanwhile; what belongs to no layer
 (embeddings, head, last norm) stays gathered through the step, and a whole policy while it samples.
-Rows and activations are a rank's own, and with them the copies that autocast makes.
+Rows and activations are a rank's own, and with them the copies that autocast makes, but for those
+of layers that travel in bfloat16. What ranks keep whole of these (norms) is counted as divided.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from prefloop.config import TrainingConfig
+from prefloop.models.sharding import beside_rounded, decoder_layers, matrices
 from prefloop.training.bare_models import LAYER, Role, load_bare
 from prefloop.training.rehearsal import MONITOR
 from prefloop.training.tracing import (
+    CAST,
     GATHERED,
     GATHERED_GRADIENTS,
     GRADIENTS,
@@ -35,18 +38,24 @@ class Units:
     def __init__(self, role: Role, config: TrainingConfig, device: torch.device) -> None:
         depth = 1 if role.regular else role.config.get_text_config().num_hidden_layers
         model = load_bare(role, config, depth, device)
-        size: Counter[str] = Counter()
-        gradients: Counter[str] = Counter()
+        layers, count = decoder_layers(model), role.config.get_text_config().num_hidden_layers
+        rounded = {
+            p for x in layers if beside_rounded(model, x) is not None for p in x.parameters()
+        }
+        kept, sent, gradients = Counter[str](), Counter[str](), Counter[str]()
         for name, parameter in model.module.named_parameters():
             place = LAYER.search(f".{name}")
             layer = place[1] if place else ""
             four_bits = getattr(parameter, "quant_state", None)
-            size[layer] += parameter.nbytes + (four_bits.absmax.nbytes if four_bits else 0)
+            kept[layer] += parameter.nbytes + (four_bits.absmax.nbytes if four_bits else 0)
+            sent[layer] -= parameter.nbytes // 2 if parameter in rounded else 0
             gradients[layer] += parameter.nbytes if parameter.requires_grad else 0
-        layers = role.config.get_text_config().num_hidden_layers
-        self.rest, self.rest_gradients = size.pop("", 0), gradients.pop("", 0)
-        self.layer, self.layer_gradients = max(size.values()), max(gradients.values())
-        self.whole = self.rest + (self.layer * layers if depth == 1 else sum(size.values()))
+        sent.update(kept)
+        self.rest, self.rest_gradients = kept.pop(""), gradients.pop("")
+        self.whole = self.rest + (kept.total() * count if depth == 1 else kept.total())
+        self.layer, self.layer_gradients = max(sent[x] for x in kept), max(gradients.values())
+        left = matrices(model.hf) - rounded  # for autocast to copy
+        self.casts = sum(2 * w.numel() for w in left) if rounded else None
 
 
 def shard(
@@ -61,17 +70,20 @@ def shard(
     units = {role.name: Units(role, config, device) for role in shared}
     trained = list(dict.fromkeys(role.on or role.name for role in roles if role.trained))
     return {
-        stage: _divided(parts, ranks) | _gathered(stage, units, trained)
+        stage: _divided(stage, parts, ranks, units) | _gathered(stage, units, trained)
         for stage, parts in stages.items()
     }
 
 
-def _divided(parts: Parts, ranks: int) -> dict[Part, int]:
+def _divided(stage: str, parts: Parts, ranks: int, units: Mapping[str, Units]) -> dict[Part, int]:
     """A rank's part; a monitor's model stays whole."""
-    return {
-        part: -(-size // ranks) if part.kind in DIVIDED and part.model != MONITOR else size
-        for part, size in parts.items()
-    }
+    found = {}
+    for part, size in parts.items():
+        if part.kind in DIVIDED and part.model != MONITOR:
+            size = -(-size // ranks)
+        casts = units[part.model].casts if part.model in units and stage != "sampling" else None
+        found[part] = min(size, casts) if part.kind == CAST and casts is not None else size
+    return found
 
 
 def _gathered(stage: str, units: Mapping[str, Units], trained: Sequence[str]) -> dict[Part, int]:
