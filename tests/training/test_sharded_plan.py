@@ -149,14 +149,6 @@ def test_check_divides_as_the_run_will(models, tmp_path, capsys):
         check(CheckConfig(config=path, ranks=4))
 
 
-def test_check_divides_no_moments_of_8_bits(models, tmp_path, capsys):
-    pytest.importorskip("bitsandbytes")
-    path = tmp_path / "run.yaml"
-    path.write_text(f"command: sft\nmodel: {models / 'policy'}\noptimizer: adamw8bit\n")
-    check(CheckConfig(config=path, ranks=4))
-    assert "--optimizer adamw8bit: each rank keeps its models whole" in capsys.readouterr().out
-
-
 def test_a_base_in_4_bits_divides_and_is_gathered_as_bytes(models):
     """Half a byte a weight and one for 64 of them; norms and adapters in float32."""
     pytest.importorskip("bitsandbytes")

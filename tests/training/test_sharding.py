@@ -1,6 +1,7 @@
 """Models divided among 2 and 4 ranks: the same runs, a fraction of the memory, any resume."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from prefloop.config import SFTConfig
 from prefloop.errors import UserError
 from prefloop.models.sharding import mesh_shape
 from tests.ranks import on_ranks
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.cases import LINEAR, run_case
 from tests.training.small import assert_close_runs, lines, only_checkpoint, train, weights
 
@@ -17,6 +19,7 @@ pytest.importorskip("bitsandbytes")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = LINEAR | {"epochs": 2.0, "save_every": 1, "keep_checkpoints": 99}
 NF4 = {"weights": "nf4", "lora_rank": 2}
+EIGHT = {"optimizer": "adamw8bit"}
 WIDE = {"dtype": "bfloat16", "weights": "bfloat16"}
 ON_FOUR = {  # run: case, what changes on one rank, too, and what does on four alone
     "sft": ("sft", {}, {}),
@@ -54,6 +57,9 @@ def alone(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    tiny_model("llama", hidden=64).save_pretrained(folder / "broad")
+    tiny_tokenizer(chat=False).save_pretrained(folder / "broad")
     jobs = [
         {"command": "dpo", "to": "whole"} | STEPS,
         {"held": "held"},
@@ -65,10 +71,11 @@ def two(world, tmp_path_factory):
         {"exported": "exported", "file_bytes": 20_000},
         {"command": "sft", "to": "wide", "max_steps": 3} | WIDE,
         {"command": "sft", "to": "mesh", "mesh": "3x1"},
-        {"command": "sft", "to": "eight", "shard": "full", "optimizer": "adamw8bit"},
+        {"command": "sft", "to": "eight", "model": str(folder / "broad")} | STEPS | EIGHT,
+        {"eight": "moments"},
         {"command": "sft", "to": "kept-whole", "shard": "none"} | STEPS,
     ]
-    return start(2, world, tmp_path_factory.mktemp("two"), jobs)
+    return start(2, world, folder, jobs)
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +83,14 @@ def four(world, alone, two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     only_checkpoint(alone / "whole", folder / "again", 2)
     only_checkpoint(two / "nf4", folder / "nf4-again", 2)
+    shutil.copytree(two / "moments", folder / "moments")
     jobs = [
         {"case": case, "to": name} | both | more for name, (case, both, more) in ON_FOUR.items()
     ]
     jobs += [
         {"command": "dpo", "to": "again"} | STEPS,
         {"command": "sft", "to": "nf4-again"} | STEPS | NF4,
+        {"eight": "moments"},
         {"held": "held"},
         {"held": "held-lora", "lora_rank": 2},
         {"held": "held-nf4"} | NF4,
@@ -178,6 +187,24 @@ def test_layers_travel_in_bfloat16_and_compute_the_same_bits(two):
         assert found["two"] < 1e-6
 
 
+def test_moments_of_8_bits_are_those_of_one_rank(world, two, four, tmp_path):
+    """To the bit, from one rank to several and from several to others; a run on wide layers goes
+    on on one rank.
+    """
+    for folder, count in ((two, 2), (four, 4)):
+        for rank in range(count):
+            found = json.loads((folder / f"moments-{rank}.json").read_text())
+            assert found["eight"] == ["rows of blocks", "uneven rows", "even slices", "vector"]
+            assert found["same"] == found["eight"]
+            assert bool(found["told"]) == (count == 4)
+            assert ("1 of 5 weights keep moments of 32 bits" in found["line"]) == (rank == 0)
+    told = "a weight of 12 x 384, would be cut among 4 processes; go on with as many as before"
+    assert told in json.loads((four / "moments-0.json").read_text())["told"]
+    only_checkpoint(two / "eight", tmp_path / "again", 2)
+    train("sft", world, tmp_path / "again", model=str(two / "broad"), **STEPS | EIGHT)
+    assert_close_runs(two / "eight", tmp_path / "again", 1e-4)
+
+
 def test_ranks_may_keep_models_whole(world, two, tmp_path):
     train("sft", world, tmp_path / "one", **STEPS)
     assert_close_runs(tmp_path / "one", two / "kept-whole")
@@ -189,8 +216,6 @@ def test_what_cannot_be_divided_is_told_by_all(two):
     for rank in (0, 1):
         told = (two / f"mesh-told-{rank}").read_text()
         assert "--mesh 3x1 is of 3 processes, and there are 2" in told
-        told = (two / f"eight-told-{rank}").read_text()
-        assert "--optimizer adamw8bit cannot be divided among processes; give --shard none" in told
 
 
 def test_one_process_has_nobody_to_divide_among(tmp_path):

@@ -14,7 +14,7 @@ class RanksConfig(Settings):
 
     shard: Literal["auto", "full", "none"] = "auto"
     """Under torchrun: `full` divides weights, gradients and optimiser among the processes, `none`
-    gives each all of them; auto: full, but for --optimizer adamw8bit."""
+    gives each all of them; auto: full where there are several."""
     mesh: Annotated[
         str,
         Form(r"auto|[1-9]\d*x[1-9]\d*", "give REPLICASxSHARDS, such as 2x8"),

@@ -54,10 +54,7 @@ def mesh_shape(config: Any) -> tuple[int, ...] | None:
                 f"--{name} {value}: there is one process; start several with torchrun "
                 "--nproc-per-node N -m prefloop, or leave it out"
             )
-    reason = whole_because(config)
-    if reason and config.shard == "full":
-        raise UserError(f"{reason} cannot be divided among processes; give --shard none")
-    if world == 1 or config.shard == "none" or reason:
+    if world == 1 or config.shard == "none":
         return None
     replicas, shards = (1, world) if config.mesh == "auto" else map(int, config.mesh.split("x"))
     if replicas * shards != world:
@@ -66,11 +63,6 @@ def mesh_shape(config: Any) -> tuple[int, ...] | None:
             "give another, or start as many"
         )
     return (replicas, shards) if replicas > 1 else (shards,)
-
-
-def whole_because(config: Any) -> str:
-    """The setting whose bytes have no slices: blocks of them share a scale."""
-    return "--optimizer adamw8bit" if config.optimizer == "adamw8bit" else ""
 
 
 def shard(

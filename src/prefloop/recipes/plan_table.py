@@ -23,7 +23,6 @@ from prefloop.config.checks import validate
 from prefloop.config.resolve import build, read_yaml
 from prefloop.errors import UserError
 from prefloop.models.load import pick_device
-from prefloop.models.sharding import whole_because
 from prefloop.recipes.pipeline import Command, read_stages
 from prefloop.resume import read_record
 from prefloop.training import ppo, preference, reward, sft
@@ -109,15 +108,13 @@ def print_plan(settings: Any, asked: str | None, ranks: int = 1) -> None:
     if not console.is_terminal:
         console.width = 200  # a file has room for every column
     console.print(table(whole, ranks))
-    if ranks > 1 and (reason := whole_because(settings)):
-        print(f"{reason}: each rank keeps its models whole")
     for line in _lines(work, settings, roles, device, room, whole):
         print(line)
 
 
 def _shards(settings: TrainingConfig, ranks: int) -> int:
     """How many of the ranks divide a model, as the settings ask."""
-    if settings.shard == "none" or whole_because(settings):
+    if settings.shard == "none":
         return 1
     if settings.mesh == "auto":
         return ranks

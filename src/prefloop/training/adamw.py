@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from jaxtyping import BFloat16, Float32
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import zeros as divided_zeros
 from torch.optim.adamw import adamw
 
+from prefloop.errors import UserError
 from prefloop.models.sharding import local
 from prefloop.models.weights import bitsandbytes
 from prefloop.training.slices import Stored, read
@@ -28,6 +30,7 @@ FEWEST = 4096
 """Smaller tensors keep moments of 32 bits, as bitsandbytes has it by default."""
 ASKED = "--optimizer adamw8bit"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALE = "scale"
 
 
 def round_stochastically(
@@ -55,9 +58,10 @@ class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay; torch's fused step wherever all of it is float32.
 
     `bits` 8 keeps both moments in 8 bits, a scale for each BLOCK elements (arXiv 2110.02861), on
-    tensors of FEWEST elements and more; else they are float32, bfloat16 parameters' too. The bits
-    that round are drawn anew for each step from `seed` and the number of steps: a checkpoint holds
-    that number, and all ranks round alike.
+    tensors of FEWEST elements and more whose blocks are not cut among ranks (see `scale_shape`);
+    else they are float32, bfloat16 parameters' too. The bits that round are drawn anew for each
+    step from `seed` and the number of steps: a checkpoint holds that number, and all ranks round
+    alike.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 if not self.state[p]:
                     self.start(p)
-                if p.dtype == torch.bfloat16 or "scale" in self.state[p]:
+                if p.dtype == torch.bfloat16 or SCALE in self.state[p]:
                     if p.device not in generators:
                         generators[p.device] = torch.Generator(p.device)
                         generators[p.device].manual_seed(self.seed * 1_000_003 + self.steps)
@@ -106,13 +110,14 @@ class AdamW(torch.optim.Optimizer):
         """Moments of zero."""
         if not isinstance(p, DTensor):
             p.data = p.data.contiguous()  # for what goes through it in chunks
-        eight = self.bits == 8 and p.numel() >= FEWEST
+        shape = scale_shape(p) if self.bits == 8 and p.numel() >= FEWEST else None
+        eight = shape is not None
         kind = torch.uint8 if eight else torch.promote_types(p.dtype, torch.float32)
         state = self.state[p]
         for name in MOMENTS:
             state[name] = torch.zeros_like(p, dtype=kind)
-        if eight:
-            state["scale"] = torch.zeros(2, -(-p.numel() // BLOCK), device=p.device)
+        if shape is not None:
+            state[SCALE] = _zeros_beside(p, shape)
         state["step"] = 0 if eight else torch.zeros((), device=p.device)
 
     def _step_in_chunks(
@@ -126,9 +131,9 @@ class AdamW(torch.optim.Optimizer):
         for part in _parts(len(weights)):
             exact, first, second = weights[part].float(), *(m[part] for m in moments)
             slope = grad[part].to(exact.dtype)
-            if "scale" in state:
+            if SCALE in state:
                 blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-                scales = state["scale"][:, blocks]
+                scales = local(state[SCALE]).flatten(1)[:, blocks]
                 self._step_8bit(exact, slope, (first, second), scales, state["step"] + 1, group)
             else:
                 steps = [state["step"].clone()]  # which torch counts up
@@ -169,7 +174,11 @@ class AdamW(torch.optim.Optimizer):
         for number, kept in state_dict["state"].items():
             p = parameters[number]
             for name, value in kept.items():
-                if name in MOMENTS and (isinstance(p, DTensor) or isinstance(value, Stored)):
+                if name == SCALE and (isinstance(p, DTensor) or isinstance(value, Stored)):
+                    target, value = _scale_to_read(p, value)
+                    self.state[p][name] = target if isinstance(p, DTensor) else target.flatten(1)
+                    divided.append((target, value))
+                elif name in MOMENTS and (isinstance(p, DTensor) or isinstance(value, Stored)):
                     self.state[p][name] = torch.zeros_like(p, dtype=value.dtype)
                     divided.append((self.state[p][name], value))
                 else:
@@ -177,6 +186,41 @@ class AdamW(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device) if whole else value
         read(divided)
         self.steps = int(state_dict["steps"])
+
+
+def scale_shape(p: Tensor) -> tuple[int, ...] | None:
+    """That of the scales of both moments: [2, blocks]; where rows are divided among ranks and each
+    is of whole blocks, [2, rows, blocks of a row]. None where a block would be cut.
+
+    So a rank's blocks are those that one rank would have, and any number of ranks reads them.
+    """
+    blocks = -(-p.numel() // BLOCK)
+    if not isinstance(p, DTensor):
+        return 2, blocks
+    rows, ranks = p.shape[0], p.device_mesh.shape[-1]
+    if (p.numel() // rows) % BLOCK == 0:
+        return 2, rows, p.numel() // rows // BLOCK
+    return None if rows % ranks or p.numel() // ranks % BLOCK else (2, blocks)
+
+
+def _zeros_beside(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32, on the ranks that hold p as p is."""
+    if not isinstance(p, DTensor):
+        return torch.zeros(shape, device=p.device)
+    placements = [Shard(1) if isinstance(each, Shard) else each for each in p.placements]
+    return divided_zeros(shape, device_mesh=p.device_mesh, placements=placements)
+
+
+def _scale_to_read(p: Tensor, value: Tensor | Stored) -> tuple[Tensor, Tensor | Stored]:
+    """Where a checkpoint's scales go, and they themselves, in one shape."""
+    shape = scale_shape(p) if isinstance(p, DTensor) else tuple(value.shape)
+    if shape is None:
+        raise UserError(
+            f"{ASKED}: the checkpoint's blocks of {BLOCK} elements, in a weight of "
+            f"{' x '.join(map(str, p.shape))}, would be cut among {p.device_mesh.shape[-1]} "  # type: ignore[attr-defined]
+            "processes; go on with as many as before"
+        )
+    return _zeros_beside(p, shape), value.view(shape) if isinstance(value, Tensor) else value
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from prefloop import distributed
 from prefloop.config import TrainingConfig
 from prefloop.models.sharding import local, square_sums
-from prefloop.training.adamw import AdamW
+from prefloop.training.adamw import ASKED, BLOCK, FEWEST, AdamW, scale_shape
 
 
 def build_optimizer(
@@ -30,12 +32,21 @@ def build_optimizer(
         ):
             if chosen:
                 groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
+    eight = config.optimizer == "adamw8bit"
+    if eight and distributed.rank() == 0:
+        large = [p for group in groups for p in group["params"] if p.numel() >= FEWEST]
+        if cut := sum(scale_shape(p) is None for p in large):
+            print(
+                f"{ASKED}: {cut} of {len(large)} weights keep moments of 32 bits, for processes "
+                f"would cut their blocks of {BLOCK} elements",
+                file=sys.stderr,
+            )
     return AdamW(
         groups,
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
-        bits=8 if config.optimizer == "adamw8bit" else 32,
+        bits=8 if eight else 32,
         seed=config.seed,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,7 +15,7 @@ from prefloop.config.ranges import template_arguments
 from prefloop.models.heads import smallest_pass
 from prefloop.models.load import pick_device
 from prefloop.models.model import LoadedModel, ModelOptions
-from prefloop.models.sharding import mesh_shape, shard, whole_because
+from prefloop.models.sharding import mesh_shape, shard
 from prefloop.models.weights import storage_of
 from prefloop.peers import patiently
 from prefloop.runs import Run
@@ -49,9 +48,6 @@ def divide(config: TrainingConfig, models: Iterable[LoadedModel | None]) -> None
     shape, there = mesh_shape(config), [model for model in models if model is not None]
     if shape is not None:
         shard(there, shape, smallest_pass)
-        return
-    if distributed.world() > 1 and config.shard == "auto" and distributed.rank() == 0:
-        print(f"{whole_because(config)}: each process keeps its models whole", file=sys.stderr)
 
 
 def model_options(config: TrainingConfig) -> ModelOptions:
