@@ -25,8 +25,9 @@ from prefloop.config import PPOConfig, SampleConfig
 from prefloop.files import read_rows, write_atomic
 from prefloop.intervals import Interval, bootstrap
 
-PASSES, MINIBATCHES, ITERATIONS, ANSWERS, JUDGED = 2, 2, 32, 32, 250
-RATES = {True: 3e-4, False: 3e-5}  # of the policy: the small one's, SmolLM2's
+PASSES, MINIBATCHES, ANSWERS, JUDGED = 2, 2, 32, 250
+RATES = {True: 3e-4, False: 1e-3}  # of the policy: the small one's, SmolLM2's adapters'
+ITERATIONS = {True: 32, False: 24}
 BASE: dict[str, Any] = {"rate": 1.0, "value_rate": 3.0, "answers": ANSWERS, "kl_coef": 0.1}
 """`value_rate` is the critic's learning rate in policy's; `rate` multiplies RATES. No warm-up."""
 LARGE = {"answers": 64, "critic_warmup": 4}
@@ -124,7 +125,7 @@ def ppo(task: Task, setting: str, seed: int, output: Path) -> PPOConfig:
         output=output,
         reward_model=task.reward_model,
         seed=seed,
-        max_steps=ITERATIONS * passes * MINIBATCHES,
+        max_steps=ITERATIONS[task.small] * passes * MINIBATCHES,
         ppo_epochs=passes,
         num_minibatches=MINIBATCHES,
         batch_size=prompts,
@@ -132,6 +133,7 @@ def ppo(task: Task, setting: str, seed: int, output: Path) -> PPOConfig:
         lr=lr,
         max_length=128,
         save_minutes=0,
+        **task.adapters,
         **chosen,
     )
 

@@ -27,6 +27,7 @@ from prefloop.config import RewardConfig, SampleConfig, SFTConfig
 from prefloop.files import read_rows, write_jsonl
 from prefloop.recipes import sentiment_data
 from prefloop.recipes.fetch import Pin, fetch_file, fetch_model, fetch_movie_ratings
+from prefloop.recipes.sentiment import ADAPTERS
 
 HEADLINES = Pin(
     "evals",
@@ -58,6 +59,11 @@ class Task:
     def kind(self) -> str:
         """sentiment or headlines."""
         return self.name.removeprefix("small-")
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """Of policy, critic and reward model: the demo's, on SmolLM2; the small model is whole."""
+        return {} if self.small else ADAPTERS
 
     @property
     def policy(self) -> str:
@@ -139,7 +145,8 @@ class Task:
                 batch_size=8,
                 center_coefficient=0.01,
                 epochs=3 if self.small else 1,
-                lr=3e-4 if self.small else 6e-5,
+                lr=3e-4 if self.small else 5e-4,
+                **self.adapters,
                 **common,
             )
         )

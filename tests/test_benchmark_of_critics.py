@@ -13,12 +13,14 @@ from prefloop.recipes.sentiment import FULL, KL_COEF, Plan
 @pytest.mark.parametrize("setting", critic.GRID)
 @pytest.mark.parametrize("name", ["sentiment", "small-headlines"])
 def test_each_setting_is_one_that_ppo_takes(setting, name, tmp_path):
-    """Of as many answers an iteration as it says, in 32 iterations."""
+    """Of as many answers an iteration as it says, in the demo's 24 iterations or the small 32."""
     chosen = critic.ppo(Task(name, tmp_path), setting, 3, tmp_path / "run")
     assert list(problems(chosen)) == []
     wanted = 64 if "64" in setting or setting == "chosen" else 32
     assert chosen.batch_size * chosen.num_minibatches * chosen.samples_per_prompt == wanted
-    assert chosen.max_steps == 32 * chosen.ppo_epochs * chosen.num_minibatches
+    iterations = 32 if name == "small-headlines" else 24
+    assert chosen.max_steps == iterations * chosen.ppo_epochs * chosen.num_minibatches
+    assert chosen.lora_rank == (0 if name == "small-headlines" else 16)
     assert chosen.seed == 3
 
 

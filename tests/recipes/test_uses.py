@@ -12,6 +12,7 @@ from prefloop.config import RunConfig
 from prefloop.config.resolve import read_yaml
 from prefloop.recipes import sentiment_data, style_data
 from prefloop.recipes.pipeline import read_stages, run
+from prefloop.recipes.sentiment import FULL, Plan
 from tests.recipes.small_sets import write_sets
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -96,6 +97,16 @@ def test_a_use_runs_from_data_to_page(
     run(config, COMMANDS)
     done = capsys.readouterr().out
     assert done.count("nothing changed, skipped") == done.count("[") == len(done.splitlines())
+
+
+def test_sentiment_has_the_settings_of_the_demo(tmp_path: Path) -> None:
+    stages = read_stages(FOLDER / "sentiment.yaml", tmp_path, COMMANDS, 0)
+    found = {stage.name: vars(stage.config) for stage in stages}
+    plan = Plan(tmp_path, 0, FULL)
+    demo = {"sft": plan.sft("model"), "reward": plan.reward(), "dpo-0.1": plan.dpo()}
+    for name, settings in (demo | {"ppo-0.1": plan.ppo("ppo", 0.1)}).items():
+        differ = {key for key, value in vars(settings).items() if found[name][key] != value}
+        assert differ <= {"model", "data", "output", "reward_model"}, name
 
 
 def test_a_seed_goes_to_every_stage_that_gives_none(tmp_path: Path) -> None:
