@@ -17,6 +17,7 @@ from prefloop.training.tracing import (
     CAST,
     GATHERED,
     GATHERED_GRADIENTS,
+    GPU,
     GRADIENTS,
     OPTIMISER,
     WEIGHTS,
@@ -57,9 +58,9 @@ def run_of(command, models, **changes):
     return COMMANDS[command](**common | own | changes)
 
 
-def planned(settings, ranks=1):
-    work, roles = replace(work_of(settings), ranks=ranks), roles_of(settings, CPU)
-    return full_plan(work, settings, roles, CPU)
+def planned(settings, ranks=1, device=CPU):
+    work, roles = replace(work_of(settings), ranks=ranks), roles_of(settings, device)
+    return full_plan(work, settings, roles, device)
 
 
 def test_weights_gradients_and_moments_divide_and_activations_do_not(models):
@@ -81,14 +82,17 @@ def test_weights_gradients_and_moments_divide_and_activations_do_not(models):
 
 
 def test_layers_travel_in_the_type_of_their_products(models):
-    """With them go autocast's copies, but for that of the head. Answers are sampled from weights
-    as they are kept.
+    """With them go autocast's copies, but for that of the tied head; so while answers are sampled,
+    for which a GPU makes no copy but this, and a CPU one that it can multiply by fast.
     """
     settings = run_of("ppo", models, dtype="bfloat16")
     alone, shared = (planned(settings, ranks).stages for ranks in (1, 2))
     part, cast = Part("policy", GATHERED), Part("policy", CAST)
     assert shared["backward"][part] == 4 * REST + 2 * (2 * LAYER)
-    assert shared["sampling"][part] == 4 * (REST + LAYERS * LAYER)
+    assert shared["sampling"][part] == 4 * REST + LAYERS * (2 * LAYER + 2 * 2 * WIDTH)
+    on_gpu = [planned(settings, ranks, GPU).stages["sampling"] for ranks in (1, 2)]
+    assert on_gpu[0][cast] > on_gpu[1][cast] == 2 * VOCABULARY * WIDTH
+    assert on_gpu[1][part] == shared["sampling"][part]
     assert alone["backward"][cast] == 2 * (VOCABULARY * WIDTH + LAYERS * (LAYER - 2 * WIDTH))
     assert shared["backward"][cast] == 2 * VOCABULARY * WIDTH
 

@@ -185,6 +185,7 @@ def test_layers_travel_in_bfloat16_and_compute_the_same_bits(two):
         assert found["log_probs"]
         assert found["gradients"]
         assert found["two"] < 1e-6
+        assert found["samples"]
 
 
 def test_moments_of_8_bits_are_those_of_one_rank(world, two, four, tmp_path):

@@ -72,7 +72,7 @@ class Engine:
             Drawn, sampling, seed, numbers or range(len(prompts)), self.model.device, on_tokens
         )
         loop = self._packed if self.model.packed else self._padless
-        with gathered(self.model) as model, self._inference(model) as live:
+        with gathered(self.model, rounded=True) as model, self._inference(model) as live:
             for sample in loop(live, prompts, n, new_drawn):
                 samples[sample.prompt_index, sample.sample_index] = sample
                 if on_done is not None:

@@ -298,23 +298,35 @@ def in_step(models: Iterable[LoadedModel]) -> Iterator[list[Tensor]]:
             each.reshard()
 
 
+def only_multiplied(model: LoadedModel, module: nn.Module) -> set[nn.Parameter]:
+    """Of its `module`: matrices that only products read, for which autocast rounds them."""
+    if model.dtype != "bfloat16" or isinstance(model.module, PeftModel):
+        return set()
+    embeddings = (part for part in module.modules() if isinstance(part, nn.Embedding))
+    return matrices(module) - {part.get_parameter("weight") for part in embeddings}
+
+
 @contextmanager
 def gathered(
-    model: LoadedModel, chosen: Callable[[str], bool] = lambda name: True
+    model: LoadedModel, chosen: Callable[[str], bool] = lambda name: True, rounded: bool = False
 ) -> Iterator[LoadedModel]:
     """Within it, a copy of the model with whole weights (those of the `chosen` names): for many
     passes on weights that stand still, in which ranks need not agree. All ranks enter it.
+
+    `rounded`: to pass forward only, with what autocast would round in bfloat16.
     """
     sharded = model.sharded
     if sharded is None:
         yield model
         return
     own = dict(sharded.module.named_parameters())
-    bare = {name: p for name, p in sharded.bare.named_parameters() if chosen(name)}
-    filled = {
-        id(p): nn.Parameter(whole(own[name].detach()), own[name].requires_grad)
-        for name, p in bare.items()
-    }
+    narrow = only_multiplied(model, sharded.bare) if rounded else set[nn.Parameter]()
+    filled = {}
+    for name, place in sharded.bare.named_parameters():
+        if chosen(name):
+            kept = own[name].detach()
+            there = whole(kept.to(torch.bfloat16) if place in narrow else kept)
+            filled[id(place)] = nn.Parameter(there, own[name].requires_grad)
     with ExitStack() as places:
         for part in sharded.bare.modules():
             for name, p in list(part._parameters.items()):

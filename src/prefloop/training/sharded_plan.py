@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from prefloop.config import TrainingConfig
-from prefloop.models.sharding import beside_rounded, decoder_layers, matrices
+from prefloop.models.sharding import beside_rounded, decoder_layers, matrices, only_multiplied
 from prefloop.training.bare_models import LAYER, Role, load_bare
 from prefloop.training.rehearsal import MONITOR
 from prefloop.training.tracing import (
@@ -42,7 +42,9 @@ class Units:
         rounded = {
             p for x in layers if beside_rounded(model, x) is not None for p in x.parameters()
         }
+        narrow = only_multiplied(model, model.module)
         kept, sent, gradients = Counter[str](), Counter[str](), Counter[str]()
+        spared = Counter[str]()  # in a copy that samples
         for name, parameter in model.module.named_parameters():
             place = LAYER.search(f".{name}")
             layer = place[1] if place else ""
@@ -50,12 +52,15 @@ class Units:
             kept[layer] += parameter.nbytes + (four_bits.absmax.nbytes if four_bits else 0)
             sent[layer] -= parameter.nbytes // 2 if parameter in rounded else 0
             gradients[layer] += parameter.nbytes if parameter.requires_grad else 0
+            spared[layer] += parameter.nbytes - 2 * parameter.numel() if parameter in narrow else 0
         sent.update(kept)
         self.rest, self.rest_gradients = kept.pop(""), gradients.pop("")
-        self.whole = self.rest + (kept.total() * count if depth == 1 else kept.total())
+        alike = count if depth == 1 else 1
+        self.sampled = self.rest - spared.pop("") + (kept - spared).total() * alike
         self.layer, self.layer_gradients = max(sent[x] for x in kept), max(gradients.values())
         left = matrices(model.hf) - rounded  # for autocast to copy
         self.casts = sum(2 * w.numel() for w in left) if rounded else None
+        self.sampled_casts = None if device.type == "cpu" else self.casts  # a CPU packs its own
 
 
 def shard(
@@ -81,8 +86,10 @@ def _divided(stage: str, parts: Parts, ranks: int, units: Mapping[str, Units]) -
     for part, size in parts.items():
         if part.kind in DIVIDED and part.model != MONITOR:
             size = -(-size // ranks)
-        casts = units[part.model].casts if part.model in units and stage != "sampling" else None
-        found[part] = min(size, casts) if part.kind == CAST and casts is not None else size
+        found[part] = size
+        if part.kind == CAST and (unit := units.get(part.model)) is not None:
+            casts = unit.sampled_casts if stage == "sampling" else unit.casts
+            found[part] = size if casts is None else min(size, casts)
     return found
 
 
@@ -91,7 +98,7 @@ def _gathered(stage: str, units: Mapping[str, Units], trained: Sequence[str]) ->
     if stage == "update":
         return {}
     if stage == "sampling":
-        return {Part("policy", GATHERED): units["policy"].whole}
+        return {Part("policy", GATHERED): units["policy"].sampled}
     if stage not in ("forward", "backward"):
         name = max(units, key=lambda name: units[name].rest + 2 * units[name].layer)
         return {Part(name, GATHERED): units[name].rest + 2 * units[name].layer}
