@@ -133,7 +133,7 @@ def _ppo(config: PPOConfig, device: torch.device) -> Built:
     policy = load_policy(config.model, device, **model_options(config))
     reference: LoadedModel | None = reference_of(policy)
     if not config.lora_rank:
-        frozen = frozen_copy(policy.module, kept(storage, device, trained=False))
+        frozen, _ = frozen_copy(policy.module, kept(storage, device, trained=False), {})
         reference = replace(policy, module=frozen)
     (reward_model,), critic = load_beside(config, policy)
     assert critic is not None

@@ -32,10 +32,10 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 BUDGETS = {
     "losses": 700,
     "data": 1700,
-    "models": 3680,
+    "models": 3825,
     "generation": 1625,
     "rewards": 1100,
-    "training": 4785,
+    "training": 4805,
     "evaluation": 3600,
     "recipes": 2935,
     "labelling": 5100,
@@ -72,7 +72,8 @@ several processes; 2,935, their end by a signal;
 models: 2,400, weights in three forms and one base for several adapters; 2,700, other kinds of
 adapters told apart; 2,800, GGUF files; 3,200, no room for an export, a broken shard named;
 3,225, all linear layers and others; 3,630, models divided among ranks and their export;
-3,680, layers in 4 bits whose bytes are divided, others that travel in bfloat16
+3,680, layers in 4 bits whose bytes are divided, others that travel in bfloat16; 3,825 (training:
+4,805), models that no rank reads whole
 (training: 4,735, for their digests and plans; 4,780, 8-bit moments in slices; 4,785, plans of
 copies that sample in bfloat16);
 training also: 4,630, slices in checkpoints; 4,665, a line where none can save; 4,685, rows divided

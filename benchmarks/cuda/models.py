@@ -102,6 +102,7 @@ def load_policy(
     scorer: bool = False,
     trained: bool = False,
     gradient_checkpointing: bool = False,
+    divided: bool = False,
     template_args: Mapping[str, Any] | None = None,
     **lora: Unpack[LoraOptions],
 ) -> LoadedModel:
@@ -111,7 +112,7 @@ def load_policy(
     """
     plan = kept(storage, device, trained and not lora.get("lora_rank"))
     module = draw(AutoConfig.from_pretrained(path), device, plan, scorer)
-    model = make_ready(module, load_tokenizer(path), device, path, plan)
+    model = make_ready(module, load_tokenizer(path), device, path, plan, divided)
     prepare_training(model, path, gradient_checkpointing, **lora)
     return replace(model, template_args=template_args, source_dtype=STORED)
 

@@ -51,7 +51,7 @@ def lost_rank(error: BaseException, grace: float = GRACE) -> RankFailed | None:
     """
     if distributed.world() == 1:
         return None
-    broke = _broken(error)
+    broke = broken(error)
     try:
         store = PrefixStore(KEY, c10d._get_default_store())
         said = ["", 0] if broke else [_reason(error), exit_code(error)]
@@ -60,7 +60,7 @@ def lost_rank(error: BaseException, grace: float = GRACE) -> RankFailed | None:
             return None
         ends = _ends(store, grace)
     except RuntimeError:  # the store went with the process that held it
-        if broke is None:
+        if broke is None or isinstance(error, KeyboardInterrupt):  # perhaps ended by the same
             return None
         return RankFailed("lost rank 0, which kept what the ranks tell each other; see its words")
     told = {rank: (why, code) for rank, (why, code) in ends.items() if why}
@@ -76,7 +76,7 @@ def lost_rank(error: BaseException, grace: float = GRACE) -> RankFailed | None:
     return RankFailed(f"lost {names} without a word: killed, perhaps for memory")
 
 
-def _broken(error: BaseException | None) -> BaseException | None:
+def broken(error: BaseException | None) -> BaseException | None:
     """Of an error and those that led to it, the one by which a collective broke."""
     while error is not None:
         if isinstance(error, dist.DistError) or (

@@ -67,7 +67,7 @@ BUGS = (
     Bug(
         "reference not frozen",
         "training/reference.py",
-        "return replace(policy, module=frozen_copy(policy.module, plan))",
+        "return replace(policy, module=module, unread=unread)",
         "return policy",
         (f"{EXACT}::test_ppo_reports_the_enumerated_kl_and_objective",),
     ),

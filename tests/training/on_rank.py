@@ -2,7 +2,7 @@
 
 `python -m tests.training.on_rank WORLD OUTPUT JOB...` with torchrun's variables set. A job is the
 name of a case, or JSON: settings of a run (`command` or `case`, `to`), `copy`: [from,
-to, step], or what stands in tests/training/held.py, rounded.py and eight.py.
+to, step], or what stands in tests/training/held.py, loading.py, rounded.py and eight.py.
 """
 
 import json
@@ -16,6 +16,7 @@ from prefloop.errors import UserError
 from tests.training.cases import run_case
 from tests.training.eight import tell_eight
 from tests.training.held import export, tell_held
+from tests.training.loading import tell_loading
 from tests.training.rounded import tell_rounded
 from tests.training.small import only_checkpoint, train
 
@@ -35,6 +36,8 @@ def work(world: Path, output: Path, job: str) -> None:
         return tell_rounded(world, output, asked["rounded"])
     if "eight" in asked:
         return tell_eight(world, output, asked["eight"])
+    if "loaded" in asked:
+        return tell_loading(world, output, asked["loaded"], asked["model"])
     if "exported" in asked:
         return export(world, output, asked["exported"], asked["file_bytes"])
     to = asked.pop("to")

@@ -36,7 +36,6 @@ COMMON: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
 }
-COMMON["dtype"] = "float32"
 SHORT: dict[str, Any] = {"max_new_tokens": 6, "max_concurrent": 8}
 WORDS = "the a in boat took thin ant oath that bath".split()
 TIMES = ("tokens_per_second",)

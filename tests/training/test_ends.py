@@ -9,6 +9,7 @@ import pytest
 
 from prefloop.runs import newest_checkpoint
 from prefloop.training.step import first_of
+from tests.ranks import on_ranks
 
 ROOT = Path(__file__).parents[2]
 ENDS = {  # how the second rank ends; what the first says, the step that is kept
@@ -45,6 +46,19 @@ def test_a_rank_that_ends_is_named_by_the_first(how, world, tmp_path):
     assert told in line
     kept = newest_checkpoint(tmp_path / "run")
     assert (kept and kept.name) == step
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_are_terminated_and_the_first_leaves_with_what_they_tell_each_other(
+    world, tmp_path, monkeypatch
+):
+    """Without torchrun, whose agent keeps it."""
+    monkeypatch.setenv("ENDS", "terminated")
+    words = ("-m", "tests.training.end_on_rank", str(world), str(tmp_path / "run"))
+    _, (told, code) = on_ranks(2, *words)
+    assert code == 143, told
+    assert told.splitlines()[-1] == "prefloop: rank 1: terminated"
 
 
 @pytest.mark.parametrize(

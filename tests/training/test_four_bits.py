@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from prefloop.models.four_bits import InBytes, put_in_bytes
+from prefloop.models.four_bits import InBytes, in_bytes, put_in_bytes
 from prefloop.models.weights import Storage
 from prefloop.training.checkpoint import weights_of
 from tests.training.small import CPU, policy
@@ -19,7 +19,7 @@ def test_bytes_compute_what_bitsandbytes_does(products):
     torch.manual_seed(0)
     layer = bnb.nn.Linear4bit(66, 3, compute_dtype=products, quant_type="nf4").to(CPU)
     layer.support_avx512bf16_for_cpu = False
-    ours, x = InBytes(copy.deepcopy(layer)), torch.randn(5, 66, requires_grad=True)
+    ours, x = in_bytes(copy.deepcopy(layer)), torch.randn(5, 66, requires_grad=True)
     expected, found = layer(x), ours(x)
     assert torch.equal(expected, found)
     (wanted,), (grad,) = (torch.autograd.grad(y.square().sum(), x) for y in (expected, found))

@@ -13,6 +13,7 @@ from prefloop.models.sharding import mesh_shape
 from tests.ranks import on_ranks
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.cases import LINEAR, run_case
+from tests.training.loading import write_deep
 from tests.training.small import assert_close_runs, lines, only_checkpoint, train, weights
 
 pytest.importorskip("bitsandbytes")
@@ -60,6 +61,7 @@ def two(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     tiny_model("llama", hidden=64).save_pretrained(folder / "broad")
     tiny_tokenizer(chat=False).save_pretrained(folder / "broad")
+    write_deep(folder / "deep")
     jobs = [
         {"command": "dpo", "to": "whole"} | STEPS,
         {"held": "held"},
@@ -73,6 +75,7 @@ def two(world, tmp_path_factory):
         {"command": "sft", "to": "mesh", "mesh": "3x1"},
         {"command": "sft", "to": "eight", "model": str(folder / "broad")} | STEPS | EIGHT,
         {"eight": "moments"},
+        {"loaded": "loaded", "model": str(folder / "deep")},
         {"command": "sft", "to": "kept-whole", "shard": "none"} | STEPS,
     ]
     return start(2, world, folder, jobs)
@@ -157,6 +160,13 @@ def test_each_rank_holds_its_share(name, two, four):
             assert held["weights"] + held["gradients"] + held["moments"] <= most * held["whole"]
             assert (held["whole_base"] > 0) == (name == "held-nf4")
             assert held["base"] <= most * held["whole_base"]
+
+
+def test_no_rank_loads_the_whole_model(two):
+    """Its half, a layer (a twelfth), and holes between: 0.6; with all of it, it would be 1.4."""
+    for rank in (0, 1):
+        found = json.loads((two / f"loaded-{rank}.json").read_text())
+        assert 0.45 * found["whole"] < found["peak"] < found["whole"]
 
 
 def test_what_is_written_file_by_file_is_the_model(world, two):

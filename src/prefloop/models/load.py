@@ -29,14 +29,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prefloop.config.ranges import ALL_LINEAR
-from prefloop.data.encoder import PAD
-from prefloop.data.tokenize import same_ids, stop_token_ids
+from prefloop.data.tokenize import same_ids
 from prefloop.errors import UserError, first_line
 from prefloop.models import adapters, selftest, shared, weights
 from prefloop.models.export import source_dtype
 from prefloop.models.memory import RECOMPUTED, keep_freed_memory
 from prefloop.models.model import SCORE_POSITION, LoadedModel, LoraOptions
+from prefloop.models.pads import set_distinct_pad
 from prefloop.models.precision import speed_up_float32
+from prefloop.models.unread import beyond, first_layers, one_of_each
 from prefloop.models.weights import Kept, Storage, exact_products, kept, loading_type, settle
 from prefloop.runs import model_path
 
@@ -102,6 +103,7 @@ def load_policy(
     *,
     trained: bool = False,
     gradient_checkpointing: bool = False,
+    divided: bool = False,
     template_args: Mapping[str, Any] | None = None,
     **lora: Unpack[LoraOptions],
 ) -> LoadedModel:
@@ -113,7 +115,7 @@ def load_policy(
     tokenizer = load_tokenizer(path, template_args)
     start = _stacked(path, plan, **lora)
     module = _from_pretrained(AutoModelForCausalLM, start or path, plan)
-    model = make_ready(module, tokenizer, device, path, plan)
+    model = make_ready(module, tokenizer, device, path, plan, divided)
     prepare_training(model, start or path, gradient_checkpointing, **lora)
     if start:
         model = shared.begin_from(model, path)
@@ -128,6 +130,7 @@ def load_scorer(
     seed: int = 0,
     trained: bool = False,
     gradient_checkpointing: bool = False,
+    divided: bool = False,
     template_args: Mapping[str, Any] | None = None,
     **lora: Unpack[LoraOptions],
 ) -> LoadedModel:
@@ -156,8 +159,8 @@ def load_scorer(
         shared.draw_head(head.weight, seed)
         setattr(module.config, SCORE_POSITION, "rendered")
     if not ready or module.config.get_text_config().pad_token_id is None:
-        _set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
-    model = make_ready(module, tokenizer, device, path, plan)
+        set_distinct_pad(module, tokenizer)  # else it is read with the padding of its maker
+    model = make_ready(module, tokenizer, device, path, plan, divided)
     prepare_training(model, start or path, gradient_checkpointing, **lora)
     if start:
         model = shared.begin_from(model, path)
@@ -185,13 +188,14 @@ def load_reward_model(
     device: torch.device,
     storage: Storage = FLOAT32,
     template_args: Mapping[str, Any] | None = None,
+    divided: bool = False,
 ) -> LoadedModel:
     """A trained reward model to score with; UserError for a language model."""
     if not is_scorer_folder(path):
         raise UserError(
             f"{path}: a language model, not a reward model; train one with prefloop reward"
         )
-    return load_scorer(path, device, storage, template_args=template_args)
+    return load_scorer(path, device, storage, divided=divided, template_args=template_args)
 
 
 def require_same_ids(flag: str, model: LoadedModel, policy: LoadedModel) -> None:
@@ -280,20 +284,25 @@ def make_ready(
     device: torch.device,
     source: str,
     plan: Kept,
+    divided: bool = False,
 ) -> LoadedModel:
-    """The model on its device, as `plan` keeps it, with what its self-test chose."""
+    """The model on its device, as `plan` keeps it, with what its self-test chose.
+
+    Of one that is to be `divided`, most is left unread.
+    """
     if device.type == "cpu":
         speed_up_float32()
         keep_freed_memory()
     rates = disable_dropout(module)
     _mend_generation_config(module)
-    settle(module, device, plan)
+    first = one_of_each(module) if divided else None
+    unread = settle(module, device, plan, beyond(module, first))
     module.eval()
     model = LoadedModel(
         module, tokenizer, device, False, source, max_length=selftest.longest_exact(module)
     )
-    model.dropout = rates
-    with exact_products(module):
+    model.dropout, model.unread = rates, unread
+    with exact_products(module), first_layers(module, first):
         selftest.choose_path(model)
     model.dtype = "bfloat16" if plan.products == torch.bfloat16 else "float32"
     return model
@@ -371,30 +380,3 @@ def disable_dropout(module: nn.Module) -> list[tuple[Any, str, float]]:
                     setattr(holder, name, 0.0)
                     rates += [(holder, name, value)] if holder is not part else []
     return rates
-
-
-def _set_distinct_pad(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a scorer a pad token that no answer ends with, a new one if it must be.
-
-    Transformers scores the last token that is not padding, so pad = eos would move the score.
-    """
-    if not distinct_pad(tokenizer, module):
-        tokenizer.add_special_tokens({"pad_token": PAD})
-        if len(tokenizer) > len(module.get_input_embeddings().weight):  # type: ignore[arg-type]
-            module.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    module.config.pad_token_id = tokenizer.pad_token_id
-
-
-def distinct_pad(tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel) -> bool:
-    """Whether the tokenizer has a token that pads and that no answer ends with; it is set."""
-    used = stop_token_ids(tokenizer) | {tokenizer.bos_token_id, None}
-    if tokenizer.pad_token_id not in used:
-        return True
-    rows = len(module.get_input_embeddings().weight)  # type: ignore[arg-type]
-    added = [t for t, n in tokenizer.get_added_vocab().items() if n not in used and n < rows]
-    unused = [t for t in added if "pad" in t.lower() or "reserved" in t.lower()]
-    if tokenizer.unk_token_id not in used:
-        unused.append(str(tokenizer.unk_token))
-    if unused:
-        tokenizer.pad_token = unused[0]
-    return bool(unused)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -18,6 +18,7 @@ from prefloop.errors import TooLong, UserError, located
 from prefloop.models import adapters
 from prefloop.models.lean import Lean
 from prefloop.models.precision import Products, autocast
+from prefloop.models.unread import Unread
 from prefloop.models.weights import Storage
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class LoadedModel:
     own_head: nn.Module | None = None  # a scorer's
     own_config: PretrainedConfig | None = None  # a scorer's
     source_dtype: torch.dtype = torch.float32  # in which its folder came and is exported
+    unread: Unread = field(default_factory=dict)  # weights that are read when they are divided
     sharded: Sharded | None = None  # where its weights are divided among ranks
 
     @property
@@ -155,4 +157,5 @@ class ModelOptions(LoraOptions):
     storage: Storage
     trained: bool
     gradient_checkpointing: bool
+    divided: bool  # among ranks, by sharding.shard, before anything computes with it
     template_args: Mapping[str, Any]

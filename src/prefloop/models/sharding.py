@@ -32,8 +32,9 @@ from transformers.pytorch_utils import Conv1D
 
 from prefloop import distributed
 from prefloop.errors import UserError
-from prefloop.models.four_bits import put_in_bytes
+from prefloop.models.four_bits import put_in_bytes, read_in_bytes
 from prefloop.models.model import LoadedModel
+from prefloop.models.unread import decoder_layers, read
 
 REPLICAS, SHARDS = "replicas", "shards"
 DONE = 1 << 30
@@ -87,6 +88,7 @@ def shard(
             divided[key] = _divided(model, mesh, meeting)
         model.sharded = replace(divided[key], number=len(meeting.models))
         meeting.models.append(model)
+        assert not model.unread, f"{model.source}: weights that no rank has read"
 
 
 def _let_groups_go(mesh: DeviceMesh) -> None:
@@ -114,7 +116,9 @@ def _divided(model: LoadedModel, mesh: DeviceMesh, meeting: Meeting) -> Sharded:
     bare = _bare_copy(model.module)
     root = Root(model.hf)
     apart = _kept_whole(model)
-    for part in (*decoder_layers(model), root):
+    for part in (*decoder_layers(model.base), root):
+        read_in_bytes(part, model.unread)
+        read(part, model.unread)
         others = None if part is root else beside_rounded(model, part)
         kind = None if others is None else torch.bfloat16
         policy = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
@@ -123,12 +127,6 @@ def _divided(model: LoadedModel, mesh: DeviceMesh, meeting: Meeting) -> Sharded:
         part.set_gradient_divide_factor(1.0)  # sums, on which no more is divided
         part.set_force_sum_reduction_for_comms(True)
     return Sharded(root, model.module, bare, meeting)
-
-
-def decoder_layers(model: LoadedModel) -> Sequence[nn.Module]:
-    """What is gathered one after the other: the longest list of modules."""
-    lists = [part for part in model.base.modules() if isinstance(part, nn.ModuleList)]
-    return max(lists, key=len, default=())  # type: ignore[arg-type]  # it is a sequence
 
 
 def _kept_whole(model: LoadedModel) -> set[nn.Parameter]:

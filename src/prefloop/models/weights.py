@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from prefloop.config import InferenceConfig, TrainingConfig
 from prefloop.config.ranges import DType, Weights
 from prefloop.errors import UserError, first_line
+from prefloop.models.four_bits import quantise
 from prefloop.models.memory import file_mappings, release_pages
 from prefloop.models.precision import product_type
+from prefloop.models.unread import Unread, stand_in
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Floating types, as safetensors' headers call them."""
@@ -118,14 +120,20 @@ def loading_type(path: str, plan: Kept) -> torch.dtype | str:
     return max(sizes, key=lambda kind: kind.itemsize)
 
 
-def settle(module: nn.Module, device: torch.device, plan: Kept) -> None:
+def settle(
+    module: nn.Module,
+    device: torch.device,
+    plan: Kept,
+    later: Collection[nn.Parameter] = frozenset(),
+) -> Unread:
     """Moves a model to the device, each weight in the form that `plan` keeps it in.
 
-    One weight at a time: the model is never there twice.
+    One weight at a time: the model is never there twice. Those to be read `later` are returned,
+    with what stands for them.
     """
-    mappings = file_mappings()
+    mappings, unread = file_mappings(), Unread()
     if plan.nf4:
-        _quantise(module, device, plan, mappings)
+        unread |= quantise(module, device, plan.products, later)
     narrow = _narrow(module, plan)
     moved: dict[int, nn.Parameter] = {}  # tied weights stay one
     for part in module.modules():
@@ -135,25 +143,35 @@ def settle(module: nn.Module, device: torch.device, plan: Kept) -> None:
             if id(weight) not in moved:
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 kind = plan.matrices if id(weight) in narrow else wide
-                moved[id(weight)] = _moved(weight, device, kind, mappings)
+                if weight in later:
+                    shape, learns = weight.shape, weight.requires_grad
+                    moved[id(weight)] = stand_in(shape, device, kind, learns)
+                    unread[moved[id(weight)]] = weight.detach()
+                else:
+                    moved[id(weight)] = _moved(weight, device, kind, mappings)
             part._parameters[name] = moved[id(weight)]
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.to(device)
         if isinstance(part, nn.Embedding) and part.weight.dtype == torch.bfloat16:
             part.register_forward_hook(_in_float32)
+    return unread
 
 
-def frozen_copy(module: nn.Module, plan: Kept) -> nn.Module:
-    """The module as it is now, to be left so: each weight in the form that `plan` keeps it in."""
-    narrow = _narrow(module, plan)
-    copies: dict[int, Any] = {
-        id(weight): nn.Parameter(
-            weight.detach().to(plan.matrices if id(weight) in narrow else weight.dtype, copy=True),
-            requires_grad=False,
-        )
-        for weight in module.parameters()
-    }
-    return copy.deepcopy(module, copies)
+def frozen_copy(module: nn.Module, plan: Kept, unread: Unread) -> tuple[nn.Module, Unread]:
+    """The module as it is now, to be left so: each weight in the form that `plan` keeps it in.
+
+    And what of it is unread, as that is in the module.
+    """
+    narrow, copies, left = _narrow(module, plan), dict[int, Any](), Unread()
+    for weight in module.parameters():
+        kind = plan.matrices if id(weight) in narrow else weight.dtype
+        if weight in unread:
+            copied = stand_in(weight.shape, weight.device, kind, False)
+            left[copied] = unread[weight]
+        else:
+            copied = nn.Parameter(weight.detach().to(kind, copy=True), False)
+        copies[id(weight)] = copied
+    return copy.deepcopy(module, copies), left
 
 
 def _narrow(module: nn.Module, plan: Kept) -> set[int]:
@@ -188,43 +206,6 @@ def _moved(
 def _in_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """The residual stream that begins with embeddings is float32."""
     return output.float()
-
-
-def _quantise(module: nn.Module, device: torch.device, plan: Kept, mappings: Mappings) -> None:
-    """Linear layers in 4 bits: blocks of 64, their scales quantised again; no head among them."""
-    bnb = bitsandbytes("--weights nf4")
-    output = getattr(module, "get_output_embeddings", lambda: None)()
-    left = [part for part in (output, getattr(module, "score", None)) if part is not None]
-    for part in list(module.modules()):
-        for name, linear in list(part.named_children()):
-            if type(linear) is not nn.Linear or any(linear is head for head in left):
-                continue
-            with torch.device("meta"):
-                layer = bnb.nn.Linear4bit(
-                    linear.in_features,
-                    linear.out_features,
-                    bias=linear.bias is not None,
-                    compute_dtype=plan.products,
-                    quant_type="nf4",
-                )
-            # What else it does on some processors without gradients loses the form with gradients.
-            layer.support_avx512bf16_for_cpu = False
-            weight = linear.weight.detach().to(plan.products)
-            layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=layer).to(device)
-            layer.bias = linear.bias
-            release_pages(linear.weight, mappings)
-            setattr(part, name, layer)
-
-
-def bitsandbytes(asked: str) -> Any:
-    """The package; UserError where what was asked for needs it and it is not there."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError(
-            f"{asked} needs bitsandbytes ({first_line(error)}); pip install 'prefloop[quant]'"
-        ) from error
-    return bitsandbytes
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch.distributed.tensor import zeros as divided_zeros
 from torch.optim.adamw import adamw
 
 from prefloop.errors import UserError
+from prefloop.models.four_bits import bitsandbytes
 from prefloop.models.sharding import local
-from prefloop.models.weights import bitsandbytes
 from prefloop.training.slices import Stored, read
 
 CHUNK = 2**22

@@ -22,7 +22,7 @@ from transformers import (
 from prefloop.config import PPOConfig, TrainingConfig
 from prefloop.config.ranges import ALL_LINEAR
 from prefloop.errors import UserError, first_line
-from prefloop.models import adapters, lean, shared, weights
+from prefloop.models import adapters, four_bits, lean, shared, weights
 from prefloop.models.attention import varlen
 from prefloop.models.attention.plan import NAME
 from prefloop.models.load import enable_checkpointing
@@ -31,7 +31,11 @@ from prefloop.models.selftest import may_pack
 
 META = torch.device("meta")
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-QUANTISED, BLOCK, SCALES = 2, 64, 256  # weights a byte, a block's, and a block's of scales
+QUANTISED, BLOCK, SCALES = (
+    2,
+    four_bits.BLOCK,
+    256,
+)  # weights a byte, a block's, and a block's of scales
 
 
 class Role(NamedTuple):
@@ -228,7 +232,7 @@ def _shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 def _take_4_bits(layer: Any, products: torch.dtype) -> None:
     """Gives a layer that could not be quantised, for want of numbers, what quantising gives it."""
-    bnb = weights.bitsandbytes("--weights nf4")
+    bnb = four_bits.bitsandbytes(four_bits.ASKED)
     count = layer.in_features * layer.out_features
     blocks = -(-count // BLOCK)
     state = bnb.functional.QuantState

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from prefloop.errors import Terminated
+from prefloop.peers import broken
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -29,9 +30,11 @@ class Interrupt:
             signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.asked and broken(error):  # the other ranks, asked too, were gone before this one
+            raise self.error(self.terminated) from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, True

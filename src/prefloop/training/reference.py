@@ -29,7 +29,7 @@ from prefloop.models.shared import reference_of
 from prefloop.models.weights import frozen_copy, kept, storage_of
 from prefloop.terminal import shown
 from prefloop.training import checkpoint, slices
-from prefloop.training.start import divide
+from prefloop.training.start import divide, is_divided
 
 
 class References(Protocol):
@@ -90,12 +90,13 @@ class Reference:
     ) -> None:
         model = policy
         if config.ref_model is not None:
-            model = load_policy(config.ref_model, policy.device, storage_of(config))
+            model = load_policy(
+                config.ref_model, policy.device, storage_of(config), divided=is_divided(config)
+            )
             require_same_ids("--ref-model", model, policy)
+            divide(config, [model])
         self.digest = checkpoint.weights_digest(model, checkpoint.weights_of(model.hf))
         """Of its weights."""
-        if model is not policy:
-            divide(config, [model])
         sums = _log_probs(config, model, examples, cache, self.digest)
         parts = sums.split([len(example.answers) for example in examples])
         self.log_probs = {id(e): part for e, part in zip(examples, parts, strict=True)}
@@ -159,7 +160,8 @@ def as_it_is(config: TrainingConfig, policy: LoadedModel) -> LoadedModel:
     if config.lora_rank:
         return reference_of(policy)
     plan = kept(storage_of(config), policy.device, trained=False)
-    return replace(policy, module=frozen_copy(policy.module, plan))
+    module, unread = frozen_copy(policy.module, plan, policy.unread)
+    return replace(policy, module=module, unread=unread)
 
 
 def penalised_from(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None:
@@ -168,7 +170,9 @@ def penalised_from(config: PPOConfig, policy: LoadedModel) -> LoadedModel | None
     With adapters no copy is needed; where KL costs nothing none is kept.
     """
     if config.ref_model is not None:
-        reference = load_policy(config.ref_model, policy.device, storage_of(config))
+        reference = load_policy(
+            config.ref_model, policy.device, storage_of(config), divided=is_divided(config)
+        )
         require_same_ids("--ref-model", reference, policy)
         reference.module.requires_grad_(False)
         return reference

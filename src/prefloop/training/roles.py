@@ -13,7 +13,6 @@ from prefloop.data.tokenize import same_ids
 from prefloop.errors import UserError
 from prefloop.models import adapters, shared
 from prefloop.models.load import (
-    distinct_pad,
     load_reward_model,
     load_scorer,
     load_tokenizer,
@@ -21,10 +20,11 @@ from prefloop.models.load import (
     require_same_ids,
 )
 from prefloop.models.model import LoadedModel
+from prefloop.models.pads import distinct_pad
 from prefloop.models.weights import storage_of
 from prefloop.rewards.scorers import with_template_args
 from prefloop.runs import model_path
-from prefloop.training.start import model_options
+from prefloop.training.start import is_divided, model_options
 
 POLICY, FIRST, CRITIC = "policy", "reward model", "critic"
 
@@ -71,7 +71,9 @@ def load_beside(config: PPOConfig, policy: LoadedModel) -> Beside:
         if shares_base(config, path):
             model = shared.reward_role(policy, path, f"reward_{number}", load_tokenizer(path))
         else:
-            model = load_reward_model(path, policy.device, storage_of(config))
+            model = load_reward_model(
+                path, policy.device, storage_of(config), divided=is_divided(config)
+            )
             model.module.requires_grad_(False)
         rewards.append(with_template_args(model, template_arguments(config.template_args)))
     critic = None

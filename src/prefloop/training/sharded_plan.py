@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from prefloop.config import TrainingConfig
-from prefloop.models.sharding import beside_rounded, decoder_layers, matrices, only_multiplied
+from prefloop.models.sharding import beside_rounded, matrices, only_multiplied
+from prefloop.models.unread import decoder_layers
 from prefloop.training.bare_models import LAYER, Role, load_bare
 from prefloop.training.rehearsal import MONITOR
 from prefloop.training.tracing import (
@@ -38,7 +39,7 @@ class Units:
     def __init__(self, role: Role, config: TrainingConfig, device: torch.device) -> None:
         depth = 1 if role.regular else role.config.get_text_config().num_hidden_layers
         model = load_bare(role, config, depth, device)
-        layers, count = decoder_layers(model), role.config.get_text_config().num_hidden_layers
+        layers, count = decoder_layers(model.base), role.config.get_text_config().num_hidden_layers
         rounded = {
             p for x in layers if beside_rounded(model, x) is not None for p in x.parameters()
         }

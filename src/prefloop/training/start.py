@@ -50,6 +50,13 @@ def divide(config: TrainingConfig, models: Iterable[LoadedModel | None]) -> None
         shard(there, shape, smallest_pass)
 
 
+def is_divided(config: TrainingConfig) -> bool:
+    """Whether models come to `divide` that may be unread until then; PEFT copies those layers that
+    it is to train whole.
+    """
+    return mesh_shape(config) is not None and not config.modules_to_save
+
+
 def model_options(config: TrainingConfig) -> ModelOptions:
     """What of the settings concerns the loading of a trained model."""
     return {
@@ -61,5 +68,6 @@ def model_options(config: TrainingConfig) -> ModelOptions:
         "lora_dropout": config.lora_dropout,
         "modules_to_save": config.modules_to_save,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "divided": is_divided(config),
         "template_args": template_arguments(config.template_args),
     }
