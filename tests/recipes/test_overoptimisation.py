@@ -1,6 +1,7 @@
 """The study of overoptimisation: its annotators, its small model, and all of it in a quick form."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from prefloop.recipes.annotators import (
     gold_judge,
     rank_by_turns,
 )
-from prefloop.recipes.overoptimisation import FULL, QUICK, WAYS, Study, overoptimise
+from prefloop.recipes.overoptimisation import WAYS, overoptimise, study_of
 from prefloop.recipes.overoptimisation_report import BEST_OF_N, grouped, table
 from prefloop.recipes.sentiment_data import gold_reward
 from prefloop.recipes.small_model import Shape, write_small_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def test_words_count_for_a_taste_when_they_are_common():
@@ -107,13 +109,14 @@ def test_a_small_model_is_the_seeds(tmp_path):
     assert len(tokenizer("the boat")["input_ids"]) < len("the boat")
 
 
-@pytest.mark.parametrize("scale", [FULL, QUICK])
-def test_every_stage_has_valid_settings(tmp_path, scale):
-    study = Study(tmp_path, 0, scale)
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("model", [None, "a/model"])
+def test_every_stage_has_valid_settings(tmp_path, quick, model):
+    study = study_of(OveroptimiseConfig(output=tmp_path, quick=quick, model=model))
     folder = study.folder(50, 0)
     runs = [study.ppo(folder, way, 3) for way in WAYS]
     stages = (
-        study.sft("base", tmp_path / "random", "all", 1.0, 1e-3),
+        study.sft("base", str(tmp_path / "random"), "all", 1.0, 1e-3),
         study.sampling("ppo", study.many, 4, 0),
         study.scoring("module:function", folder / "scores.jsonl"),
         study.reward(folder, 3),
@@ -124,6 +127,7 @@ def test_every_stage_has_valid_settings(tmp_path, scale):
     first, *others = map(vars, runs)
     for other in others:
         changed = {key for key in first if first[key] != other[key]}
+        assert other["lora_rank"] == (16 if model else 0)
         assert changed <= {"output", "kl_coef", "kl_target", "kl_horizon"}
 
 
@@ -151,6 +155,25 @@ def test_another_study_in_the_same_place_is_refused(tmp_path):
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UserError, match="another --output"):
         overoptimise(OveroptimiseConfig(output=tmp_path, quick=True))
+
+
+@pytest.mark.slow
+def test_the_study_begins_from_a_model(tmp_path):
+    """Its policies and reward model are adapters; KL is told without a penalty, too."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer(chat=False).save_pretrained(tmp_path / "model")
+    config = OveroptimiseConfig(
+        output=tmp_path / "out", model=str(tmp_path / "model"), sizes=(8,), repeats=1, quick=True
+    )
+    overoptimise(config)
+    assert not (config.output / "random").exists()
+    adapters = {"reward", *(way.replace(" ", "-") for way in WAYS)}
+    found = {path.parts[-3] for path in config.output.rglob("adapter_config.json")}
+    assert found == adapters
+    points = [row for _, row in read_rows(config.output / "points.jsonl")]
+    assert max(row["kl"] for row in points if row["way"] == "no penalty") > 1e-4
+    with pytest.raises(UserError, match="another --output"):
+        overoptimise(replace(config, model=None))
 
 
 @pytest.mark.slow

@@ -152,6 +152,10 @@ class OveroptimiseConfig(Settings):
 
     output: Path = Path("runs/overoptimisation")
     """Directory of the study's stages, points, figure and summary."""
+    model: str | None = None
+    """Model that the study begins from, with adapters for reward models and policies; by default a
+    small one is made.
+    """
     sizes: tuple[int, ...] = (100, 300, 900)
     """Sizes of the label sets: prompts whose answers are ranked, by one annotator for each 25."""
     repeats: Annotated[int, Above(0)] = 3

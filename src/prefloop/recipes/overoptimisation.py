@@ -1,6 +1,6 @@
 """`prefloop overoptimise`: a reward model of few, varying people's rankings is optimised too far.
 
-Read `overoptimise` downward. A small language model learns to write sentences of film reviews; a
+Read `overoptimise` downward. A language model learns to write sentences of film reviews; a
 few simulated annotators, each with a taste of its own, rank some of its answers; a reward model
 learns from that; PPO and best-of-n optimise it, while a judge that nobody optimises says what the
 answers are worth. Stages that are done are skipped when the command is given again.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from prefloop.config import (
     SampleConfig,
     SFTConfig,
 )
+from prefloop.config.ranges import DType
 from prefloop.errors import UserError
 from prefloop.evaluation.overoptimisation import Point
 from prefloop.files import check_folder, read_rows, write_atomic, write_jsonl
@@ -58,12 +59,16 @@ class Scale:
     shape: Shape = field(default_factory=Shape)
     pretraining_epochs: float = 5.0
     sft_epochs: float = 2.0
+    sft_lr: float = 5e-4
     prompts_each: int = 25  # that an annotator ranks
     taste: float = 0.6  # deviation of a word's weight, in points of the gold score
     flips: float = 0.1  # share of rankings that are upside down
     reward_epochs: float = 4.0
+    reward_lr: float = 1e-3
     iterations: int = 80
     ppo_prompts: int = 16
+    ppo_lr: float = 3e-4
+    lora_rank: int = 0
     judged_prompts: int = 64  # for best-of-n
     n: int = 256
     max_new_tokens: int = 24
@@ -82,6 +87,15 @@ QUICK = Scale(
     n=8,
     max_new_tokens=8,
 )
+ON_A_MODEL: dict[str, Any] = {
+    "sft_lr": 5e-5,
+    "reward_lr": 5e-4,
+    "ppo_lr": 1e-3,
+    "lora_rank": 16,
+}
+"""What a model that is given gets, as the demo's does."""
+OF_IT = 64
+"""The most answers that best-of-n chooses from, then."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ class Study:
     root: Path
     seed: int
     scale: Scale
+    model: str | None = None  # to begin from
 
     @property
     def policy(self) -> str:
@@ -111,10 +126,15 @@ class Study:
         """Of one label set: its rankings and what comes of them."""
         return self.root / f"labels-{labels}-{repeat}"
 
-    def sft(self, name: str, model: Path, train_on: Any, epochs: float, lr: float) -> SFTConfig:
-        """Of the random weights on all sentences, and of what comes out on short ones."""
+    @property
+    def dtype(self) -> DType:
+        """What little models lose by bfloat16 is more than they gain."""
+        return "auto" if self.model else "float32"
+
+    def sft(self, name: str, model: str, train_on: Any, epochs: float, lr: float) -> SFTConfig:
+        """Of random weights on all sentences, and of what comes out, or is given, on short ones."""
         return SFTConfig(
-            model=str(model),
+            model=model,
             data=str(self.root / "data" / f"{name}.jsonl"),
             output=self.root / name,
             train_on=train_on,
@@ -124,7 +144,7 @@ class Study:
             batch_size=32,
             max_length=128,
             truncation="drop",
-            dtype="float32",
+            dtype=self.dtype,
         )
 
     def sampling(self, data: str, output: Path, each: int, most: int) -> SampleConfig:
@@ -139,7 +159,7 @@ class Study:
             max_concurrent=256,
             max_length=128,
             seed=self.seed,
-            dtype="float32",
+            dtype=self.dtype,
         )
 
     def scoring(self, judge: str, output: Path) -> RankConfig:
@@ -155,10 +175,11 @@ class Study:
             seed=seed,
             epochs=self.scale.reward_epochs,
             batch_size=8,
-            lr=1e-3,
+            lr=self.scale.reward_lr,
+            lora_rank=self.scale.lora_rank,
             center_coefficient=0.01,
             max_length=128,
-            dtype="float32",
+            dtype=self.dtype,
         )
 
     def ppo(self, folder: Path, way: str, seed: int) -> PPOConfig:
@@ -167,7 +188,7 @@ class Study:
         passes = 2
         return PPOConfig(
             model=self.policy,
-            ref_model=self.policy,  # so that KL is told without a penalty too
+            ref_model=None if self.model else self.policy,  # KL is told without a penalty, too
             data=str(self.root / "data" / "ppo.jsonl"),
             output=folder / way.replace(" ", "-"),
             reward_model=str(folder / "reward"),
@@ -181,9 +202,10 @@ class Study:
             samples_per_prompt=4,
             advantage="rloo",
             max_new_tokens=self.scale.max_new_tokens,
-            lr=3e-4,
+            lr=self.scale.ppo_lr,
+            lora_rank=self.scale.lora_rank,
             max_length=128,
-            dtype="float32",
+            dtype=self.dtype,
         )
 
 
@@ -193,7 +215,7 @@ def overoptimise(config: OveroptimiseConfig) -> dict[str, Any]:
     check_folder(config.output)
     study = study_of(config)
     _same_study(study)
-    # 1. A small language model that writes sentences of film reviews, and its answers.
+    # 1. A language model that writes sentences of film reviews, and its answers.
     sentences = _prepare(study)
     _write_policy(study, sentences, max(config.sizes))
     points: list[dict[str, Any]] = []
@@ -214,7 +236,10 @@ def overoptimise(config: OveroptimiseConfig) -> dict[str, Any]:
 
 def study_of(config: OveroptimiseConfig) -> Study:
     """What the settings ask for."""
-    return Study(config.output, config.seed, QUICK if config.quick else FULL)
+    scale = QUICK if config.quick else FULL
+    if config.model is not None:
+        scale = replace(scale, n=min(scale.n, OF_IT), **ON_A_MODEL)
+    return Study(config.output, config.seed, scale, config.model)
 
 
 def label_sets(config: OveroptimiseConfig) -> list[tuple[int, int]]:
@@ -225,7 +250,9 @@ def label_sets(config: OveroptimiseConfig) -> list[tuple[int, int]]:
 def _same_study(study: Study) -> None:
     """Files of a study with other numbers must not be taken for this one's."""
     path = study.root / "study.json"
-    text = json.dumps({"seed": study.seed, "ways": WAYS} | asdict(study.scale), indent=2) + "\n"
+    facts = {"seed": study.seed, "ways": WAYS} | asdict(study.scale)
+    facts |= {"model": study.model} if study.model is not None else {}
+    text = json.dumps(facts, indent=2) + "\n"
     if not path.exists():
         write_atomic(path, text)
     elif path.read_text(encoding="utf-8") != text:
@@ -253,16 +280,21 @@ def _prepare(study: Study) -> list[str]:
 
 
 def _write_policy(study: Study, sentences: Sequence[str], most: int) -> None:
-    """Random weights learn all sentences, then short ones from their openings; then it answers."""
+    """Random weights learn all sentences; they, or the model that is given, learn short ones from
+    their openings; then it answers.
+    """
     from prefloop.evaluation import rank
     from prefloop.generation.commands import sample
     from prefloop.training import sft
 
-    scale, random_weights = study.scale, study.root / "random"
-    if not random_weights.exists():
-        write_small_model(sentences, random_weights, scale.shape, study.seed)
-    sft.run(study.sft("base", random_weights, "all", scale.pretraining_epochs, lr=2e-3))
-    sft.run(study.sft("sft", study.root / "base", "answer", scale.sft_epochs, lr=5e-4))
+    scale, model = study.scale, study.model
+    if model is None:
+        random_weights = study.root / "random"
+        if not random_weights.exists():
+            write_small_model(sentences, random_weights, scale.shape, study.seed)
+        sft.run(study.sft("base", str(random_weights), "all", scale.pretraining_epochs, lr=2e-3))
+        model = str(study.root / "base")
+    sft.run(study.sft("sft", model, "answer", scale.sft_epochs, scale.sft_lr))
     wanted = (
         study.sampling("preference", study.samples, 4, 0),
         study.sampling("evaluation", study.many, scale.n, scale.judged_prompts),
