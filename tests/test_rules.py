@@ -35,7 +35,7 @@ BUDGETS = {
     "models": 3825,
     "generation": 1625,
     "rewards": 1100,
-    "training": 4805,
+    "training": 4815,
     "evaluation": 3600,
     "recipes": 2965,
     "labelling": 5100,
@@ -74,7 +74,7 @@ models: 2,400, weights in three forms and one base for several adapters; 2,700, 
 adapters told apart; 2,800, GGUF files; 3,200, no room for an export, a broken shard named;
 3,225, all linear layers and others; 3,630, models divided among ranks and their export;
 3,680, layers in 4 bits whose bytes are divided, others that travel in bfloat16; 3,825 (training:
-4,805), models that no rank reads whole
+4,805), models that no rank reads whole (4,815, signals heard while memory goes)
 (training: 4,735, for their digests and plans; 4,780, 8-bit moments in slices; 4,785, plans of
 copies that sample in bfloat16);
 training also: 4,630, slices in checkpoints; 4,665, a line where none can save; 4,685, rows divided

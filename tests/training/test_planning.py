@@ -12,6 +12,7 @@ from prefloop import CheckConfig, UserError, check
 from prefloop.cli import main
 from prefloop.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from prefloop.data.batches import pack
+from prefloop.errors import Terminated
 from prefloop.models.heads import sequence_log_probs
 from prefloop.models.load import load_policy, load_scorer
 from prefloop.models.shared import critic_role
@@ -277,6 +278,21 @@ def test_dpos_reference_computes_as_many_tokens_at_once_as_the_run(model):
         sequence_log_probs(reference, full_rows(settings, 128), 128)
     mine = planned(settings).stages["reference"]
     assert peaks({"": mine})[""] == pytest.approx(peaks(ledger.peaks)["reference"], rel=0.01)
+
+
+def test_what_a_signal_raises_while_memory_goes_is_heard():
+    """It comes in whatever Python computes as a tensor goes, and there it must not be lost."""
+
+    class Asked(Ledger):
+        def _free(self):
+            if self._gone:
+                raise Terminated
+
+    with Asked() as ledger:
+        tensor = torch.zeros(3)
+        del tensor
+        with pytest.raises(Terminated):
+            ledger.enter_stage("forward")
 
 
 @pytest.mark.parametrize("form", [{}, LORA | {"weights": "nf4"}], ids=str)

@@ -41,6 +41,13 @@ Parts = Mapping[Part, int]
 """Bytes by part."""
 
 
+class Held(weakref.ref[Any]):
+    """Memory that something holds, and its place in a ledger."""
+
+    __slots__ = ("key",)
+    key: int
+
+
 class Ledger(TorchDispatchMode):
     """While it is on, counts the bytes of every storage that an operation makes, until it is freed.
 
@@ -55,10 +62,12 @@ class Ledger(TorchDispatchMode):
         self.model = ""
         self._stage, self._section = "", 0
         self._total = self._highest = 0
-        self._held: dict[int, tuple[weakref.ref[Any], Part, int]] = {}
+        self._held: dict[int, tuple[Held, Part, int]] = {}
+        self._gone: list[Held] = []
 
     def enter_stage(self, stage: str) -> None:
         """What is held from now on counts for this stage, or for none; one may be entered again."""
+        self._free()
         self._stage, self._section = stage, 0
         self._highest = sum(self.peaks.get(stage, {}).values())
         self._mark()
@@ -71,6 +80,7 @@ class Ledger(TorchDispatchMode):
 
     def claim(self, tensor: Tensor, part: Part) -> None:
         """This tensor's storage is of that part."""
+        self._free()
         memory = _memory(tensor)
         key = id(memory)
         if key in self._held:
@@ -80,15 +90,21 @@ class Ledger(TorchDispatchMode):
             self._held[key] = reference, part, size
             return
         size = memory.nbytes() if isinstance(memory, UntypedStorage) else memory.nbytes
-        self._held[key] = weakref.ref(memory, lambda _: self._free(key)), part, size
+        reference = Held(memory, self._gone.append)
+        reference.key = key
+        self._held[key] = reference, part, size
         self.now[part] += size
         self._total += size
         self._mark()
 
-    def _free(self, key: int) -> None:
-        _, part, size = self._held.pop(key)
-        self.now[part] -= size
-        self._total -= size
+    def _free(self) -> None:
+        """Strikes out what is gone. Not as it goes: what a signal raises within a weak reference's
+        call is lost.
+        """
+        while self._gone:
+            _, part, size = self._held.pop(self._gone.pop().key)
+            self.now[part] -= size
+            self._total -= size
 
     def _mark(self) -> None:
         if self._total >= self._highest and self._stage:
@@ -100,6 +116,7 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         """See TorchDispatchMode."""
         output = func(*args, **(kwargs or {}))
+        self._free()
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and id(_memory(leaf)) not in self._held:
                 self.claim(leaf, Part(self.model, ACTIVATIONS))
