@@ -96,6 +96,32 @@ def test_what_is_read_later_is_the_model(folder, storage, trained, lora_rank):
     assert torch.equal(answer_log_probs(at_once, batch), answer_log_probs(later, batch))
 
 
+@pytest.mark.parametrize("arch", ["gemma3", "gpt2", "mixture"])
+def test_other_architectures_are_read_later(arch, tmp_path):
+    """Layers of two kinds, layers that are no nn.Linear, experts stacked in one tensor."""
+    if arch == "mixture":
+        shape = SMALL | {"vocab_size": len(tiny_tokenizer())}
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+        torch.manual_seed(0)
+        module = drawn(Qwen3MoeConfig(num_hidden_layers=3, **experts, **shape))
+    else:
+        module = tiny_model(arch, layers=3)
+    module.save_pretrained(tmp_path)
+    tiny_tokenizer(chat=False).save_pretrained(tmp_path)
+    at_once = load_policy(str(tmp_path), CPU, trained=True)
+    later = load_policy(str(tmp_path), CPU, trained=True, divided=True)
+    first = one_of_each(later.module)
+    assert first == (2 if arch == "gemma3" else 1)
+    layers = decoder_layers(later.module)
+    assert later.unread.keys() == {
+        p for layer in layers[first:] for p in layer.parameters() if p.ndim > 1
+    }
+    read(later.module, later.unread)
+    assert (later.packed, later.lean) == (at_once.packed, at_once.lean)
+    batch = pack(random_examples())
+    assert torch.equal(answer_log_probs(at_once, batch), answer_log_probs(later, batch))
+
+
 def test_a_frozen_copy_is_read_later_too(folder):
     """From the same file, in the type that it is kept in, while the policy's own may change."""
     policy = load_policy(folder, CPU, Storage("bfloat16"), trained=True, divided=True)
