@@ -42,7 +42,7 @@ def one_of_each(module: Any) -> int | None:
 
 
 def beyond(module: nn.Module, first: int | None) -> set[nn.Parameter]:
-    """The matrices of all layers but the first: nearly all of a large model. None for None."""
+    """The matrices of all layers but so many: nearly all of a large model. Of None, nothing."""
     if first is None:
         return set()
     layers = decoder_layers(module)
