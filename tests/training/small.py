@@ -52,7 +52,9 @@ def write_world(folder: Path, hidden: int = 32) -> None:
         tokenizer.save_pretrained(folder / name)
     export_model(load_scorer(str(folder / "model"), CPU, seed=1), folder / "rm")
     for seed, name in enumerate(("rm_one", "rm_two")):
-        scorer = load_scorer(str(folder / "model"), CPU, seed=seed, lora_rank=2)
+        with torch.random.fork_rng(devices=[]):  # whichever tests went before
+            torch.manual_seed(seed)
+            scorer = load_scorer(str(folder / "model"), CPU, seed=seed, lora_rank=2)
         export_model(perturbed(scorer, seed=seed), folder / name)
     draw = random.Random(0)
 
