@@ -216,7 +216,7 @@ def write_policy(study: Study, task: Task) -> None:
     if not bare.exists():
         write_small_model(task.sentences, bare, scale.shape, study.seed)
     sft.run(study.sft("base", str(bare), "all", scale.pretraining_epochs, lr=2e-3))
-    sft.run(study.sft("sft", str(study.root / "base"), "answer", scale.sft_epochs, lr=5e-4))
+    sft.run(study.sft("sft", str(study.root / "base"), "answer", scale.sft_epochs, scale.sft_lr))
     if not study.samples.exists():
         commands.sample(study.sampling("preference", study.samples, 4, 0))
 
