@@ -19,7 +19,7 @@ from prefloop.records import text_to_json
 
 SEED = 20260107
 SHARES = {"policy": 0.5, "judge": 0.35, "evaluation": 0.15}
-LONGEST, LONGEST_ANSWER = 1200, 600  # characters of a prompt and of an answer
+LONGEST, LONGEST_ANSWER = 600, 400  # characters of a prompt and of an answer
 
 
 def write(folder: Path) -> dict[str, object]:

@@ -16,7 +16,7 @@ from prefloop.recipes.splits import distinct, near_duplicates, split
 
 SEED = 20260106
 SIZES = {"sft": 4000, "preference": 800, "ppo": 800, "evaluation": 300}
-LONG, SHORT, PHRASE = (25, 90), (3, 12), (3, 12)  # fewest and most words
+LONG, SHORT, PHRASE = (20, 60), (3, 12), (3, 12)  # fewest and most words
 HELD_OUT = 0.2  # of the ranked sentences
 SIMULATED = "the order of a model's answers: what they share with the human text"
 
