@@ -228,6 +228,26 @@ def test_an_interrupted_stage_goes_on_in_its_own_output(go, copier):
     assert not Path("runs/p/two.old-1").exists()
 
 
+def test_the_record_keeps_each_stages_cost_with_that_before_an_interruption(go, copier):
+    def costs(name):
+        stage = json.loads(Path("runs/p/pipeline.json").read_text())[name]
+        return stage["cpu_seconds"], stage["wall_seconds"]
+
+    copier.stop_at = "two"
+    copier.seconds = 0.3
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert all(0.3 <= cost < 2 for name in ("one", "two") for cost in costs(name))
+    done, copier.stop_at = costs("one"), ""
+    go()
+    assert costs("one") == done  # skipped: what it cost stays
+    assert all(0.6 <= cost < 4 for cost in costs("two"))
+    Path("rows.txt").write_text("b")
+    copier.seconds = 0.0
+    go()
+    assert all(cost < 0.3 for cost in costs("two"))  # anew
+
+
 def test_removed_output_is_made_again(go, copier):
     go()
     Path("runs/p/two/copy").unlink()

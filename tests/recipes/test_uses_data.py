@@ -103,10 +103,10 @@ def test_three_people_are_one_order(votes: str, tiers: list[list[int]]) -> None:
 
 
 def test_a_summarys_text_is_whole_paragraphs() -> None:
-    first, second, third = (" ".join([word] * n) for word, n in (("a", 40), ("b", 45), ("c", 30)))
+    first, second, third = (" ".join([word] * n) for word, n in (("a", 25), ("b", 30), ("c", 30)))
     row = {"short": "one two three", "long": f"{first}\n\n{second}\n\n{third}"}
     few = {"short": "one two three", "long": "too few words"}
-    much = {"short": "one two three", "long": "d " * 91}
+    much = {"short": "one two three", "long": "d " * 61}
     (found,) = text_data.summaries([row, few, much, row | {"short": "again described alike"}])
     assert found["prompt"] == f"{first}\n\n{second}\n\nIn one line:"
     assert found["reference"] == "one two three"

@@ -47,7 +47,7 @@ DECODING = 4.0
 """How much longer a token takes that is sampled than one that is read, at most answers at once."""
 
 
-def tell(stages: Sequence[Stage], known: Mapping[str, Mapping[str, str]]) -> None:
+def tell(stages: Sequence[Stage], known: Mapping[str, Mapping[str, Any]]) -> None:
     """Print each stage's state and, where it will run and can be planned, its time and memory.
 
     `known`: what each stage was last run with, as the pipeline's record has it.
@@ -75,7 +75,7 @@ def tell(stages: Sequence[Stage], known: Mapping[str, Mapping[str, str]]) -> Non
     print(f"in all: about {in_words(total)}{more}")
 
 
-def _state(stage: Stage, known: Mapping[str, str] | None, awaited: Sequence[str]) -> str:
+def _state(stage: Stage, known: Mapping[str, Any] | None, awaited: Sequence[str]) -> str:
     """What `prefloop run` would do with a stage."""
     output = getattr(stage.config, "output", None)
     there = output is None or output.exists()

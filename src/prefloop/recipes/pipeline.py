@@ -13,7 +13,8 @@ rows) of its name under the pipeline's output;
 `${name}` in a later stage's settings stands for it. A stage is skipped when it has finished with
 the same settings and the same contents of the files they name; it resumes when it was interrupted;
 when settings or contents changed, its old output is moved aside and it starts anew. With `ranks: N`
-a stage that trains runs in N processes, one a GPU.
+a stage that trains runs in N processes, one a GPU. `pipeline.json` in the pipeline's output keeps
+each stage's fingerprint, status and cost.
 
 An item with `rounds` and `stages` of its own repeats them: in round R, `sample` is the stage
 `sample-R`, `${round}` is R, and `${policy}` is the output of the last stage of the round before, in
@@ -27,6 +28,7 @@ import importlib.util
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,9 +39,11 @@ from prefloop.config.checks import validate
 from prefloop.config.resolve import as_dict, build, nearest, read_yaml
 from prefloop.errors import UserError
 from prefloop.files import check_folder, set_aside, write_atomic
+from prefloop.provenance import cpu_seconds
 from prefloop.recipes.apart import AGAIN, run_apart
 
 RECORD = "pipeline.json"
+COSTS = ("cpu_seconds", "wall_seconds")
 NOT_INPUTS = ("output", "resume")
 WORDS = ("round", "policy")
 STORES = ("store", "to_labels", "judge_cache")
@@ -100,20 +104,27 @@ def run(config: RunConfig, commands: Mapping[str, Command], start: Start = run_a
         print_of = fingerprint(stage)
         known = record.stages.get(stage.name)
         there = output is None or output.exists()
-        if known == {"fingerprint": print_of, "status": "finished"} and there:
+        same = known is not None and known["fingerprint"] == print_of
+        if known and same and known["status"] == "finished" and there:
             print(f"{heading}: nothing changed, skipped", flush=True)
             continue
-        if known and known["fingerprint"] != print_of and output is not None and output.exists():
+        if known and not same and output is not None and output.exists():
             aside = set_aside(output, f"{output.name}.old")
             print(f"{heading}: changed; the old output is now {aside}", flush=True)
         print(f"{heading}: running", flush=True)
-        record.set(stage.name, print_of, "started")
-        if stage.ranks > 1:
-            _run_on_ranks(stage, root / "stages" / f"{stage.name}.yaml", start)
-        else:
-            command = commands[stage.command]
-            command.show(command.function(stage.config))
-        record.set(stage.name, print_of, "finished")
+        goes_on = known if known and same and known["status"] == "started" else {}
+        cost = _Cost(goes_on)
+        record.set(stage.name, print_of, "started", cost)
+        try:
+            if stage.ranks > 1:
+                _run_on_ranks(stage, root / "stages" / f"{stage.name}.yaml", start)
+            else:
+                command = commands[stage.command]
+                command.show(command.function(stage.config))
+        except BaseException:
+            record.set(stage.name, print_of, "started", cost)
+            raise
+        record.set(stage.name, print_of, "finished", cost)
 
 
 def _run_on_ranks(stage: Stage, settings: Path, start: Start) -> None:
@@ -285,23 +296,41 @@ def _input_files(text: str) -> Iterator[Path]:
         return
 
 
+class _Cost:
+    """CPU and wall seconds of a stage: from now on, and before it was interrupted."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self.before = {name: known.get(name, 0.0) for name in COSTS}
+        self.start = self._clocks()
+
+    def so_far(self) -> dict[str, float]:
+        """By name."""
+        now = self._clocks()
+        return {n: round(self.before[n] + now[n] - self.start[n], 1) for n in COSTS}
+
+    @staticmethod
+    def _clocks() -> dict[str, float]:
+        return dict(zip(COSTS, (cpu_seconds(), time.monotonic()), strict=True))
+
+
 class _Record:
-    """What each stage was last run with: `pipeline.json` in the pipeline's output."""
+    """What each stage was last run with, and its cost: `pipeline.json` in the pipeline's output."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stages: dict[str, dict[str, str]] = {}
+        self.stages: dict[str, dict[str, Any]] = {}
         if path.exists():
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
                 self.stages = {
                     name: {key: stage[key] for key in ("fingerprint", "status")}
+                    | {key: float(stage[key]) for key in COSTS if key in stage}
                     for name, stage in known.items()
                 }
             except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: not a pipeline's record; remove it") from error
 
-    def set(self, name: str, fingerprint: str, status: str) -> None:
-        self.stages[name] = {"fingerprint": fingerprint, "status": status}
+    def set(self, name: str, fingerprint: str, status: str, cost: _Cost) -> None:
+        self.stages[name] = {"fingerprint": fingerprint, "status": status, **cost.so_far()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, json.dumps(self.stages, indent=2) + "\n")
