@@ -17,6 +17,7 @@ from prefloop.cli import main
 from prefloop.config import RunConfig, SFTConfig
 from prefloop.config.ranges import Seed
 from prefloop.errors import UserError
+from prefloop.recipes import pipeline
 from prefloop.recipes.pipeline import Stage, fingerprint, run
 from prefloop.runs import newest_checkpoint
 from tests.training.small import write_world
@@ -228,24 +229,27 @@ def test_an_interrupted_stage_goes_on_in_its_own_output(go, copier):
     assert not Path("runs/p/two.old-1").exists()
 
 
-def test_the_record_keeps_each_stages_cost_with_that_before_an_interruption(go, copier):
-    def costs(name):
-        stage = json.loads(Path("runs/p/pipeline.json").read_text())[name]
-        return stage["cpu_seconds"], stage["wall_seconds"]
-
+def test_the_record_keeps_each_stages_cost_with_that_before_an_interruption(
+    go, copier, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "cpu_seconds", lambda: 10.0 + 2.0 * len(copier.calls))
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: 50.0 + 1.5 * len(copier.calls))
     copier.stop_at = "two"
-    copier.seconds = 0.3
     with pytest.raises(KeyboardInterrupt):
         go()
-    assert all(0.3 <= cost < 2 for name in ("one", "two") for cost in costs(name))
-    done, copier.stop_at = costs("one"), ""
+    assert costs() == {"one": (2.0, 1.5), "two": (2.0, 1.5)}
+    copier.stop_at = ""
     go()
-    assert costs("one") == done  # skipped: what it cost stays
-    assert all(0.6 <= cost < 4 for cost in costs("two"))
+    assert costs() == {"one": (2.0, 1.5), "two": (4.0, 3.0)}  # skipped; gone on with
     Path("rows.txt").write_text("b")
-    copier.seconds = 0.0
     go()
-    assert all(cost < 0.3 for cost in costs("two"))  # anew
+    assert costs() == {"one": (2.0, 1.5), "two": (2.0, 1.5)}  # anew
+
+
+def costs():
+    """CPU and wall seconds by stage."""
+    stages = json.loads(Path("runs/p/pipeline.json").read_text())
+    return {name: (of["cpu_seconds"], of["wall_seconds"]) for name, of in stages.items()}
 
 
 def test_removed_output_is_made_again(go, copier):
