@@ -5,8 +5,8 @@ of each warms it up and must give the same loss; then the sides take turns, A B 
 of the medians is printed with the lowest and highest ratio of neighbouring turns. `balance`,
 `coverage`, `gpus`, `gradients`, `growth`, `labels`, `log-probs`, `low-bit`, `margins`,
 `optimizers`, `paint`, `planning`, `ranks` and `startup` measure prefloop alone, `scaling` simulates
-many GPUs, `health` reads runs that are there; `python -m benchmarks.cuda` measures what needs a
-GPU. JSON goes to build/benchmarks/.
+many GPUs, `health` and `uses` read runs that are there; `python -m benchmarks.cuda` measures what
+needs a GPU. JSON goes to build/benchmarks/.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from benchmarks import (
     ranks,
     scaling,
     startup,
+    uses,
 )
 from benchmarks.compare import compare
 from benchmarks.sides import BUILD, VENVS
@@ -61,23 +62,28 @@ ALONE: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "startup": startup.measure,
 }
 
+OF_RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "health": health.measure,
+    "uses": uses.measure,
+}
+
 
 def main() -> None:
     """Measure, print, and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("work", choices=[*WORKS, *ALONE, "health"])
+    parser.add_argument("work", choices=[*WORKS, *ALONE, *OF_RUNS])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", nargs="*", default=[], help="such as trl, vllm; default: all")
     parser.add_argument("--against", default="", help="a revision of prefloop instead of peers")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that health reads")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="what health and uses read")
     asked = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     if asked.work in ALONE:
         found = ALONE[asked.work](asked.dtype, asked.threads)
-    elif asked.work == "health":
-        found = health.measure(asked.runs)
+    elif asked.work in OF_RUNS:
+        found = OF_RUNS[asked.work](asked.runs)
     else:
         found = compare(
             asked.work, asked.dtype, asked.rounds, asked.threads, asked.peers, asked.against

@@ -32,7 +32,7 @@ from tests.training.small import REWARDS, train, write_rows, write_world
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prefloop"
-DOCS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 LANGUAGES = [DOCS[0].with_name(name) for name in ("guide.md", "guide.ko.md")]
 MODULES = [
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

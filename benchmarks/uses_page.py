@@ -1,0 +1,206 @@
+"""Pages of the recipes' results, from the records of all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prefloop.evaluation.pairs import Scored, all_pairs, mean_of_runs
+from prefloop.evaluation.sentences import in_words
+from prefloop.files import write_atomic
+from prefloop.intervals import Interval
+
+USES = ("chat", "sentiment", "style", "summary", "translation")
+BEGIN, END = "<!-- numbers: python -m benchmarks uses -->", "<!-- end of numbers -->"
+Records = Sequence[Mapping[str, Any]]
+
+
+def pages(records: Records, folder: Path) -> None:
+    """Write the numbers of each use that has records into its page, between the marks."""
+    for use in USES:
+        own = sorted((r for r in records if r["use"] == use), key=lambda r: int(r["seed"]))
+        if not own:
+            continue
+        path = folder / f"{use}.md"
+        text = path.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        write_atomic(path, f"{before}{BEGIN}\n\n{numbers(own)}\n{END}{after}")
+
+
+def numbers(records: Records) -> str:
+    """The generated part of a use's page."""
+    parts = [_where(records)]
+    for name in records[0]["comparisons"]:
+        parts += [_comparison([record["comparisons"][name] for record in records], name)]
+    parts += [_quality(records), _costs(records), _examples(records[0])]
+    return "\n".join(part for part in parts if part)
+
+
+def _where(records: Records) -> str:
+    """Which runs the numbers are of."""
+    use = records[0]["use"]
+    lines = [
+        f"`prefloop run src/prefloop/recipes/{use}.yaml --seed S`, {records[0]['platform']}, "
+        f"torch {records[0]['versions']['torch']}, bfloat16:",
+        "",
+        "| seed | commit | CPU minutes |",
+        "|---|---|---|",
+        *(
+            f"| {r['seed']} | {str(r['revision'])[:7]} | {r['cpu_seconds'] / 60:.0f} |"
+            for r in records
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _comparison(found: Sequence[Mapping[str, Any]], name: str) -> str:
+    """One judge's table: means over prompts and seeds, intervals, p-values by Holm."""
+    same = {(one["prompts_sha256"], *one["ways"]) for one in found}
+    if len(same) > 1:
+        raise ValueError(f"{name}: the seeds' prompts or ways differ")
+    ways = {way: [one["ways"][way] for one in found] for way in found[0]["ways"]}
+    scored = [
+        Scored(way, *([[[x] for x in run[key]] for run in runs] for key in ("judge", "tokens")))
+        for way, runs in ways.items()
+    ]
+    verdicts = all_pairs(scored)
+    sft, *others = scored
+    by_pair = {(v.first, v.second): v for v in verdicts}
+    has_proxy = ways[sft.name][0]["proxy"] is not None
+    heads = ["way", "judge", f"less {sft.name}", "p", f"wins vs {sft.name}", "at equal length"]
+    heads += ["reward model"] * has_proxy + ["KL, nats", "tokens", "cut", "distinct-2", "signs"]
+    rows = []
+    for one in scored:
+        runs = ways[one.name]
+        row = [one.name, _exact(mean_of_runs(one.scores))]
+        if one is sft:
+            row += ["–"] * 4
+        else:
+            verdict = by_pair[sft.name, one.name]
+            equal = verdict.wins_at_equal_length(one.name)
+            row += [_exact(verdict.of(one.name), "+"), in_words(verdict.p_holm)]
+            row += [str(verdict.wins(one.name)), str(equal) if equal else "–"]
+        row += [_over(runs, "proxy", ".2f")] if has_proxy else []
+        bound = "≤ " if runs[0]["kl_is_bound"] else ""
+        row += [bound + _over(runs, "kl", ".1f"), f"{fmean(_tokens(runs)):.1f}"]
+        row += [_over(runs, "cut", ".0%"), _over(runs, "distinct_2", ".2f"), _signs(runs)]
+        rows.append(row)
+    among = [
+        f"{v.second} less {v.first}: {_exact(v.of(v.second), '+')}, {in_words(v.p_holm)}"
+        for v in verdicts
+        if v.first != sft.name
+    ]
+    heading = f"### By `{found[0]['judge']}`" if "/" not in found[0]["judge"] else "### By a model"
+    heading += f" ({name}, {found[0]['prompts']} prompts, {_seeds(len(found))})"
+    told = f"p-values by Holm over all pairs. {'; '.join(among)}." if len(others) < 4 else ""
+    return "\n".join([heading, "", *_table(heads, rows), "", *([told, ""] if told else [])])
+
+
+def _exact(interval: Interval, sign: str = "") -> str:
+    """An interval in as many digits as its width asks for."""
+    digits = 2 if interval.high - interval.low > 0.08 else 3
+    ends = f"[{interval.low:{sign}z.{digits}f}, {interval.high:{sign}z.{digits}f}]"
+    return f"{interval.mean:{sign}z.{digits}f} {ends}"
+
+
+def _tokens(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [fmean(run["tokens"]) for run in runs]
+
+
+def _over(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    """The mean over seeds and, of several, the lowest and highest."""
+    values = [run[key] for run in runs]
+    mean = format(fmean(values), form)
+    low, high = format(min(values), form), format(max(values), form)
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _signs(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Each sign of gaming; of several seeds, in how many."""
+    counts: dict[str, int] = {}
+    for run in runs:
+        for sign in run["signs"]:
+            counts[sign] = counts.get(sign, 0) + 1
+    named = [
+        sign if len(runs) == 1 else f"{sign} ({count} of {len(runs)})"
+        for sign, count in counts.items()
+    ]
+    return ", ".join(named) or "none"
+
+
+def _seeds(count: int) -> str:
+    return "one seed: intervals are over prompts alone" if count == 1 else f"{count} seeds"
+
+
+def _quality(records: Records) -> str:
+    """The reward model's accuracy on what it was not trained on, and the stages that measure it."""
+    rows = []
+    compared = [record["comparisons"]["compare"] for record in records]
+    if compared[0]["held_out_accuracy"] is not None:
+        rows.append(["held-out labels", "", _over(compared, "held_out_accuracy", ".1%"), ""])
+    if compared[0]["accuracy_by_judge"] is not None:
+        cell = _over(compared, "accuracy_by_judge", ".1%")
+        rows.append(["pairs of the ways' answers, as the judge orders them", "", cell, ""])
+    for name, one in records[0]["quality"].items():
+        every = [record["quality"][name] for record in records]
+        if "agreement" in one:
+            judges = [{"value": q["majority"]["judge"]["mean"]} for q in every]
+            people = one["majority"].get("people")
+            ceiling = _interval(people) if people else ""
+            rows.append([name, str(one["pairs"]), _over(judges, "value", ".1%"), ceiling])
+        else:
+            rows.append([name, str(one["pairs"]), _over(every, "accuracy", ".1%"), ""])
+    if not rows:
+        return ""
+    heads = ["reward model on", "pairs", "accuracy", "another person's"]
+    return "\n".join(["### The reward model", "", *_table(heads, rows), ""])
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+
+def _costs(records: Records) -> str:
+    """CPU and wall seconds of each stage, and of each way from its beginning."""
+    rows = []
+    for stage in records[0]["costs"]:
+        every = [record["costs"][stage] for record in records]
+        row = [stage, *(_over(every, key, ",.0f") for key in ("cpu_seconds", "wall_seconds"))]
+        peaks = "peak_memory_gib" in every[0]
+        rows.append([*row, _over(every, "peak_memory_gib", ".1f") if peaks else ""])
+    compared = [record["comparisons"]["compare"]["ways"] for record in records]
+    whole = [
+        f"{way} {fmean(ways[way]['cpu_seconds'] for ways in compared):,.0f}"
+        for way, one in compared[0].items()
+        if one["cpu_seconds"] is not None
+    ]
+    heads = ["stage", "CPU s", "wall s", "peak GiB"]
+    told = f"All runs that lead to a way, CPU seconds: {', '.join(whole)}."
+    return "\n".join(["### Cost", "", *_table(heads, rows), "", told, ""])
+
+
+def _examples(record: Mapping[str, Any]) -> str:
+    """Prompts side by side, word for word."""
+    lines = [f"### Ten prompts side by side (seed {record['seed']})", ""]
+    for example in record["examples"]:
+        said = example["answers"]
+        wide = max(map(len, said))
+        body = [f"{'asked':{wide}}  {_line(example['prompt'])}"]
+        body += [f"{way:{wide}}  {_line(text)}" for way, text in said.items()]
+        fence = "`" * (4 if any("```" in line for line in body) else 3)
+        lines += [f"{fence}text", *body, fence, ""]
+    return "\n".join(lines)
+
+
+def _line(text: str) -> str:
+    """On one line, with its breaks told."""
+    return text.strip().replace("\r", "").replace("\n", " ⏎ ")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(cell.replace('|', '∣') for cell in line)} |" for line in lines]
