@@ -11,6 +11,7 @@ from prefloop.data.batches import pack
 from prefloop.data.tokenize import Example
 from prefloop.models import adapters, heads, selftest, shared
 from prefloop.models.load import load_policy, load_reward_model
+from prefloop.models.trunk import trunk_of
 from prefloop.rewards.scorers import Scored, together
 from prefloop.training import planned_roles, planning, ppo
 from prefloop.training.tracing import WEIGHTS, Part
@@ -22,14 +23,20 @@ from tests.training.small import CPU, assert_same_run, only_checkpoint, train
 
 @pytest.fixture(scope="module")
 def judged(world, tmp_path_factory):
-    """The world with three reward models that are adapters on its policy."""
+    """The world with reward models that are adapters on its policy, one on its upper layer."""
+    train("reward", world, world / "rm_upper", **LORA, **UPPER)
     for seed, name in enumerate(("rm_lora", "rm_lora2", "rm_lora3")):
         train("reward", world, world / name, seed=seed, **LORA)
     return world
 
 
+UPPER = {"lora_targets": (r".*\.layers\.1\..*_proj",)}
 CASES = {
     "critic": {},
+    "upper layers": {"reward_model": "rm_upper", **UPPER},
+    "upper layers, recomputed": {
+        "reward_model": "rm_upper", "gradient_checkpointing": True, **UPPER,
+    },
     "recomputed": {"gradient_checkpointing": True},
     "padded": {},
     "padded, recomputed": {"gradient_checkpointing": True},
@@ -59,6 +66,7 @@ def test_steps_are_those_of_separate_models(case, judged, tmp_path, monkeypatch)
     assert all(model.packed == ("padded" not in case) for model in models)
     owners = {id(model.hf) for model in models}
     assert len(owners) == (2 if case == "whole reward model" else 1)
+    assert (trunk_of(one.policy) is not None) == ("upper" in case)
     copied(one, apart)
     ours, theirs = stepped(one, config, 3), stepped(apart, other, 3)
     assert len(ours) == 3

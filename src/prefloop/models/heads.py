@@ -14,11 +14,12 @@ from prefloop.data.batches import TokenBatch, pack, to_batches
 from prefloop.data.tokenize import Example
 from prefloop.losses.masked import segment_sum
 from prefloop.models.attention.plan import plan_of
-from prefloop.models.lean import Linear, forward_of
+from prefloop.models.lean import Linear, Stack, forward_of
 from prefloop.models.memory import RECOMPUTED
 from prefloop.models.pieces import split_answers
 from prefloop.models.precision import autocast
 from prefloop.models.sharding import in_step
+from prefloop.models.trunk import Trunk
 
 if TYPE_CHECKING:
     from prefloop.models.model import LoadedModel
@@ -29,16 +30,22 @@ CHUNK_BYTES = 1 << 26  # float32 logits held at once otherwise: near a cache's s
 GPU_CHUNK_BYTES = 1 << 29  # where each of a chunk's kernels should have much to do
 
 
-def hidden_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
-    """Last hidden states [T, D] of the stream's rows, the same packed or padded."""
+def hidden_states(model: LoadedModel, batch: TokenBatch, trunk: Trunk | None = None) -> Tensor:
+    """Last hidden states [T, D] of the stream's rows, the same packed or padded.
+
+    Models that share the batch's `trunk` compute it once.
+    """
     model.check_length(max(s.position + s.length for s in batch.segments))
     with model.computing():
-        return _packed_states(model, batch) if model.packed else _padded_states(model, batch)
+        return _packed_states(model, batch, trunk) if model.packed else _padded_states(model, batch)
 
 
-def _packed_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
+def _packed_states(model: LoadedModel, batch: TokenBatch, trunk: Trunk | None) -> Tensor:
     forward = forward_of(model.base, model.lean, again=model.computing)
-    return forward(batch.input_ids, batch.position_ids, plan_of(batch, model.varlen))
+    read = batch.input_ids, batch.position_ids, plan_of(batch, model.varlen)
+    if trunk is not None and trunk.base is model.base and isinstance(forward, Stack):
+        return forward(*read, trunk)
+    return forward(*read)
 
 
 def _padded_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
@@ -60,14 +67,16 @@ def _padded_states(model: LoadedModel, batch: TokenBatch) -> Tensor:
     return flat[torch.tensor(where, device=model.device)]
 
 
-def answer_log_probs(model: LoadedModel, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+def answer_log_probs(
+    model: LoadedModel, batch: TokenBatch, temperature: float = 1.0, trunk: Trunk | None = None
+) -> Tensor:
     """log pi(y_t | x, y_<t) at the sampling temperature for each of the batch's N loss tokens.
 
     In nats, float32 [N]. The head runs on the rows that predict a loss token only, in chunks.
     """
 
     def compute() -> Tensor:
-        hidden = hidden_states(model, batch)[batch.source_index]
+        hidden = hidden_states(model, batch, trunk)[batch.source_index]
         return head_log_probs(model, hidden, batch.target_ids, temperature)
 
     return _pass(model, compute)
@@ -239,24 +248,28 @@ def answer_scores(model: LoadedModel, batch: TokenBatch) -> Tensor:
     return _scores_at(model, batch, batch.last_index)
 
 
-def token_values(model: LoadedModel, batch: TokenBatch) -> Tensor:
+def token_values(model: LoadedModel, batch: TokenBatch, trunk: Trunk | None = None) -> Tensor:
     """Values [N] of the states before each answer token, in float32, around the same mean."""
-    return _scores_at(model, batch, batch.source_index)
+    return _scores_at(model, batch, batch.source_index, trunk)
 
 
-def _scores_at(model: LoadedModel, batch: TokenBatch, rows: Tensor) -> Tensor:
+def _scores_at(
+    model: LoadedModel, batch: TokenBatch, rows: Tensor, trunk: Trunk | None = None
+) -> Tensor:
     """Scores at some rows of the stream."""
 
     def compute() -> Tensor:
-        return scalar_head(model, hidden_states(model, batch)[rows]) - score_mean(model)
+        return scalar_head(model, hidden_states(model, batch, trunk)[rows]) - score_mean(model)
 
     return _pass(model, compute)
 
 
-def values_with_last(model: LoadedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def values_with_last(
+    model: LoadedModel, batch: TokenBatch, trunk: Trunk | None = None
+) -> tuple[Tensor, Tensor]:
     """Values [N] as `token_values`, and [B] of the states after each answer's last token."""
     rows = torch.cat([batch.source_index, batch.last_index])
-    values = _scores_at(model, batch, rows)
+    values = _scores_at(model, batch, rows, trunk)
     return values[: len(batch.source_index)], values[len(batch.source_index) :]
 
 

@@ -27,6 +27,7 @@ from prefloop.models.low_rank import LowRank, low_rank, summed
 from prefloop.models.memory import RECOMPUTED
 from prefloop.models.operations import gated, rms_norm, rotated
 from prefloop.models.precision import product_dtype
+from prefloop.models.trunk import Trunk
 
 Linear = Callable[[Tensor], Tensor]
 Forward = Callable[[Tensor, Tensor, AttentionPlan], Tensor]
@@ -196,22 +197,34 @@ class Stack:
             if (names := _names(part, lean))
         ]
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
-        """See Forward."""
-        x = self.embed(input_ids)
-        if self.scale is not None:
-            x = x * self.scale
+    def __call__(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        plan: AttentionPlan,
+        trunk: Trunk | None = None,
+    ) -> Tensor:
+        """See Forward. What the trunk's layers give is taken from it, or else left in it."""
+        known = trunk.states if trunk is not None else None
+        x = self._embedded(input_ids) if known is None else known
         whole = self.rotary(x, positions.unsqueeze(0))
         cos, sin = (table[0].unsqueeze(1) for table in whole)
         left, right = sin.chunk(2, -1)
         tables = Tables(cos, sin, torch.cat((-left, right), -1), whole)
         recompute = self.recompute and torch.is_grad_enabled()
-        for layer in self.layers:
+        first = trunk.layers if trunk is not None and known is not None else 0
+        for number, layer in enumerate(self.layers[first:], first):
+            if trunk is not None and number == trunk.layers:
+                trunk.states = x
             if recompute:
                 x = checkpoint(layer, x, tables, plan, **RECOMPUTED, context_fn=self._contexts)
             else:
                 x = layer(x, tables, plan)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        x: Tensor = self.embed(input_ids)
+        return x if self.scale is None else x * self.scale
 
     def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Of a layer's forward pass, and of its recomputation."""

@@ -32,6 +32,7 @@ from prefloop.models.heads import answer_log_probs, token_values
 from prefloop.models.load import load_policy
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
+from prefloop.models.trunk import trunk_of
 from prefloop.rewards.functions import function_judge
 from prefloop.rewards.llm import rubric_judge
 from prefloop.rewards.scorers import model_scorer, text_scorer, together
@@ -233,11 +234,11 @@ class PPO:
 
     def _clipped(self, item: RolloutBatch) -> LossSums:
         config, batch = self.config, item.batch
-        count = float(batch.target_ids.numel())
+        count, trunk = float(batch.target_ids.numel()), trunk_of(self.policy)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, tuple[Tensor | float, float]] = {}
         if not self.critic_alone:
-            log_probs = answer_log_probs(self.policy, batch, config.temperature)
+            log_probs = answer_log_probs(self.policy, batch, config.temperature, trunk)
             policy = losses.policy_loss(
                 log_probs,
                 item.log_probs,
@@ -253,7 +254,7 @@ class PPO:
             }
         if self.critic:
             value = losses.value_loss(
-                token_values(self.critic, batch),
+                token_values(self.critic, batch, trunk),
                 item.values,
                 item.returns,
                 cliprange_value=config.cliprange_value,

@@ -25,6 +25,7 @@ from prefloop.models.heads import answer_log_probs, values_with_last
 from prefloop.models.model import LoadedModel
 from prefloop.models.pieces import split_answers
 from prefloop.models.sharding import in_step
+from prefloop.models.trunk import trunk_of
 from prefloop.records import text_to_json
 from prefloop.rewards.health import distinct_n
 from prefloop.rewards.scorers import Scorer
@@ -292,11 +293,12 @@ class Sampler:
 
         with in_step(models):
             for batch in batches():
-                new.append(answer_log_probs(self.policy, batch, config.temperature))
+                trunk = trunk_of(self.policy)
+                new.append(answer_log_probs(self.policy, batch, config.temperature, trunk))
                 if self.reference:
-                    old.append(answer_log_probs(self.reference, batch, config.temperature))
+                    old.append(answer_log_probs(self.reference, batch, config.temperature, trunk))
                 if self.critic:
-                    values.append(values_with_last(self.critic, batch))
+                    values.append(values_with_last(self.critic, batch, trunk))
         moved: list[Tensor] = []
         if self.moving:
             with self.moving.in_place(), in_step([self.policy]):
