@@ -42,6 +42,8 @@ COMMANDS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": P
 LORA = {"dtype": "bfloat16", "lora_rank": 4}
 FORMS = [(command, form) for command in COMMANDS for form in ({}, LORA)]
 FORMS += [("ppo", LORA | {"share_base": "never"})]
+UPPER = LORA | {"lora_targets": (r".*\.layers\.[34]\..*_proj",)}
+FORMS += [("sft", UPPER), ("ppo", UPPER)]
 FORMS += [("sft", {"dtype": "bfloat16"}), ("sft", {"gradient_checkpointing": True})]
 LAYERS, WIDTH, INNER, VOCABULARY = 5, 64, 128, 1024
 

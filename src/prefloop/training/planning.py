@@ -6,6 +6,7 @@ and what each stage of a step holds at its peak is a straight line in their numb
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 
 from prefloop import distributed, provenance
 from prefloop.config import PPOConfig, TrainingConfig
+from prefloop.config.ranges import is_pattern
 from prefloop.data.batches import micro_batches, packed_length
 from prefloop.data.tokenize import Example
 from prefloop.errors import UserError, first_line
@@ -129,7 +131,8 @@ def plan(
         return Plan(tokens, stages)
 
     depth = {role.name: role.config.get_text_config().num_hidden_layers for role in roles}
-    if max(depth.values()) <= FEWEST + 1 or not all(role.regular for role in roles):
+    alike = all(role.regular for role in roles) and not _layers_chosen(config, roles)
+    if max(depth.values()) <= FEWEST + 1 or not alike:
         return whole(rehearse(depth))
     low = {name: min(layers, FEWEST) for name, layers in depth.items()}
     sections = base = rehearse(low)
@@ -139,6 +142,13 @@ def plan(
             grown = {n: low[n] + (depth[n] == layers) for n in low}
             sections = _on_line(sections, base, rehearse(grown), further)
     return whole(sections)
+
+
+def _layers_chosen(config: TrainingConfig, roles: Sequence[Role]) -> bool:
+    """Whether adapters may sit on some layers alone: targets are a pattern, or numbered."""
+    given = [config.lora_targets, *(role.adapter.target_modules for role in roles if role.adapter)]
+    names = {n for each in given for n in ((each,) if isinstance(each, str) else each or ())}
+    return any(is_pattern(name) or re.search(r"\d+\.", name) for name in names)
 
 
 def _on_line(
