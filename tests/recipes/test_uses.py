@@ -62,6 +62,8 @@ def quick(use: str, model: Path, folder: Path) -> RunConfig:
             settings["model"] = str(model)
         if settings.get("judge") == FLUENCY:
             settings["judge"] = "prefloop.recipes.scores:content"
+        if "lora_targets" in settings:
+            settings["lora_targets"] = [r".*\.layers\.1\..*_proj"]  # the upper half of two layers
         settings |= QUICK.get(stage["command"], {})
     path = folder / f"{use}.yaml"
     path.write_text(yaml.safe_dump({"stages": items}))
