@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from benchmarks import uses, uses_page
 
 from prefloop import recipes
 from prefloop.commands import COMMANDS
@@ -95,6 +96,11 @@ def test_a_use_runs_from_data_to_page(
     for stage in read_stages(config.pipeline, tmp_path / "out", COMMANDS, 3):
         if stage.command.startswith("evaluate"):
             assert json.loads(stage.config.output.read_text())
+    record = uses.record_of(tmp_path / "out", use, 3)
+    assert record["cpu_seconds"] > 0 and len(record["examples"]) == 3
+    page = uses_page.numbers([record])
+    assert all(f"({name}, " in page for name in record["comparisons"])
+    assert all(f"\n| {name} | " in page for name in (*WAYS.get(use, USUAL), *record["quality"]))
     capsys.readouterr()
     run(config, COMMANDS)
     done = capsys.readouterr().out
