@@ -3,7 +3,7 @@
 `python -m benchmarks uses --runs FOLDER` reads each finished FOLDER/USE-SEED, what
 `prefloop run src/prefloop/recipes/USE.yaml --seed SEED --output FOLDER/USE-SEED` wrote, into
 docs/uses/records/USE-SEED.json. From all records that are there it then writes the part of
-docs/uses/USE.md between two marks; what stands around it is a person's.
+docs/uses/USE.md and of docs/results.md between two marks; what stands around it is a person's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from prefloop.evaluation.reread import read_comparison
 from prefloop.files import write_atomic
 from prefloop.resume import read_record
 
-DOCS = Path("docs/uses")
-RECORDS = DOCS / "records"
+DOCS = Path("docs")
+RECORDS = DOCS / "uses" / "records"
 EXAMPLES = 10
 
 

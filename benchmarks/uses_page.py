@@ -7,27 +7,57 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from prefloop.evaluation.comparison import PairVerdict
 from prefloop.evaluation.pairs import Scored, all_pairs, mean_of_runs
 from prefloop.evaluation.sentences import in_words
 from prefloop.files import write_atomic
 from prefloop.intervals import Interval
 
+SHOWN = ("best-of-4", "PPO", "DPO")
 USES = ("chat", "sentiment", "style", "summary", "translation")
 BEGIN, END = "<!-- numbers: python -m benchmarks uses -->", "<!-- end of numbers -->"
 Records = Sequence[Mapping[str, Any]]
 
 
-def pages(records: Records, folder: Path) -> None:
-    """Write the numbers of each use that has records into its page, between the marks."""
+def pages(records: Records, docs: Path) -> None:
+    """Write the numbers of each use that has records into its page, between the marks, and all uses
+    in a table into results.md.
+    """
+    rows = []
     for use in USES:
         own = sorted((r for r in records if r["use"] == use), key=lambda r: int(r["seed"]))
-        if not own:
-            continue
-        path = folder / f"{use}.md"
-        text = path.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        write_atomic(path, f"{before}{BEGIN}\n\n{numbers(own)}\n{END}{after}")
+        if own:
+            _put(docs / "uses" / f"{use}.md", numbers(own))
+            rows.append(_summed_up(own))
+    heads = ["use", "seeds", "commits", "CPU minutes a seed", "judge", *SHOWN]
+    _put(docs / "results.md", "\n".join([*_table(heads, rows), ""]))
+
+
+def _put(path: Path, generated: str) -> None:
+    """Between the marks of a page; what stands around them stays."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path}: no place for the numbers; put {BEGIN} and {END} there")
+    write_atomic(path, f"{before}{BEGIN}\n\n{generated}\n{END}{after}")
+
+
+def _summed_up(records: Records) -> list[str]:
+    """A use in a row: what it cost, and how far best-of-n, PPO and DPO lie above SFT."""
+    use = records[0]["use"]
+    found = [record["comparisons"]["compare"] for record in records]
+    verdicts = {v.second: v for v in _verdicts(found) if v.first == "SFT"}
+    above = [
+        f"{_exact(verdicts[way].of(way), '+')}, {in_words(verdicts[way].p_holm)}"
+        if way in verdicts
+        else "–"
+        for way in SHOWN
+    ]
+    commits = ", ".join(dict.fromkeys(str(record["revision"])[:7] for record in records))
+    minutes = [{"minutes": record["cpu_seconds"] / 60} for record in records]
+    seeds = ", ".join(str(record["seed"]) for record in records)
+    cost = _over(minutes, "minutes", ".0f")
+    return [f"[{use}](uses/{use}.md)", seeds, commits, cost, _judge(found[0]), *above]
 
 
 def numbers(records: Records) -> str:
@@ -62,12 +92,8 @@ def _comparison(found: Sequence[Mapping[str, Any]], name: str) -> str:
     same = {(one["prompts_sha256"], *one["ways"]) for one in found}
     if len(same) > 1:
         raise ValueError(f"{name}: the seeds' prompts or ways differ")
-    ways = {way: [one["ways"][way] for one in found] for way in found[0]["ways"]}
-    scored = [
-        Scored(way, *([[[x] for x in run[key]] for run in runs] for key in ("judge", "tokens")))
-        for way, runs in ways.items()
-    ]
-    verdicts = all_pairs(scored)
+    ways, scored = _ways(found), _scored(found)
+    verdicts = _verdicts(found)
     sft, *others = scored
     by_pair = {(v.first, v.second): v for v in verdicts}
     has_proxy = ways[sft.name][0]["proxy"] is not None
@@ -94,10 +120,32 @@ def _comparison(found: Sequence[Mapping[str, Any]], name: str) -> str:
         for v in verdicts
         if v.first != sft.name
     ]
-    heading = f"### By `{found[0]['judge']}`" if "/" not in found[0]["judge"] else "### By a model"
-    heading += f" ({name}, {found[0]['prompts']} prompts, {_seeds(len(found))})"
+    prompts = f"{found[0]['prompts']} prompts"
+    heading = f"### By {_judge(found[0])} ({name}, {prompts}, {_seeds(len(found))})"
     told = f"p-values by Holm over all pairs. {'; '.join(among)}." if len(others) < 4 else ""
     return "\n".join([heading, "", *_table(heads, rows), "", *([told, ""] if told else [])])
+
+
+def _ways(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Each way's seeds."""
+    return {way: [one["ways"][way] for one in found] for way in found[0]["ways"]}
+
+
+def _scored(found: Sequence[Mapping[str, Any]]) -> list[Scored]:
+    return [
+        Scored(way, *([[[x] for x in run[key]] for run in runs] for key in ("judge", "tokens")))
+        for way, runs in _ways(found).items()
+    ]
+
+
+def _verdicts(found: Sequence[Mapping[str, Any]]) -> tuple[PairVerdict, ...]:
+    return all_pairs(_scored(found))
+
+
+def _judge(found: Mapping[str, Any]) -> str:
+    """Its function; a reward model's place says nothing to others."""
+    judge = str(found["judge"])
+    return f"`{judge.rpartition(':')[2]}`" if "/" not in judge else "a reward model"
 
 
 def _exact(interval: Interval, sign: str = "") -> str:

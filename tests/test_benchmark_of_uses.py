@@ -134,15 +134,24 @@ def test_seeds_with_other_prompts_are_refused():
 
 
 def test_only_what_is_between_the_marks_is_written(tmp_path):
-    page = tmp_path / "summary.md"
-    marks = f"{uses_page.BEGIN}\nold\n{uses_page.END}"
-    page.write_text(f"# Before\n\n{marks}\n\nafter\n")
-    uses_page.pages([record(1, ONE)], tmp_path)
+    page, results = tmp_path / "uses" / "summary.md", tmp_path / "results.md"
+    page.parent.mkdir()
+    for path in (page, results):
+        path.write_text(f"# Before\n\n{uses_page.BEGIN}\nold\n{uses_page.END}\n\nafter\n")
+    both = [record(1, ONE), record(2, TWO)]
+    uses_page.pages(both, tmp_path)
     text = page.read_text()
     assert text.startswith(f"# Before\n\n{uses_page.BEGIN}\n")
     assert text.endswith(f"{uses_page.END}\n\nafter\n") and "old" not in text
-    uses_page.pages([record(1, ONE)], tmp_path)
+    row = cells(results.read_text(), "[summary](uses/summary.md)")
+    assert row["seeds"] == "1, 2" and row["commits"] == "0123456" and row["judge"] == "`chrf`"
+    assert row["CPU minutes a seed"] == "2"  # 1.5 and 2.5
+    assert row["PPO"].startswith("+1.25 [") and row["DPO"] == "–"
+    uses_page.pages(both, tmp_path)
     assert page.read_text() == text
+    page.write_text("# no marks")
+    with pytest.raises(ValueError, match="no place for the numbers"):
+        uses_page.pages(both, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +171,13 @@ def test_a_run_that_is_not_whole_is_refused(tmp_path, status, seed, message):
 
 
 def test_the_pages_in_docs_are_what_the_records_say(tmp_path):
-    docs = Path(__file__).parents[1] / "docs" / "uses"
-    records = [json.loads(path.read_text()) for path in sorted((docs / "records").glob("*.json"))]
+    docs = Path(__file__).parents[1] / "docs"
+    records = [json.loads(path.read_text()) for path in (docs / "uses" / "records").glob("*.json")]
     assert records
-    for page in docs.glob("*.md"):
-        (tmp_path / page.name).write_text(page.read_text())
+    pages = [docs / "results.md", *(docs / "uses" / f"{record['use']}.md" for record in records)]
+    (tmp_path / "uses").mkdir()
+    for page in pages:
+        (tmp_path / page.relative_to(docs)).write_text(page.read_text())
     uses_page.pages(records, tmp_path)
-    for page in docs.glob("*.md"):
-        assert (tmp_path / page.name).read_text() == page.read_text(), page.name
+    for page in pages:
+        assert (tmp_path / page.relative_to(docs)).read_text() == page.read_text(), page.name
