@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.uses_page import USES, pages
+from prefloop.config.ranges import is_function
 from prefloop.errors import UserError
 from prefloop.evaluation.answers import shown
 from prefloop.evaluation.comparison import Comparison
@@ -116,9 +117,9 @@ def _compared(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> dict
             "cpu_seconds": None if way.name not in costs else round(costs[way.name], 1),
             "cpu_seconds_per_answer": round(way.cpu_seconds_per_answer, 3),
         }
-    calibration = comparison.calibration
+    calibration, judge = comparison.calibration, str(comparison.settings["judge"])
     return {
-        "judge": comparison.settings["judge"],
+        "judge": judge if is_function(judge) else "a reward model",  # whose place is this machine's
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "held_out_accuracy": calibration.held_out_accuracy if calibration else None,

@@ -143,9 +143,9 @@ def _verdicts(found: Sequence[Mapping[str, Any]]) -> tuple[PairVerdict, ...]:
 
 
 def _judge(found: Mapping[str, Any]) -> str:
-    """Its function; a reward model's place says nothing to others."""
-    judge = str(found["judge"])
-    return f"`{judge.rpartition(':')[2]}`" if "/" not in judge else "a reward model"
+    """A function by its name."""
+    _, is_function, name = str(found["judge"]).rpartition(":")
+    return f"`{name}`" if is_function else name
 
 
 def _exact(interval: Interval, sign: str = "") -> str:
