@@ -154,10 +154,11 @@ def replay(
     return seen, proxies
 
 
-READ = ("kl", "truncated", "distinct_2", "repeated", "length")
+READ = ("kl", "truncated", "distinct_2", "repeated", "copied", "length")
 RULES = (
     *(health.GAMED, health.JUDGE, health.KL, health.TRUNCATION, health.DISTINCT),
-    *(health.REPETITION, health.LENGTH, health.ENTROPY, health.CLIPPING, health.RATIO),
+    *(health.REPETITION, health.COPYING, health.LENGTH),
+    *(health.ENTROPY, health.CLIPPING, health.RATIO),
 )
 """Those that can fire in these runs, which have no critic and rank nothing."""
 RISES = {r.name: r not in (health.DISTINCT, health.ENTROPY) for r in RULES}
@@ -181,7 +182,12 @@ def looked_at(now: Numbers, start: Numbers) -> dict[str, float]:
     """By rule, what it compares with its threshold."""
     both = {name: (start[name], now[name]) for name in now if name in start}
     found = {health.KL.name: now["kl"]} if "kl" in now else {}
-    for rule, name in ((health.TRUNCATION, "truncated"), (health.REPETITION, "repeated")):
+    shares = (
+        (health.TRUNCATION, "truncated"),
+        (health.REPETITION, "repeated"),
+        (health.COPYING, "copied"),
+    )
+    for rule, name in shares:
         if name in both:
             found[rule.name] = both[name][1] - both[name][0]
     for rule, name in ((health.DISTINCT, "distinct_2"), (health.ENTROPY, "entropy")):

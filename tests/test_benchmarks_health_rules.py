@@ -85,7 +85,7 @@ def test_the_rules_are_tried_again_as_the_run_tried_them():
     eight. The monitor falls twice in a row by three errors and more while the training score rises.
     """
     measured = {"monitor/kl": 1.0, "monitor/truncated": 0.0, "monitor/distinct_2": 1.0}
-    measured |= {"monitor/repeated": 0.0, "monitor/length": 10.0}
+    measured |= {"monitor/repeated": 0.0, "monitor/copied": 0.0, "monitor/length": 10.0}
     lines = [{"step": 0, "monitor/score": 0.0} | measured]
     for step in range(1, 9):
         lines.append({"step": step, "length_mean": 10.0 if step < 5 else 20.0})
@@ -93,11 +93,12 @@ def test_the_rules_are_tried_again_as_the_run_tried_them():
     scores = [[0.0, 0.0], [5.0, 5.0], [1.0, 2.0], [0.0, 1.0]]
     for number, step in enumerate((2, 4, 6), 1):
         lines[step] |= {"monitor/score": float(np.mean(scores[number]))} | measured
-    lines[6] |= {"monitor/repeated": 0.3, "monitor/kl": 12.0}
+    lines[6] |= {"monitor/repeated": 0.3, "monitor/copied": 0.4, "monitor/kl": 12.0}
     seen, proxies = h.replay(lines, scores)
     assert seen["length"] == [(0, 1.0), (2, 1.0), (4, 1.0), (6, 1.0), (8, 1.5)]
     assert seen["KL"][-1] == (6, 12.0)
     assert seen["repetition"][-1] == (6, 0.3)
+    assert seen["copying"][-1] == (6, 0.4)
     # differences 4 and 3: mean 3.5, error 0.5; then 5 and 4: 4.5 by 0.5; the least of the two
     assert seen[health.GAMED.name] == [(4, 0.0), (6, pytest.approx(7.0))]
     assert seen[health.JUDGE.name] == []

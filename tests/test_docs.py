@@ -250,12 +250,12 @@ def test_every_rule_is_explained():
 
 def test_the_guide_names_every_sign():
     numbers = Interval(2.0, 1.0, 3.0)
-    sft = Vitals(numbers, Interval(0.0, 0.0, 0.0), numbers, 9.0, 0.0, 0.9, 0.0)
+    sft = Vitals(numbers, Interval(0.0, 0.0, 0.0), numbers, 9.0, 0.0, 0.9, 0.0, 0.0)
     worst = Vitals(
-        Interval(0.0, 0.0, 0.0), numbers, Interval(99.0, 99.0, 99.0), 99.0, 1.0, 0.0, 1.0
+        Interval(0.0, 0.0, 0.0), numbers, Interval(99.0, 99.0, 99.0), 99.0, 1.0, 0.0, 1.0, 1.0
     )
     signs = [sign.name for sign in found_signs(worst, sft)]
-    assert len(signs) == 6
+    assert len(signs) == 7
     for name in signs:
         for path in LANGUAGES:
             assert f"| `{name}` |" in path.read_text(encoding="utf-8"), (path, name)

@@ -6,6 +6,7 @@ from prefloop.intervals import Interval
 from prefloop.rewards.health import (
     Trend,
     Vitals,
+    copied_share,
     distinct_n,
     drift,
     fall,
@@ -19,7 +20,7 @@ def near(value: float) -> Interval:
     return Interval(value, value - 0.1, value + 0.1)
 
 
-SFT = Vitals(near(0.0), near(0.0), near(0.0), 20.0, 0.1, 0.8, 0.02)
+SFT = Vitals(near(0.0), near(0.0), near(0.0), 20.0, 0.1, 0.8, 0.02, 0.05)
 
 
 def test_distinct_2() -> None:
@@ -34,8 +35,15 @@ def test_repeated_share() -> None:
     assert repeated_share([1, 2]) == 0.0
 
 
+def test_copied_share() -> None:
+    # of 123 234 345 the prompt has 123 and 345; twice the same counts twice
+    assert copied_share([1, 2, 3, 4, 5], [3, 4, 5, 9, 1, 2, 3]) == pytest.approx(2 / 3)
+    assert copied_share([1, 1, 1, 1], [1, 1, 1]) == 1.0
+    assert copied_share([1, 2], [1, 2]) == copied_share([1, 2, 3], [1, 2]) == 0.0
+
+
 def test_a_healthy_model_shows_no_sign() -> None:
-    better = Vitals(near(1.0), near(2.0), near(4.0), 24.0, 0.15, 0.75, 0.05)
+    better = Vitals(near(1.0), near(2.0), near(4.0), 24.0, 0.15, 0.75, 0.05, 0.2)
     assert signs(better, SFT) == []
     assert signs(replace(SFT, proxy=None), replace(SFT, proxy=None)) == []
 
@@ -48,6 +56,7 @@ def test_a_healthy_model_shows_no_sign() -> None:
         ({"truncated": 0.5}, "truncation", ("10%", "50%")),
         ({"distinct_2": 0.3}, "distinct-2", ("0.80", "0.30")),
         ({"repeated": 0.4}, "repetition", ("2%", "40%")),
+        ({"copied": 0.26}, "copying", ("5%", "26%")),
         ({"length": 31.0}, "length", ("20", "31")),
         ({"length": 12.0}, "length", ("20", "12")),
     ],

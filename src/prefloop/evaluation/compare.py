@@ -44,6 +44,7 @@ from prefloop.models.weights import storage_of
 from prefloop.progress import Progress
 from prefloop.records import Prompt, RowCounts, text_to_json
 from prefloop.rewards.functions import columns_of
+from prefloop.rewards.health import copied_share
 from prefloop.rewards.judges import Judge, load_judge
 from prefloop.rewards.llm import Answer, PairwiseJudge, pairwise_judge
 
@@ -251,9 +252,14 @@ def _sample(task: Task, model: LoadedModel, n: int, name: str) -> tuple[ByPrompt
             proxy = task.proxy(prompts, texts, ended, columns_of([row.extra for row in rows]))
         progress.advance(len(flat))
         kl = _log_ratios(task, model, [[sample.tokens for sample in row] for row in samples])
+    copied = [
+        copied_share(sample.tokens, prompt)
+        for prompt, row in zip(task.prompt_ids, samples, strict=True)
+        for sample in row
+    ]
     judged = iter(
-        Judged(text, s.tokens, s.finish_reason == "length", q, g, r)
-        for text, (_, s), q, g, r in zip(texts, flat, kl, gold, proxy, strict=True)
+        Judged(text, s.tokens, c, s.finish_reason == "length", q, g, r)
+        for text, (_, s), c, q, g, r in zip(texts, flat, copied, kl, gold, proxy, strict=True)
     )
     return [[next(judged) for _ in row] for row in samples], seconds
 

@@ -20,6 +20,7 @@ class Judged:
 
     text: str
     tokens: tuple[int, ...]  # with the stop token that ended it
+    copied: float  # see copied_share
     truncated: bool
     kl: float  # log pi(y|x) - log pi_sft(y|x), nats
     gold: float | None  # None where an LLM gave no score
@@ -104,6 +105,7 @@ def _vitals(way: Answered, own: Scored, seed: int) -> Vitals:
         truncated=_mean(answer.truncated for answer in flat),
         distinct_2=_mean(distinct_n([row[0].tokens for row in run]) for run in way.runs),
         repeated=_mean(repeated_share(answer.tokens) for answer in flat),
+        copied=_mean(answer.copied for answer in flat),
     )
 
 

@@ -22,6 +22,7 @@ class Vitals:
     truncated: float  # share of answers cut at the length limit
     distinct_2: float  # see distinct_n
     repeated: float  # mean over answers of repeated_share
+    copied: float | None = None  # mean over answers of copied_share; None: not measured
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,14 @@ REPETITION = Rule(
     "answers say the same thing twice and more, which a reward model may take for length",
     "raise `--kl-coef`, or lower `--max-new-tokens`",
 )
+COPYING = Rule(
+    "copying",
+    0.2,
+    "{limit:.0%} of an answer's 3-grams more than at the start stand in its prompt",
+    "a reward that looks for the prompt's words, or for a text that shares them, pays for giving "
+    "them back",
+    "read `samples.jsonl`; rank copies last or have the reward find them, and raise `--kl-coef`",
+)
 LENGTH = Rule(
     "length",
     1.5,
@@ -153,7 +162,7 @@ CHOSEN = Rule(
     "raise `--beta`, lower `--lr`, give `--sft-coefficient` or `--loss apo-zero`",
 )
 RULES = (
-    *(GAMED, JUDGE, KL, TRUNCATION, DISTINCT, REPETITION, LENGTH),
+    *(GAMED, JUDGE, KL, TRUNCATION, DISTINCT, REPETITION, COPYING, LENGTH),
     *(ENTROPY, CLIPPING, RATIO, GAP, CRITIC, CHOSEN),
 )
 """All of them; docs/health.md says why each threshold is what it is."""
@@ -169,7 +178,7 @@ def distinct_n(answers: Sequence[Sequence[Hashable]], n: int = 2) -> float:
 
     It falls with the number of answers: compare equal numbers only.
     """
-    grams = Counter(tuple(a[i : i + n]) for a in answers for i in range(len(a) - n + 1))
+    grams = Counter(gram for answer in answers for gram in _grams(answer, n))
     return len(grams) / grams.total() if grams else 0.0
 
 
@@ -179,10 +188,22 @@ def repeated_share(answer: Sequence[Hashable], n: int = 3) -> float:
     >>> repeated_share("abcabc")
     0.25
     """
-    total = len(answer) - n + 1
-    if total < 1:
-        return 0.0
-    return 1 - len({tuple(answer[i : i + n]) for i in range(total)}) / total
+    grams = _grams(answer, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def copied_share(answer: Sequence[Hashable], prompt: Sequence[Hashable], n: int = 3) -> float:
+    """Share of an answer's n-grams that stand in its prompt.
+
+    >>> copied_share("abcx", "to abc")
+    0.5
+    """
+    grams, known = _grams(answer, n), set(_grams(prompt, n))
+    return sum(gram in known for gram in grams) / len(grams) if grams else 0.0
+
+
+def _grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 # --- one measurement against another -------------------------------------------------------------
@@ -197,25 +218,29 @@ def signs(now: Vitals, sft: Vitals) -> list[Sign]:
             f"judge {sft.gold.mean:.2f} → {now.gold.mean:.2f}"
         )
         fired.append(GAMED.sign(text))
-    names = ("truncated", "distinct_2", "repeated", "length")
-    before, after = ({name: getattr(vitals, name) for name in names} for vitals in (sft, now))
+    names = ("truncated", "distinct_2", "repeated", "copied", "length")
+    before, after = (
+        {name: value for name in names if (value := getattr(vitals, name)) is not None}
+        for vitals in (sft, now)
+    )
     return fired + drift(after | {"kl": now.kl.mean}, before)
 
 
 def drift(
     now: Mapping[str, float], start: Mapping[str, float], kl_limit: float = KL.limit
 ) -> list[Sign]:
-    """The rules on `kl`, `truncated`, `distinct_2`, `repeated`, `length` and `entropy` (a token),
-    of those that both know; `kl` is from the start.
+    """The rules on `kl`, `truncated`, `distinct_2`, `repeated`, `copied`, `length` and `entropy` (a
+    token), of those that both know; `kl` is from the start.
     """
     fired = []
     if "kl" in now and now["kl"] > kl_limit:
         fired.append(KL.sign(f"{now['kl']:.1f} nats > {kl_limit:g}"))
     known = {name: (start[name], now[name]) for name in now if name in start}
-    for rule, name in ((TRUNCATION, "truncated"), (REPETITION, "repeated")):
+    shares = ((TRUNCATION, "truncated"), (REPETITION, "repeated"), (COPYING, "copied"))
+    for rule, name in shares:
         before, after = known.get(name, (0.0, 0.0))
         if after > before + rule.limit:
-            of = " of 3-grams" if rule is REPETITION else ""
+            of = "" if rule is TRUNCATION else " of 3-grams"
             text = f"{before:.0%} → {after:.0%}{of}, rise > {rule.limit:.0%}"
             fired.append(rule.sign(text))
     for rule, name in ((DISTINCT, "distinct_2"), (ENTROPY, "entropy")):

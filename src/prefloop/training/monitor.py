@@ -25,7 +25,7 @@ from prefloop.models.weights import storage_of
 from prefloop.provenance import files_digest
 from prefloop.records import Prompt
 from prefloop.rewards.functions import columns_of, function_judge
-from prefloop.rewards.health import distinct_n, repeated_share
+from prefloop.rewards.health import copied_share, distinct_n, repeated_share
 from prefloop.rewards.judges import Judge
 from prefloop.rewards.llm import RubricJudge, rubric_judge
 from prefloop.rewards.scorers import ModelJudge, model_scorer, together, with_template_args
@@ -129,6 +129,7 @@ class Monitor:
             "truncated": sum(not answer.ended for answer in answers) / count,
             "distinct_2": distinct_n([answer.tokens for answer in answers]),
             "repeated": sum(repeated_share(answer.tokens) for answer in answers) / count,
+            "copied": sum(map(self._copied, answers)) / count,
         }
         if self.config.monitor == SPREAD:
             metrics["spread"] = sum(answer.spread for answer in answers) / count
@@ -141,6 +142,9 @@ class Monitor:
         interval = mean_score([[score] for score in known], self.config.seed)
         bounds = {"score": interval.mean, "low": interval.low, "high": interval.high}
         return Measurement(bounds | metrics, scores, "")
+
+    def _copied(self, answer: Answer) -> float:
+        return copied_share(answer.tokens, self.prompts.examples[answer.place].prompt)
 
 
 def load_monitor(

@@ -29,7 +29,7 @@ from prefloop.terminal import shown
 from prefloop.training import checkpoint
 from prefloop.training.monitor import Monitor
 
-READ = ("kl", "truncated", "distinct_2", "repeated", "length")
+READ = ("kl", "truncated", "distinct_2", "repeated", "copied", "length")
 """Of a measurement: what the rules look at beside the score."""
 
 
