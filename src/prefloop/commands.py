@@ -6,7 +6,6 @@ Each takes its settings, checks them and hands them to the part of the package t
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from prefloop import config as c
 from prefloop.config import labelling as l
 from prefloop.config.checks import validate
-from prefloop.errors import UserError
 from prefloop.terminal import as_is, shown
 
 if TYPE_CHECKING:
@@ -260,13 +258,7 @@ def fetch_model(config: c.FetchModelConfig) -> Path:
     validate(config)
     from prefloop.recipes.fetch import fetch_model as fetch
 
-    folder = fetch(config.name)
-    if config.output is None:
-        return folder
-    if config.output.exists():
-        raise UserError(f"--output {config.output} exists; choose another")
-    shutil.copytree(folder, config.output)
-    return config.output
+    return fetch(config.name, config.output)
 
 
 def fetch_data(config: c.FetchDataConfig) -> dict[str, Any]:

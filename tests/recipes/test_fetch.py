@@ -81,6 +81,51 @@ def test_a_built_model_is_not_built_again(cache: Path) -> None:
     assert fetch_model("smollm2-135m-instruct") == folder
 
 
+def a_model(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def test_a_copy_that_is_there_is_taken(cache: Path, tmp_path: Path) -> None:
+    """A pipeline whose record is lost asks for the model again."""
+    a_model(fetch.model_folder("smollm2-135m-instruct"))
+    output = tmp_path / "runs" / "model"
+    for _ in range(2):
+        assert fetch_model("smollm2-135m-instruct", output) == output
+        assert (output / "model.safetensors").read_bytes() == b"weights"
+    assert [p.name for p in output.parent.iterdir()] == ["model"]
+
+
+def test_a_copy_is_whole_or_not_there(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_model(fetch.model_folder("smollm2-135m-instruct"))
+    monkeypatch.setattr(fetch.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_model("smollm2-135m-instruct", tmp_path / "model")
+    assert not list(tmp_path.glob("*model*"))
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ["another file", "other weights", "a file"])
+def test_another_thing_in_its_place_is_kept(cache: Path, tmp_path: Path, change: str) -> None:
+    a_model(fetch.model_folder("smollm2-135m-instruct"))
+    output = tmp_path / "model"
+    if change == "a file":
+        output.write_text("mine")
+    else:
+        a_model(output)
+        name = "notes.txt" if change == "another file" else "model.safetensors"
+        (output / name).write_bytes(b"changed")
+    with pytest.raises(UserError, match="model exists and is not smollm2-135m-instruct; choose"):
+        fetch_model("smollm2-135m-instruct", output)
+    assert output.exists()
+
+
 def test_a_float32_folder_of_an_earlier_version_is_not_taken(cache: Path) -> None:
     (cache / "models" / "smollm2-135m-instruct").mkdir(parents=True)
     assert not fetch.is_fetched("smollm2-135m-instruct")

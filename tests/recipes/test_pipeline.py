@@ -229,6 +229,22 @@ def test_an_interrupted_stage_goes_on_in_its_own_output(go, copier):
     assert not Path("runs/p/two.old-1").exists()
 
 
+def test_a_full_disk_is_told_by_the_file_that_met_it(go, copier, monkeypatch):
+    """The record cannot be written then, either: that is not what is told."""
+    write, stops = pipeline.write_atomic, copier.calls
+
+    def full(path, data):
+        if stops:
+            raise UserError(f"{path}: cannot be written")
+        write(path, data)
+
+    monkeypatch.setattr(pipeline, "write_atomic", full)
+    Path("rows.txt").unlink()
+    with pytest.raises(FileNotFoundError):
+        go()
+    assert json.loads(Path("runs/p/pipeline.json").read_text())["one"]["status"] == "started"
+
+
 def test_the_record_keeps_each_stages_cost_with_that_before_an_interruption(
     go, copier, monkeypatch
 ):

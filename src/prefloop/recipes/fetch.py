@@ -7,6 +7,7 @@ what stands there is complete.
 from __future__ import annotations
 
 import ast
+import filecmp
 import hashlib
 import importlib.util
 import io
@@ -139,7 +140,32 @@ def is_fetched(name: str) -> bool:
     return model_folder(name).exists()
 
 
-def fetch_model(name: str) -> Path:
+def fetch_model(name: str, output: Path | None = None) -> Path:
+    """The folder of a known model: in the cache, or its copy in `output`, whole or not at all.
+
+    An `output` that holds that very model is left as it is; UserError where it holds another thing.
+    """
+    folder = _cached(name)
+    if output is None:
+        return folder
+    if not output.exists():
+        with building(output) as parts:
+            shutil.copytree(folder, parts / "model")
+            os.replace(parts / "model", output)
+    elif not _equal(folder, output):
+        raise UserError(f"--output {output} exists and is not {name}; choose another")
+    return output
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files."""
+    names, others = (
+        sorted(p.name for p in d.iterdir()) if d.is_dir() else None for d in (one, other)
+    )
+    return names == others and filecmp.cmpfiles(one, other, names or [], shallow=False)[0] == names
+
+
+def _cached(name: str) -> Path:
     """A plain Hugging Face folder (safetensors, tokenizer) of a known model, built once (~1 min).
 
     The weights are dequantised 4-bit weights, rounded to bfloat16: close to the published ones, not

@@ -30,6 +30,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,7 +123,8 @@ def run(config: RunConfig, commands: Mapping[str, Command], start: Start = run_a
                 command = commands[stage.command]
                 command.show(command.function(stage.config))
         except BaseException:
-            record.set(stage.name, print_of, "started", cost)
+            with suppress(UserError):  # of a disk that is full the stage's own file tells
+                record.set(stage.name, print_of, "started", cost)
             raise
         record.set(stage.name, print_of, "finished", cost)
 
