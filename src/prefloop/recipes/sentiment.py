@@ -59,10 +59,10 @@ SECONDS = {
     "supervised fine-tuning": 119.0,
     "answers to rank": 60.0,
     "rankings": 6.0,
-    "reward model": 120.0,  # these three from two threads, by SFT's and DPO's 0.86 of theirs
-    "PPO": 535.0,
-    "PPO without KL penalty": 570.0,
-    "DPO": 234.0,
+    "reward model": 96.0,  # these four by their share of SFT's, docs/results.md
+    "PPO": 380.0,
+    "PPO without KL penalty": 445.0,
+    "DPO": 145.0,
     "comparison": 81.0,
 }
 QUICK_SECONDS = {
