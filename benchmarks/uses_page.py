@@ -14,6 +14,7 @@ from prefloop.files import write_atomic
 from prefloop.intervals import Interval
 
 SHOWN = ("best-of-4", "PPO", "DPO")
+BETA = "0.1"  # of PPO and DPO there; a use that has several names each way with its own
 USES = ("chat", "sentiment", "style", "summary", "translation")
 BEGIN, END = "<!-- numbers: python -m benchmarks uses -->", "<!-- end of numbers -->"
 Records = Sequence[Mapping[str, Any]]
@@ -47,11 +48,12 @@ def _summed_up(records: Records) -> list[str]:
     use = records[0]["use"]
     found = [record["comparisons"]["compare"] for record in records]
     verdicts = {v.second: v for v in _verdicts(found) if v.first == "SFT"}
+    known = [way if way in verdicts else f"{way} {BETA}" for way in SHOWN]
     above = [
         f"{_exact(verdicts[way].of(way), '+')}, {in_words(verdicts[way].p_holm)}"
         if way in verdicts
         else "–"
-        for way in SHOWN
+        for way in known
     ]
     commits = ", ".join(dict.fromkeys(str(record["revision"])[:7] for record in records))
     minutes = [{"minutes": record["cpu_seconds"] / 60} for record in records]

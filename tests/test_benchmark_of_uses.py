@@ -154,6 +154,14 @@ def test_only_what_is_between_the_marks_is_written(tmp_path):
         uses_page.pages(both, tmp_path)
 
 
+def test_of_several_strengths_the_other_uses_one_is_summed_up():
+    one = record(1, ONE)
+    ways = one["comparisons"]["compare"]["ways"]
+    ways["PPO 1"] = ways["SFT"]
+    ways["PPO 0.1"] = ways.pop("PPO")
+    assert uses_page._summed_up([one])[-2].startswith("+1.50 [")
+
+
 @pytest.mark.parametrize(
     ("status", "seed", "message"),
     [("started", 1, "sft is not finished"), ("finished", 2, "not a run of seed 1")],
