@@ -56,6 +56,20 @@ def config(tmp_path: Path) -> CompareConfig:
     )
 
 
+def test_an_answer_is_held_against_its_own_prompt(
+    config: CompareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is copied, where that is the answer's length times the sum of the prompt's ids."""
+    monkeypatch.setattr(
+        "prefloop.evaluation.compare.copied_share", lambda answer, prompt: len(answer) * sum(prompt)
+    )
+    sums = {prompt: sum(tiny_tokenizer(chat=False)(prompt)["input_ids"]) for prompt in PROMPTS}
+    for way in compare(config).ways:
+        rows = [row for row in read_answers(config) if row["way"] == way.name]
+        beside = [len(tokens) * sums[row["prompt"]] for row in rows for tokens in row["tokens"]]
+        assert way.vitals.copied == pytest.approx(sum(beside) / len(beside))
+
+
 def read_answers(config: CompareConfig) -> list[dict[str, Any]]:
     return [row for _, row in read_rows(config.output / "answers.jsonl")]
 

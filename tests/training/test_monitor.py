@@ -84,8 +84,11 @@ def answers(model, world, seed=0):
 
 
 @pytest.mark.parametrize("monitor", [LENGTH, "rm_one"])
-def test_the_start_and_every_nth_step_are_measured(monitor, world, tmp_path):
-    """Score, length and cut answers at the start, by the starting model's own answers."""
+def test_the_start_and_every_nth_step_are_measured(monitor, world, tmp_path, monkeypatch):
+    """Score, length and cut answers at the start, by the starting model's own answers; each beside
+    its own prompt.
+    """
+    monkeypatch.setattr("prefloop.training.monitor.copied_share", lambda a, p: len(a) * sum(p))
     judge = monitor if ":" in monitor else str(world / monitor)
     changes = monitored(world, monitor=judge, monitor_steps=3, max_steps=8, seed=4)
     train("ppo", world, tmp_path / "run", **PPO | changes)
@@ -101,6 +104,9 @@ def test_the_start_and_every_nth_step_are_measured(monitor, world, tmp_path):
     assert start["monitor/length"] == pytest.approx(sum(len(s.tokens) for s in samples) / 9)
     cut = sum(s.finish_reason == "length" for s in samples)
     assert start["monitor/truncated"] == pytest.approx(cut / 9)
+    sums = [sum(policy(world).encoder.prompt(prompt)) for prompt in asked]
+    beside = sum(len(s.tokens) * total for s, total in zip(samples, sums, strict=True))
+    assert start["monitor/copied"] == pytest.approx(beside / 9)
     assert start["monitor/kl"] == pytest.approx(0.0, abs=1e-5)
     assert abs(last["monitor/kl"]) > 1e-3
     assert start.keys() - {k for k in start if k.startswith("monitor/")} == {"step"}
