@@ -50,8 +50,8 @@ ADAPTERS: dict[str, Any] = {
     "lora_alpha": 32.0,
     "lora_targets": (r".*\.layers\.(1[5-9]|2[0-9])\..*_proj",),
 }
-"""Reward model, policy and critic are adapters on the upper half of one base, the SFT model: a
-batch goes through the lower half once for all of them."""
+"""Reward model, policies and critic are adapters on the upper half of one base, the SFT model: a
+batch of PPO goes through the lower half once for all of its roles."""
 GOLD = "prefloop.recipes.sentiment_data:gold_reward"
 MEASURED_ON = "one thread of an AMD EPYC that multiplies bfloat16 (docs/results.md)"
 SECONDS = {
