@@ -24,6 +24,7 @@ from prefloop.evaluation.overoptimisation import Floats
 from prefloop.files import read_rows
 from prefloop.rewards import health
 from prefloop.rewards.health import Trend
+from prefloop.training.watch import READ
 
 Numbers = Mapping[str, float]
 
@@ -154,7 +155,6 @@ def replay(
     return seen, proxies
 
 
-READ = ("kl", "truncated", "distinct_2", "repeated", "copied", "length")
 RULES = (
     *(health.GAMED, health.JUDGE, health.KL, health.TRUNCATION, health.DISTINCT),
     *(health.REPETITION, health.COPYING, health.LENGTH),
@@ -182,12 +182,7 @@ def looked_at(now: Numbers, start: Numbers) -> dict[str, float]:
     """By rule, what it compares with its threshold."""
     both = {name: (start[name], now[name]) for name in now if name in start}
     found = {health.KL.name: now["kl"]} if "kl" in now else {}
-    shares = (
-        (health.TRUNCATION, "truncated"),
-        (health.REPETITION, "repeated"),
-        (health.COPYING, "copied"),
-    )
-    for rule, name in shares:
+    for rule, name in health.SHARES:
         if name in both:
             found[rule.name] = both[name][1] - both[name][0]
     for rule, name in ((health.DISTINCT, "distinct_2"), (health.ENTROPY, "entropy")):

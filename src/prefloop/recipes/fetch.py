@@ -159,10 +159,10 @@ def fetch_model(name: str, output: Path | None = None) -> Path:
 
 def _equal(one: Path, other: Path) -> bool:
     """Whether two folders hold the same files."""
-    names, others = (
-        sorted(p.name for p in d.iterdir()) if d.is_dir() else None for d in (one, other)
-    )
-    return names == others and filecmp.cmpfiles(one, other, names or [], shallow=False)[0] == names
+    if not other.is_dir():
+        return False
+    names, others = (sorted(path.name for path in folder.iterdir()) for folder in (one, other))
+    return names == others and filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
 
 
 def _cached(name: str) -> Path:

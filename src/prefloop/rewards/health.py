@@ -166,6 +166,10 @@ RULES = (
     *(ENTROPY, CLIPPING, RATIO, GAP, CRITIC, CHOSEN),
 )
 """All of them; docs/health.md says why each threshold is what it is."""
+MEASURED = ("truncated", "distinct_2", "repeated", "copied", "length")
+"""What they look at in answers to the same prompts, beside scores and KL."""
+SHARES = ((TRUNCATION, "truncated"), (REPETITION, "repeated"), (COPYING, "copied"))
+"""Rules that fire where a share has risen, and which."""
 IN_A_ROW = 2  # measurements that must find the monitor below its best
 START, RECENT, LEARNED = 4, 8, 16
 """Of a metric of training: readings that are its start, that are its present, and before which a
@@ -218,9 +222,8 @@ def signs(now: Vitals, sft: Vitals) -> list[Sign]:
             f"judge {sft.gold.mean:.2f} → {now.gold.mean:.2f}"
         )
         fired.append(GAMED.sign(text))
-    names = ("truncated", "distinct_2", "repeated", "copied", "length")
     before, after = (
-        {name: value for name in names if (value := getattr(vitals, name)) is not None}
+        {name: value for name in MEASURED if (value := getattr(vitals, name)) is not None}
         for vitals in (sft, now)
     )
     return fired + drift(after | {"kl": now.kl.mean}, before)
@@ -236,8 +239,7 @@ def drift(
     if "kl" in now and now["kl"] > kl_limit:
         fired.append(KL.sign(f"{now['kl']:.1f} nats > {kl_limit:g}"))
     known = {name: (start[name], now[name]) for name in now if name in start}
-    shares = ((TRUNCATION, "truncated"), (REPETITION, "repeated"), (COPYING, "copied"))
-    for rule, name in shares:
+    for rule, name in SHARES:
         before, after = known.get(name, (0.0, 0.0))
         if after > before + rule.limit:
             of = "" if rule is TRUNCATION else " of 3-grams"

@@ -17,6 +17,7 @@ from prefloop.rewards.health import (
     IN_A_ROW,
     JUDGE,
     KL,
+    MEASURED,
     WATCHED,
     Sign,
     Trend,
@@ -29,7 +30,7 @@ from prefloop.terminal import shown
 from prefloop.training import checkpoint
 from prefloop.training.monitor import Monitor
 
-READ = ("kl", "truncated", "distinct_2", "repeated", "copied", "length")
+READ = ("kl", *MEASURED)
 """Of a measurement: what the rules look at beside the score."""
 
 
