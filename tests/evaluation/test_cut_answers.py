@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefloop.data.batches import pack
+from prefloop.data.batches import TokenBatch, pack
 from prefloop.data.encoder import Encoder
 from prefloop.data.tokenize import Example, encode_prompt
 from prefloop.evaluation import winrate
@@ -16,6 +16,7 @@ from prefloop.models.heads import answer_scores
 from prefloop.models.load import load_scorer
 from prefloop.models.model import LoadedModel
 from prefloop.records import Message, Text
+from prefloop.rewards import scorers
 from prefloop.rewards.scorers import ModelJudge
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -47,6 +48,26 @@ def test_a_cut_answer_is_scored_without_a_stop_token(tmp_path: Path) -> None:
     judge = ModelJudge(model, 100)
     told = judge(["a:"] * 4, ["bc", "bc", "", ""], [True, False, True, False])
     assert told == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_prompt_is_computed_once_for_answers_that_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = scorer(tmp_path)
+    prompts, answers = ["abcdefgh:", "abcdefgh:", "ij:", "abcdefgh:"], ["k", "lm", "n", "o"]
+    encoder = Encoder(model.tokenizer)
+    ids = [encoder.answer(*both) for both in zip(prompts, answers, strict=True)]
+    expected = [by_hand(model, p, own) for p, own in zip(prompts, ids, strict=True)]
+    heads = [len(encode_prompt(model.tokenizer, prompt)) for prompt in prompts]
+    computed: list[int] = []
+
+    def counted(model: LoadedModel, batch: TokenBatch) -> torch.Tensor:
+        computed.append(batch.input_ids.numel())
+        return answer_scores(model, batch)
+
+    monkeypatch.setattr(scorers, "answer_scores", counted)
+    assert ModelJudge(model, 1000)(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    assert sum(computed) == sum(heads) - heads[1] + sum(map(len, ids))
 
 
 def test_an_empty_answer_that_nothing_ends_is_scored_at_its_prompt(tmp_path: Path) -> None:

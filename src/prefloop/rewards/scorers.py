@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -53,11 +54,16 @@ class ModelJudge:
         ended: Sequence[bool] | None = None,
         columns: Columns | None = None,
     ) -> list[float]:
-        """See Judge."""
+        """See Judge. Answers that follow each other to one prompt are scored in one piece: the
+        prompt is computed once."""
         ends = [True] * len(completions) if ended is None else ended
         rows = enumerate(zip(prompts, completions, ends, strict=True))
         examples = [self._example(prompt, text, end, i) for i, (prompt, text, end) in rows]
-        return scores_of(self.model, examples, self.micro_batch_tokens)
+        pieces = []
+        for _, group in itertools.groupby(examples, key=lambda example: example.prompt):
+            alike = list(group)
+            pieces.append(with_answers(alike[0], [answer for e in alike for answer in e.answers]))
+        return scores_of(self.model, pieces, self.micro_batch_tokens)
 
     def require(self, rows: Iterable[Prompt]) -> None:
         """See Judge: the template must print each prompt, its tools too, with an answer."""
