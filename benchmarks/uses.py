@@ -35,7 +35,7 @@ def measure(runs: Path) -> dict[str, Any]:
         folder
         for use in USES
         for folder in runs.glob(f"{use}-*")
-        if (folder / "compare" / "compare.json").exists()
+        if (folder / "pipeline.json").exists()
     )
     for folder in found:
         use, seed = folder.name.rsplit("-", 1)
@@ -53,8 +53,8 @@ def record_of(folder: Path, use: str, seed: int) -> dict[str, Any]:
     stages = json.loads((folder / "pipeline.json").read_text())
     if unfinished := [name for name, of in stages.items() if of["status"] != "finished"]:
         raise UserError(f"{folder}: {unfinished[0]} is not finished; give `prefloop run` again")
-    sft = read_record(folder / "sft")
-    if sft is None or sft["seed"] != seed:
+    trained = [run for name in stages if (run := _run(folder / name))]
+    if not trained or trained[0]["seed"] != seed:
         raise UserError(f"{folder}: not a run of seed {seed}")
     costs = {name: _cost(folder / name, stage) for name, stage in stages.items()}
     compared = {
@@ -65,9 +65,9 @@ def record_of(folder: Path, use: str, seed: int) -> dict[str, Any]:
     return {
         "use": use,
         "seed": seed,
-        "revision": sft["revision"],
-        "platform": sft["platform"],
-        "versions": sft["versions"],
+        "revision": trained[0]["revision"],
+        "platform": trained[0]["platform"],
+        "versions": trained[0]["versions"],
         "costs": costs,
         "cpu_seconds": sum(cost["cpu_seconds"] for cost in costs.values()),
         "data": json.loads((folder / "data" / "data.json").read_text()),
@@ -77,13 +77,18 @@ def record_of(folder: Path, use: str, seed: int) -> dict[str, Any]:
             if path.stem in stages
         },
         "comparisons": {name: _compared(*both) for name, both in compared.items()},
-        "examples": _examples(compared["compare"][1]),
+        "examples": _examples(compared["compare"][1]) if compared else [],
     }
+
+
+def _run(output: Path) -> dict[str, Any] | None:
+    """What a stage that trained wrote of itself."""
+    return read_record(output) if output.is_dir() else None
 
 
 def _cost(output: Path, stage: Mapping[str, Any]) -> dict[str, float]:
     """A training run's own, for it knows of every interruption; else the stage's."""
-    run = read_record(output) if output.is_dir() else None
+    run = _run(output)
     source = run or stage
     cost = {name: round(source[name], 1) for name in ("cpu_seconds", "wall_seconds")}
     return cost | ({"peak_memory_gib": round(run["peak_memory_gib"], 2)} if run else {})

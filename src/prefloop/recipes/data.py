@@ -12,6 +12,7 @@ from prefloop.recipes import chat_data, sentiment_data, style_data, text_data
 
 USES: dict[str, Callable[[Path], dict[str, object]]] = {
     "chat": chat_data.write,
+    "mqm": text_data.write_mqm,
     "sentiment": sentiment_data.write,
     "style": style_data.write,
     "summary": text_data.write_summary,

