@@ -37,7 +37,7 @@ BUDGETS = {
     "rewards": 1100,
     "training": 4830,
     "evaluation": 3600,
-    "recipes": 3020,
+    "recipes": 3060,
     "labelling": 5100,
     "console": 800,
     "": 4402,
@@ -55,7 +55,8 @@ length, whole costs; 2,700, the reward model beside the judge;
 3,600, the page of a run, and a comparison's with every answer;
 labelling: 4,850, people's verdict, the admin's workbench (tasks, settings by version, members,
 charts); 5,100, sums kept as labels come, with their migration;
-recipes also: the study of overoptimisation, its small model and annotators;
+recipes also: the study of overoptimisation, its small model and annotators; 3,060, models in
+several wheels, and their terms;
 data: 1,500, other tools' forms; rewards: 800, judges that are language models;
 900, one table of health with why and what to try;
 training: 2,600, plans of memory; 3,700, adapters that stand apart, clip-higher and Dr. GRPO;
