@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.uses_frontier import draw, families
 from prefloop.evaluation.comparison import PairVerdict
 from prefloop.evaluation.pairs import Scored, all_pairs, mean_of_runs
 from prefloop.evaluation.sentences import in_words
@@ -26,7 +27,7 @@ Records = Sequence[Mapping[str, Any]]
 
 def pages(records: Records, docs: Path) -> None:
     """Write the numbers of each use that has records into its page, between the marks, and all uses
-    in a table into results.md.
+    in a table into results.md; a picture where a use has ways of several strengths.
     """
     rows = []
     for use in USES:
@@ -34,8 +35,16 @@ def pages(records: Records, docs: Path) -> None:
         if own:
             _put(docs / "uses" / f"{use}.md", numbers(own))
             rows += [_summed_up(own)] if own[0]["comparisons"] else []
+            _frontier(own, docs / "images" / f"{use}-frontier.svg")
     heads = ["use", "seeds", "commits", "CPU minutes a seed", "judge", *SHOWN]
     _put(docs / "results.md", "\n".join([*_table(heads, rows), ""]))
+
+
+def _frontier(records: Records, path: Path) -> None:
+    found = [record["comparisons"]["compare"] for record in records if record["comparisons"]]
+    if found and any(len(ways) > 1 for ways in families(list(found[0]["ways"])).values()):
+        kl = {way: [run["kl"] for run in runs] for way, runs in _ways(found).items()}
+        draw(_scored(found), kl, path)
 
 
 def _put(path: Path, generated: str) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import uses, uses_page
+from benchmarks import uses, uses_frontier, uses_page
 
 from prefloop.errors import UserError
 from prefloop.evaluation.comparison import Comparison, Way, WholeCost
@@ -172,6 +172,26 @@ def test_of_several_strengths_the_other_uses_one_is_summed_up():
     ways["PPO 1"] = ways["SFT"]
     ways["PPO 0.1"] = ways.pop("PPO")
     assert uses_page._summed_up([one])[-2].startswith("+1.50 [")
+
+
+def test_ways_of_several_strengths_are_drawn_as_a_frontier(tmp_path):
+    ways = ["SFT", "PPO 1", "PPO 0.03", "DPO rankings", "DPO 0.1"]
+    assert uses_frontier.families(ways) == {
+        "SFT": ["SFT"],
+        "PPO": ["PPO 0.03", "PPO 1"],
+        "DPO rankings": ["DPO rankings"],
+        "DPO": ["DPO 0.1"],
+    }
+    one = record(1, ONE)
+    compared = one["comparisons"]["compare"]["ways"]
+    compared["PPO 0.1"], compared["PPO 1"] = compared["PPO"], compared.pop("PPO")
+    path = tmp_path / "images" / "summary-frontier.svg"
+    uses_page._frontier([record(1, ONE)], path)
+    assert not path.exists()  # nothing has two strengths
+    uses_page._frontier([one], path)
+    first = path.read_bytes()
+    uses_page._frontier([one], path)
+    assert first.lstrip().startswith(b"<?xml") and path.read_bytes() == first
 
 
 @pytest.mark.parametrize(
