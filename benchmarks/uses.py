@@ -98,7 +98,8 @@ def _accuracies(quality: Mapping[str, Any]) -> dict[str, Any]:
     """Pairs and accuracy of a reward model, or agreement of a judge and of people with people."""
     if "agreement" in quality:
         return {name: quality[name] for name in ("pairs", "agreement", "majority")}
-    return {name: quality[name] for name in ("pairs", "accuracy", "ceiling") if name in quality}
+    kept = ("pairs", "accuracy", "always_longer_accuracy")
+    return {name: quality[name] for name in kept}
 
 
 def _compared(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -209,25 +209,28 @@ def _quality(records: Records) -> str:
             rows.append([on, "", *_accuracy([one[key] for one in compared])])
     for name, one in records[0]["quality"].items():
         every = [record["quality"][name] for record in records]
-        found = [
-            q["accuracy"] if "accuracy" in q else q["majority"]["judge"]["mean"] for q in every
-        ]
-        people = one.get("majority", {}).get("people")
-        rows.append(
-            [name, str(one["pairs"]), *_accuracy(found, _interval(people) if people else "")]
-        )
+        if "agreement" in one:
+            found = [q["majority"]["judge"]["mean"] for q in every]
+            people = one["majority"].get("people")
+            row = _accuracy(found, person=_interval(people) if people else "")
+        else:
+            longer = f"{one['always_longer_accuracy']:.1%}"
+            row = _accuracy([q["accuracy"] for q in every], longer)
+        rows.append([name, str(one["pairs"]), *row])
     if not rows:
         return ""
-    heads = ["reward model on", "pairs", "accuracy", "another person's"]
+    heads = ["reward model on", "pairs", "accuracy", "the longer answer's", "another person's"]
     heads += ["seed by seed"] * (len(records) > 1)
     return "\n".join(["### The reward model", "", *_table(heads, rows), ""])
 
 
-def _accuracy(found: Sequence[float], ceiling: str = "") -> list[str]:
-    """The mean over seeds, what another person reaches, and of several seeds each one's."""
+def _accuracy(found: Sequence[float], longer: str = "", person: str = "") -> list[str]:
+    """The mean over seeds; what always the longer answer, or another person, reaches; of several
+    seeds each one's.
+    """
     values = [{"value": value} for value in found]
     each = [" · ".join(f"{value:.1%}" for value in found)] if len(found) > 1 else []
-    return [_over(values, "value", ".1%"), ceiling, *each]
+    return [_over(values, "value", ".1%"), longer, person, *each]
 
 
 def _interval(found: Mapping[str, float]) -> str:

@@ -65,7 +65,11 @@ def record(seed, scores, kl=4.0):
         },
         "cpu_seconds": 60.0 * seed + 30.0,
         "quality": {
-            "harmless": {"pairs": 8, "accuracy": 0.5 + seed / 10},
+            "harmless": {
+                "pairs": 8,
+                "accuracy": 0.5 + seed / 10,
+                "always_longer_accuracy": 0.45,
+            },
             "people": {
                 "pairs": 5,
                 "majority": {
@@ -117,6 +121,7 @@ def test_numbers_of_two_seeds():
     assert cells(text, "best-of-2")["KL, nats"] == "≤ 0.3"
     assert cells(text, "best-of-2")["less SFT"] == "+0.000 [+0.000, +0.000]"
     assert cells(text, "harmless")["accuracy"] == "65.0% (60.0% to 70.0%)"
+    assert cells(text, "harmless")["the longer answer's"] == "45.0%"
     assert cells(text, "harmless")["seed by seed"] == "60.0% · 70.0%"
     assert cells(text, "people")["another person's"] == "90.0% [80.0%, 100.0%]"
     assert cells(text, "sft")["CPU s"] == "90 (60 to 120)"
