@@ -176,6 +176,22 @@ def test_figures_are_drawings_with_a_name(comparison: Comparison) -> None:
         )
 
 
+def test_many_ways_are_told_apart_and_named_below_the_drawing(comparison: Comparison) -> None:
+    ways = [way("SFT", 0.0, 0.0), *(way(f"PPO {n}", n / 4, n / 2) for n in range(1, 12))]
+    html = render(replace(comparison, ways=tuple(ways)), [])
+    rows = re.findall(r'<th scope="row"><span class="mark (.*?)" style="(.*?)">', html)
+    assert len(rows) == 12 == len(set(rows))
+    drawing = re.findall(r"<svg viewBox=.*?</svg>", html, flags=re.DOTALL)[0]
+    drawing = drawing.replace("<svg", '<svg xmlns:xlink="http://www.w3.org/1999/xlink"', 1)
+    place = {e.text: float(e.get("y", 0)) for e in ElementTree.fromstring(drawing).iter("text")}
+    axis = place["KL (nats an answer; logarithmic above 1)"]
+    assert all(place[one.name] > axis > 0 for one in ways)
+
+
+def test_nothing_is_minus_nought() -> None:
+    assert str(Interval(-0.001, -0.004, 0.2)) == "0.00 [0.00, 0.20]"
+
+
 def test_the_same_comparison_gives_the_same_page(comparison: Comparison) -> None:
     assert render(comparison, ANSWERS) == render(comparison, ANSWERS)
 

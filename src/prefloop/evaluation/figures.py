@@ -45,6 +45,10 @@ CURVES = {  # of metrics.jsonl, by command: metric and title; held-out values ar
 BINS = 300
 """A curve of more points keeps the lowest and the highest of each of so many parts."""
 
+SHAPES = ("o", "s", "D")
+"""Matplotlib's; the page has the same marks: `shape-0` to `shape-2`."""
+INSIDE = 6  # names in a drawing; more stand below it
+SIZE = (4.7, 3.1)  # inches
 LABEL = 44  # characters of a name in a figure
 
 Draw = Callable[[Axes], None]
@@ -66,11 +70,15 @@ class Picture:
             style[part] = INK
         style |= {"xtick.color": INK, "ytick.color": INK}
         with rc_context(style):
-            drawn = Figure(figsize=(4.7, 3.1), layout="constrained")
+            drawn = Figure(figsize=SIZE, layout="constrained")
             axes = drawn.add_subplot()
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.2, color=INK, linewidth=0.6)
             self.draw(axes)
+            legend = axes.get_legend()
+            if legend and len(legend.get_texts()) > INSIDE:
+                legend.remove()
+                _put_below(drawn, axes)
             axes.set_title(_label(self.title), fontsize=11, loc="left")
             out = io.StringIO()
             drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -83,6 +91,15 @@ class Picture:
         svg = re.sub(r"font: [^;\"]*?(\d+(?:\.\d+)?)px[^;\"]*", r"font-size: \1px", svg)
         svg = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" VIEW>', svg, count=1)
         return svg.replace("VIEW", f'role="img" aria-label="{html.escape(self.title)}"', 1)
+
+
+def _put_below(drawn: Figure, axes: Axes) -> None:
+    """The names under the drawing, which many of them would cover."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = max(1, min(4, 56 // (max(map(len, names)) + 6)))
+    drawn.set_size_inches(SIZE[0], SIZE[1] + 0.2 * -(-len(names) // columns))
+    look: Any = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
+    drawn.legend(handles, names, ncols=columns, **look)
 
 
 def _label(name: str) -> str:
@@ -239,6 +256,11 @@ def colours(comparison: Comparison) -> dict[str, str]:
     return dict(zip(named, cycle(COLOURS), strict=False))
 
 
+def shapes(comparison: Comparison) -> list[int]:
+    """Which of SHAPES each way has beside its colour: another where colours come again."""
+    return [number // len(COLOURS) % len(SHAPES) for number in range(len(comparison.ways))]
+
+
 def training_series(comparison: Comparison) -> list[Series]:
     """The runs behind the ways, and the reward model's."""
     colour = colours(comparison)
@@ -259,11 +281,11 @@ def reward_against_kl(comparison: Comparison) -> list[Picture]:
     colour = colours(comparison)
 
     def judged(axes: Axes) -> None:
-        for way in comparison.ways:
+        for way, shape in zip(comparison.ways, shapes(comparison), strict=True):
             gold, kl, x = way.vitals.gold, way.vitals.kl, max(way.vitals.kl.mean, 0.0)
             sides = [[max(0.0, x - max(kl.low, 0.0))], [max(0.0, kl.high - x)]]
             heights = [[gold.mean - gold.low], [gold.high - gold.mean]]
-            look: Any = {"fmt": "o", "color": colour[way.name], "capsize": 3}
+            look: Any = {"fmt": SHAPES[shape], "color": colour[way.name], "capsize": 3}
             axes.errorbar([x], [gold.mean], heights, sides, label=_label(way.name), **look)
         for name, points in _by_run(comparison):
             scored = [(point.kl, point.gold.mean) for point in points if point.gold]

@@ -54,6 +54,7 @@ def render(comparison: Comparison, answers: Sequence[Row]) -> str:
         sections=[(name, title) for name, title, has in sections if has],
         comparison=comparison,
         colours=[f"var(--c{n % len(figures.COLOURS)})" for n in range(len(comparison.ways))],
+        shapes=figures.shapes(comparison),
         columns=columns(comparison),
         signs_told=[sign for sign in fired.values() if sign.why],
         cost_headings=COST_HEADINGS,

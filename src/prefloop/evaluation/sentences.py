@@ -33,12 +33,12 @@ def _standing(way: Way, against: Sequence[tuple[str, PairVerdict]]) -> str:
     """Better or worse than which, at what KL; SFT comes first, with its numbers."""
     (sft, first), *others = against
     d = first.of(way.name)
-    numbers = f"judge {d.mean:+.2f} [{d.low:.2f}, {d.high:.2f}], {in_words(first.p_holm)}"
+    numbers = f"judge {d.mean:+z.2f} [{d.low:z.2f}, {d.high:z.2f}], {in_words(first.p_holm)}"
     like = {r: [n for n, v in others if _relation(v, way.name) == r] for r in RELATIONS}
     relation = _relation(first, way.name)
     clauses = [f"{relation} {_listed([f'{sft} ({numbers})', *like.pop(relation)])}"]
     clauses += [f"{other} {_listed(names)}" for other, names in like.items() if names]
-    kl = f"{'no more than ' if way.kl_is_bound else ''}{way.vitals.kl.mean:.1f} nats"
+    kl = f"{'no more than ' if way.kl_is_bound else ''}{way.vitals.kl.mean:z.1f} nats"
     runs = f" ({len(way.runs)} runs)" if way.runs else ""
     said = f"{way.name}{runs} is {_listed(clauses)}, at {kl}"
     equal = first.wins_at_equal_length(way.name)

@@ -218,8 +218,8 @@ def signs(now: Vitals, sft: Vitals) -> list[Sign]:
     fired = []
     if now.proxy and sft.proxy and now.proxy.above(sft.proxy) and sft.gold.above(now.gold):
         text = (
-            f"reward model {sft.proxy.mean:.2f} → {now.proxy.mean:.2f}, "
-            f"judge {sft.gold.mean:.2f} → {now.gold.mean:.2f}"
+            f"reward model {sft.proxy.mean:z.2f} → {now.proxy.mean:z.2f}, "
+            f"judge {sft.gold.mean:z.2f} → {now.gold.mean:z.2f}"
         )
         fired.append(GAMED.sign(text))
     before, after = (
