@@ -43,9 +43,11 @@ def draw(scored: Sequence[Scored], kl: Mapping[str, Sequence[float]], path: Path
             line = "o-" if len(ways) > 1 else "s"
             axes.errorbar(x, y, sides, fmt=line, capsize=2, markersize=4, label=family)
             if len(ways) > 1:
-                for way, *place in zip(ways, x, y, strict=True):
+                for way, at, height in zip(ways, x, y, strict=True):
                     strength = way.rpartition(" ")[2]
-                    axes.annotate(strength, place, (5, -8), textcoords="offset points", fontsize=7)
+                    axes.annotate(
+                        strength, (at, height), (5, -8), textcoords="offset points", fontsize=7
+                    )
         axes.set_xlabel("KL from SFT, nats an answer")
         axes.set_ylabel("judge")
         axes.legend(frameon=False, fontsize=8)

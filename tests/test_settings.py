@@ -4,8 +4,10 @@ As tests/training/test_settings.py: each, changed alone, in every mode, is told 
 printed or written.
 """
 
+import contextlib
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,10 @@ MODES = {
         COMPARED | ANSWERS | {"reward_model": "rm"},
         COMPARED | ANSWERS | {"judge": "rm"},
     ],
+    "rejudge": [
+        {"comparison": Path("compared"), "judge": FUNCTION},
+        {"comparison": Path("compared"), "judge": "rm"},
+    ],
     "rank": [
         RANKED | {"judge": FUNCTION},
         RANKED | {"judge": "rm", "device": "cpu", "dtype": "float32"},
@@ -59,6 +65,7 @@ CHANGES = {
     "data": "pairs.jsonl",
     "answers": "two.jsonl",
     "baseline": "one.jsonl",
+    "comparison": Path("compared-2"),
     "judge": OTHER,
     "reward_model": "rm2",
     "output": "elsewhere",
@@ -93,6 +100,7 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     ("check", "model"): "the two tokenizers are one",
     ("sample", "output"): "the same rows, elsewhere",
     ("compare", "output"): "the same rows, elsewhere",
+    ("rejudge", "output"): "the same rows, elsewhere",
     ("evaluate judge", "dtype"): "signs of scores are compared",
     ("evaluate judge", "weights"): "as with dtype",
     ("rank", "output"): "the same rows, elsewhere",
@@ -105,6 +113,7 @@ ALONE = {  # (command, setting): why it may be given where it changes nothing
     **{(command, "truncation"): "the rows say whether any is too long" for command in MODES},
     **{(command, "max_length"): "the rows say whether any is too long" for command in MODES},
 }
+WRITING = ("sample", "compare", "rejudge", "rank")
 ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.py, _sharded_plan.py
     "rollout_engine",  # these: tests/rollouts
     "rollout_patience",
@@ -127,6 +136,7 @@ ELSEWHERE = {  # tests/training/test_settings.py, _template_args.py, _planning.p
 }
 TOLD = {  # whose other value here is nothing but told, or required and the same in what is compared
     "compare": {"device", "output"},
+    "rejudge": {"output"},
     "sample": {"device", "output"},
     "check": {"model"},
     "rank": {"device", "output", "max_length", "data"},
@@ -164,6 +174,11 @@ def world(tmp_path_factory):
         for n in range(4)
     ]
     write_rows(folder / "rated.jsonl", rows)
+    compare = COMMANDS["compare"]
+    with contextlib.chdir(folder):
+        for name, seed in (("compared", 0), ("compared-2", 3)):
+            settings = COMPARED | ANSWERS | {"output": Path(name), "seed": seed}
+            compare.function(compare.config(**settings))
     return folder
 
 
@@ -179,7 +194,7 @@ def outcome(name, place, capsys, **changes):
     """The error's line, or what was printed and written, but for the settings told along."""
     command = COMMANDS[name]
     names = {field.name for field in fields(command.config)}
-    if "output" in names and "output" not in changes and name in ("sample", "compare", "rank"):
+    if "output" in names and "output" not in changes and name in WRITING:
         changes["output"] = place
     capsys.readouterr()
     try:
@@ -205,7 +220,7 @@ def test_no_setting_is_accepted_and_ignored(name, world, tmp_path, monkeypatch, 
     def ends(**changes):
         key = repr(sorted(changes.items()))
         if key not in known:
-            ending = "" if name == "compare" else ".jsonl"
+            ending = "" if name in ("compare", "rejudge") else ".jsonl"
             place = tmp_path / f"out-{len(known)}{ending}"
             known[key] = outcome(name, place, capsys, **changes)
         return known[key]

@@ -104,6 +104,14 @@ def compare(config: c.CompareConfig) -> Comparison:
     return run(config)
 
 
+def rejudge(config: c.RejudgeConfig) -> Comparison:
+    """Judge the answers of a comparison by another judge."""
+    validate(config)
+    from prefloop.evaluation.rejudge import rejudge as run
+
+    return run(config)
+
+
 def report(config: c.ReportConfig) -> Path:
     """Write one HTML page of runs, also while they go, or a comparison's anew."""
     validate(config)
@@ -361,6 +369,7 @@ COMMANDS = {
     "generate": Command(c.GenerateConfig, generate),
     "chat": Command(c.ChatConfig, chat),
     "compare": Command(c.CompareConfig, compare, show_comparison),
+    "rejudge": Command(c.RejudgeConfig, rejudge, show_comparison),
     "evaluate winrate": Command(c.WinrateConfig, winrate),
     "evaluate judge": Command(c.JudgeQualityConfig, judge_quality),
     "evaluate people": Command(c.PeopleConfig, people, show_people, positional="labels"),

@@ -143,6 +143,28 @@ class CompareConfig(EndpointConfig, PromptsConfig, InferenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RejudgeConfig(EndpointConfig):
+    """Judge the answers of a comparison by another judge; no model writes new ones."""
+
+    comparison: Path
+    """The folder that `prefloop compare` wrote; all but the judge is as it was there."""
+    judge: str
+    """Gold score: `module:function(prompts, completions) -> list[float]`, a reward model's folder
+    or hub id, or an LLM, openai:MODEL@URL."""
+    judge_mode: JudgeMode = "rubric"
+    """LLM judge: score each answer by a rubric, or compare it with SFT's answers to the same prompt
+    in both orders; its score is then the share of them that it wins."""
+    output: Path
+    """Directory of report.html, compare.json and answers.jsonl; another than --comparison."""
+
+    def problems(self) -> Iterator[str]:
+        """See Settings."""
+        yield from super().problems()
+        if self.output.resolve() == self.comparison.resolve():
+            yield "--output is --comparison; give another folder, so that both can be read"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WinrateConfig(EndpointConfig, InferenceConfig):
     """Win rate of one file of answers against another, with a 95 % interval."""
 

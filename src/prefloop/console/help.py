@@ -24,7 +24,11 @@ KINDS_OF_COMMANDS = (
     ("Train a model", "from demonstrations, rankings or a reward", "sft reward ppo dpo"),
     ("Let it answer", "prompts in files, or you", "sample generate chat"),
     ("Ask people", "who rank answers in a browser", "label"),
-    ("Judge", "which answers and models are better, and how sure that is", "rank compare evaluate"),
+    (
+        "Judge",
+        "which answers and models are better, and how sure that is",
+        "rank compare rejudge evaluate",
+    ),
     ("Whole runs", "several of these in order", "demo init run overoptimise"),
     (
         "Around a run",
@@ -46,6 +50,8 @@ EXAMPLES = {
     "chat": "--model runs/dpo --against runs/sft --to-labels labels.db",
     "compare": "--sft runs/sft --models dpo=runs/dpo --data held-out.jsonl --judge runs/reward "
     "--output runs/compare",
+    "rejudge": "--comparison runs/compare --judge openai:my-model@http://127.0.0.1:8000/v1 "
+    "--output runs/compare-llm",
     "evaluate winrate": "--answers dpo.jsonl --baseline sft.jsonl --judge my_rewards:score",
     "evaluate judge": "--data judged-by-people.jsonl --judge openai:my-model@http://127.0.0.1:8000/v1",
     "evaluate people": "people.db --data runs/compare",

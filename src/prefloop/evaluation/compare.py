@@ -72,10 +72,10 @@ def compare(
     # 1. Prompts, judges and the SFT model, which stays loaded as the reference of the KL.
     validate(config)
     check_folder(config.output)
-    named = _named_models(config.models)
+    named = named_models(config.models)
     for path in (config.sft, *(path for paths in named.values() for path in paths)):
         is_scorer_folder(path)  # a folder that is none is told before the work
-    task = _prepare(config, make_engine)
+    task = prepare(config, make_engine)
     # 2. SFT's answers, and more of them for best-of-n to choose from.
     pool_size = config.best_of if task.proxy and config.best_of > 1 else 0
     everything, sft_seconds = _sample(task, task.sft, config.samples_per_prompt + pool_size, "SFT")
@@ -94,8 +94,18 @@ def compare(
         seconds = sum(seconds for _, seconds in runs) / len(runs)
         answered.append(Answered(name, paths, tuple(answers for answers, _ in runs), seconds))
     # 5. Numbers, and what they say.
-    result = _compared(task, answered, notes, frontier(pool, config.seed) if pool_size else ())
-    _write(config.output, result, task.prompts, answered)
+    return conclude(task, answered, notes, frontier(pool, config.seed) if pool_size else ())
+
+
+def conclude(
+    task: Task,
+    answered: Sequence[Answered],
+    notes: tuple[str, ...],
+    best: tuple[tuple[int, float, float], ...] = (),
+) -> Comparison:
+    """The numbers of judged answers, and what they say, written to the output."""
+    result = _compared(task, answered, notes, best)
+    _write(task.config.output, result, task.prompts, answered)
     return result
 
 
@@ -154,7 +164,7 @@ def _cost(way: Answered, config: CompareConfig) -> WholeCost | None:
     return mean_cost(known) if known and len(known) == len(costs) else None
 
 
-def _named_models(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def named_models(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The paths of `name=path` items by name: several are runs of one way."""
     named: dict[str, tuple[str, ...]] = {}
     for name, _, path in (item.partition("=") for item in models):
@@ -170,7 +180,8 @@ def _run_of(task: Task, name: str, path: str) -> tuple[ByPrompt, float]:
     return _sample(task, model, task.config.samples_per_prompt, name)
 
 
-def _prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
+def prepare(config: CompareConfig, make_engine: MakeEngine) -> Task:
+    """The prompts, the judges and the SFT model."""
     arguments = template_arguments(config.template_args)
     judge: Judge | PairwiseJudge
     if is_endpoint(config.judge) and config.judge_mode == "pairwise":
