@@ -178,8 +178,7 @@ def _tokens(runs: Sequence[Mapping[str, Any]]) -> list[float]:
 def _over(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
     """The mean over seeds and, of several, the lowest and highest."""
     values = [run[key] for run in runs]
-    mean = format(fmean(values), form)
-    low, high = format(min(values), form), format(max(values), form)
+    mean, low, high = (format(one, f"z{form}") for one in (fmean(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
