@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 
+import prefloop
 from prefloop.cli import main
 from prefloop.commands import COMMANDS, Command
 from prefloop.config import DemoConfig
 from prefloop.errors import AGAIN, Terminated, UserError
 
 HEAVY = ("torch", "transformers", "tyro", "numpy", "yaml", "peft")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_a_function_of_the_package(name):
+    command = COMMANDS[name]
+    for known in (command.function, command.config):
+        assert getattr(prefloop, known.__name__) is known
+        assert known.__name__ in prefloop.__all__
 
 
 def commands(function):
