@@ -111,6 +111,10 @@ def test_faults_are_one_line(config: CompareConfig, tmp_path: Path) -> None:  # 
         validate(replace(again(config, BY_LENGTH), output=config.output))
     compare(config)
     write_jsonl(Path(config.data), [{"prompt": prompt} for prompt in reversed(PROMPTS)])
-    with pytest.raises(UserError, match=r"not the prompts of .* any more; give the rows back"):
+    with pytest.raises(UserError, match=r"not the prompts of .*/answers\.jsonl; give both"):
+        rejudge(again(config, BY_LENGTH))
+    write_jsonl(Path(config.data), [{"prompt": prompt} for prompt in PROMPTS])
+    write_jsonl(config.output / "answers.jsonl", rows_of(config.output)[:-1])
+    with pytest.raises(UserError, match=r"not the prompts of .*/answers\.jsonl; give both"):
         rejudge(again(config, BY_LENGTH))
     assert not (tmp_path / "again").exists()

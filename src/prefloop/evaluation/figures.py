@@ -96,7 +96,7 @@ class Picture:
 def _put_below(drawn: Figure, axes: Axes) -> None:
     """The names under the drawing, which many of them would cover."""
     handles, names = axes.get_legend_handles_labels()
-    columns = max(1, min(4, 56 // (max(map(len, names)) + 6)))
+    columns = max(1, min(4, 56 // (max(map(len, names)) + 6)))  # 56 characters are a line
     drawn.set_size_inches(SIZE[0], SIZE[1] + 0.2 * -(-len(names) // columns))
     look: Any = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
     drawn.legend(handles, names, ncols=columns, **look)

@@ -31,10 +31,10 @@ def rejudge(config: RejudgeConfig) -> Comparison:
     own = {name: value for name, value in vars(config).items() if name != "comparison"}
     compared = build(CompareConfig, {**before.settings, **own}, str(config.comparison))
     validate(compared)
-    task = prepare(replace(compared, reward_model=None), engine_for)
+    task = prepare(replace(compared, reward_model=None), engine_for)  # its scores are kept
     task = replace(task, config=compared)
     runs = _runs(before, rows)
-    _require_same_prompts(config, task, rows[: len(task.prompts)])
+    _require_same_prompts(config, task, [run for way in runs.values() for run in way])
     # 2. Each run's answers; SFT's come first, and are what an LLM compares the others with.
     named = named_models(compared.models)
     answered: list[Answered] = []
@@ -62,11 +62,11 @@ def _runs(before: Comparison, rows: Sequence[Row]) -> dict[str, list[list[Row]]]
     return found
 
 
-def _require_same_prompts(config: RejudgeConfig, task: Task, rows: Sequence[Row]) -> None:
-    now, then = [text_to_json(row.prompt) for row in task.prompts], [row["prompt"] for row in rows]
-    if now != then:
+def _require_same_prompts(config: RejudgeConfig, task: Task, runs: Sequence[list[Row]]) -> None:
+    prompts = [text_to_json(row.prompt) for row in task.prompts]
+    if any([row["prompt"] for row in run] != prompts for run in runs):
         raise UserError(
-            f"{task.config.data}: not the prompts of {config.comparison} any more; give the rows "
+            f"{task.config.data}: not the prompts of {config.comparison}/answers.jsonl; give both "
             "back as they were, or run `prefloop compare` again"
         )
 
