@@ -69,9 +69,8 @@ def _summed_up(records: Records) -> list[str]:
         for way in known
     ]
     commits = ", ".join(dict.fromkeys(str(record["revision"])[:7] for record in records))
-    minutes = [{"minutes": record["cpu_seconds"] / 60} for record in records]
     seeds = ", ".join(str(record["seed"]) for record in records)
-    cost = _over(minutes, "minutes", ".0f")
+    cost = _spread([record["cpu_seconds"] / 60 for record in records], ".0f")
     return [f"[{use}](uses/{use}.md)", seeds, commits, cost, _judge(found[0]), *above]
 
 
@@ -176,8 +175,12 @@ def _tokens(runs: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _over(runs: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    """What the seeds have under a key."""
+    return _spread([run[key] for run in runs], form)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
     """The mean over seeds and, of several, the lowest and highest."""
-    values = [run[key] for run in runs]
     mean, low, high = (format(one, f"z{form}") for one in (fmean(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
 
@@ -202,8 +205,8 @@ def _seeds(count: int) -> str:
 def _quality(records: Records) -> str:
     """The reward model's accuracy on what it was not trained on, and the stages that measure it."""
     rows = []
+    compared = [one["comparisons"]["compare"] for one in records if one["comparisons"]]
     for key, on in MEASURED_BY_COMPARE.items():
-        compared = [one["comparisons"]["compare"] for one in records if one["comparisons"]]
         if compared and compared[0][key] is not None:
             rows.append([on, "", *_accuracy([one[key] for one in compared])])
     for name, one in records[0]["quality"].items():
@@ -227,9 +230,8 @@ def _accuracy(found: Sequence[float], longer: str = "", person: str = "") -> lis
     """The mean over seeds; what always the longer answer, or another person, reaches; of several
     seeds each one's.
     """
-    values = [{"value": value} for value in found]
     each = [" · ".join(f"{value:.1%}" for value in found)] if len(found) > 1 else []
-    return [_over(values, "value", ".1%"), longer, person, *each]
+    return [_spread(found, ".1%"), longer, person, *each]
 
 
 def _interval(found: Mapping[str, float]) -> str:
